@@ -1,0 +1,14 @@
+"""imgsvc: the image service of a Kubernetes node, with a compact runtime on top.
+
+Start reading at docs/architecture.md. Imports point down only::
+
+    edge        server, cli, image_service          the only code that names concrete classes
+    use cases   pull, images, leases, gc            see packages through their interfaces only
+    packages    registry  content  snapshot  decrypt  runtime      never import one another
+    base        errors, oci, reference, config, tomlfile, fsutil, concurrency, metadb
+    leaf        api                                 generated gRPC stubs
+
+tests/test_layering.py holds these lines.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,477 @@
+"""Content-addressed types of an image: digest, descriptor, platform, manifest, index, config. Pure; hostile input welcome.
+
+Parsing is strict where leniency has been an advisory (ambiguous documents, duplicate keys, digests used as paths) and
+lenient where writers differ harmlessly (unknown members are kept out of the way).
+
+Source: OCI image-spec 1.1 descriptor.md, manifest.md, image-index.md, config.md; Docker image manifest v2 schema 2.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import platform as host_platform
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+from imgsvc.errors import InvalidArgument, NotFound, ResourceExhausted, printable
+
+KIB: Final = 1024
+MIB: Final = 1024**2
+GIB: Final = 1024**3
+
+MAX_DOCUMENT: Final = 4 * MIB  # [bytes] of one manifest, index or config; the distribution spec asks for at least 4 MiB
+MAX_DESCRIPTORS: Final = 4096  # per document; the largest real indexes and images stay below 200
+MAX_INDEX_DEPTH: Final = 4  # index inside index; the specification allows nesting, real images use 1
+MAX_SIZE: Final = 2**63 - 1
+
+OCI_INDEX: Final = "application/vnd.oci.image.index.v1+json"
+OCI_MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
+OCI_CONFIG: Final = "application/vnd.oci.image.config.v1+json"
+OCI_EMPTY: Final = "application/vnd.oci.empty.v1+json"
+DOCKER_LIST: Final = "application/vnd.docker.distribution.manifest.list.v2+json"
+DOCKER_MANIFEST: Final = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_CONFIG: Final = "application/vnd.docker.container.image.v1+json"
+DOCKER_SCHEMA1: Final = (
+    "application/vnd.docker.distribution.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.v1+prettyjws",
+)
+
+INDEX_TYPES: Final = frozenset({OCI_INDEX, DOCKER_LIST})
+MANIFEST_TYPES: Final = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})
+ACCEPT: Final = (OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST)
+
+_DIGEST_HEX_LENGTH: Final = {"sha256": 64, "sha512": 128}
+_DIGEST = re.compile(r"(sha256|sha512):([0-9a-f]+)", re.ASCII)
+
+
+class Digest(str):
+    """`algorithm:hex`, checked when built; safe to use in a path or a URL. sha256 and sha512 only.
+
+    Raises: InvalidArgument on anything else. Source: image-spec descriptor.md#digests.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, text: str) -> Digest:
+        """Check and build."""
+        match = _DIGEST.fullmatch(text) if isinstance(text, str) else None
+        if match is None or len(match[2]) != _DIGEST_HEX_LENGTH[match[1]]:
+            raise InvalidArgument(
+                f'invalid digest "{printable(str(text), 160)}"',
+                hint="expected sha256: and 64 or sha512: and 128 lower-case hexadecimal digits",
+            )
+        return super().__new__(cls, text)
+
+    @property
+    def algorithm(self) -> str:
+        """Hash name as hashlib knows it."""
+        return self[:6]
+
+    @property
+    def hex(self) -> str:
+        """The part after the colon."""
+        return self[7:]
+
+    @classmethod
+    def of(cls, data: bytes, algorithm: str = "sha256") -> Digest:
+        """The digest of some bytes."""
+        return cls(f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}")
+
+    @classmethod
+    def from_hash(cls, algorithm: str, hexdigest: str) -> Digest:
+        """The digest a finished hash object stands for."""
+        return cls(f"{algorithm}:{hexdigest}")
+
+
+_ARCHITECTURES: Final = {
+    "x86_64": ("amd64", ""),
+    "aarch64": ("arm64", "v8"),
+    "armv7l": ("arm", "v7"),
+    "armv6l": ("arm", "v6"),
+    "i686": ("386", ""),
+    "ppc64le": ("ppc64le", ""),
+    "s390x": ("s390x", ""),
+    "riscv64": ("riscv64", ""),
+}
+_ALIASES: Final = {"x86_64": "amd64", "x86-64": "amd64", "aarch64": "arm64", "i386": "386", "armhf": "arm", "armel": "arm"}
+_PLATFORM_PART = re.compile(r"[A-Za-z0-9_.()+-]+", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What a manifest runs on. Normalised: `aarch64` is `arm64`, and arm64 without a variant is v8."""
+
+    os: str
+    architecture: str
+    variant: str = ""
+    os_version: str = ""
+    os_features: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Platform:
+        """`os/arch[/variant]` or `arch`. Raises: InvalidArgument."""
+        parts = text.split("/")
+        if not 1 <= len(parts) <= 3 or not all(_PLATFORM_PART.fullmatch(p) for p in parts):
+            raise InvalidArgument(f'invalid platform "{printable(text, 80)}"', hint="use os/architecture[/variant], e.g. linux/arm64/v8")
+        if len(parts) == 1:
+            parts = ["linux", parts[0]]
+        return cls(parts[0].lower(), parts[1].lower(), parts[2].lower() if len(parts) == 3 else "").normalised()
+
+    @classmethod
+    def host(cls) -> Platform:
+        """The platform of this node."""
+        machine = host_platform.machine()
+        architecture, variant = _ARCHITECTURES.get(machine, (machine, ""))
+        return cls("linux", architecture, variant).normalised()
+
+    def normalised(self) -> Platform:
+        """One spelling per platform."""
+        architecture = _ALIASES.get(self.architecture, self.architecture)
+        variant = self.variant
+        if architecture == "arm64" and variant in ("", "8"):
+            variant = "v8"
+        elif architecture == "arm" and variant in ("", "7"):
+            variant = "v7"
+        elif architecture == "arm" and variant in ("5", "6", "8"):
+            variant = "v" + variant
+        elif architecture == "amd64" and variant == "v1":
+            variant = ""
+        return Platform(self.os, architecture, variant, self.os_version, self.os_features)
+
+    def __str__(self) -> str:
+        shown = f"{self.os}/{self.architecture}"
+        # v8 is what every arm64 is; the short form is what people write.
+        return shown if not self.variant or (self.architecture, self.variant) == ("arm64", "v8") else f"{shown}/{self.variant}"
+
+
+def _rank(wanted: Platform, offered: Platform) -> int | None:
+    """0 is the best match, larger is worse, None does not run. Arm and amd64 variants run what is older."""
+    if (wanted.os, wanted.architecture) != (offered.os, offered.architecture):
+        return None
+    if offered.os_features and not set(offered.os_features) <= set(wanted.os_features):
+        return None
+    if wanted.variant == offered.variant:
+        return 0
+    if wanted.architecture in ("arm", "amd64", "arm64"):
+        default = {"arm": 7, "amd64": 1, "arm64": 8}[wanted.architecture]
+        have, need = (_variant_level(p.variant, default) for p in (wanted, offered))
+        if have is not None and need is not None and need <= have:
+            return have - need + 1
+    return None
+
+
+def _variant_level(variant: str, default: int) -> int | None:
+    if not variant:
+        return default
+    return int(variant[1:]) if re.fullmatch(r"v[0-9]{1,2}", variant) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """What to fetch and how to know it arrived: type, digest, size [bytes]. Source: image-spec descriptor.md."""
+
+    media_type: str
+    digest: Digest
+    size: int
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    platform: Platform | None = None
+    artifact_type: str = ""
+    urls: tuple[str, ...] = ()
+    data: bytes | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of the specification; absent members are left out."""
+        out: dict[str, Any] = {"mediaType": self.media_type, "digest": str(self.digest), "size": self.size}
+        if self.annotations:
+            out["annotations"] = dict(self.annotations)
+        if self.platform:
+            out["platform"] = {"os": self.platform.os, "architecture": self.platform.architecture}
+            if self.platform.variant:
+                out["platform"]["variant"] = self.platform.variant
+            if self.platform.os_version:
+                out["platform"]["os.version"] = self.platform.os_version
+            if self.platform.os_features:
+                out["platform"]["os.features"] = list(self.platform.os_features)
+        if self.artifact_type:
+            out["artifactType"] = self.artifact_type
+        if self.urls:
+            out["urls"] = list(self.urls)
+        return out
+
+    @classmethod
+    def from_json(cls, value: object, where: str = "descriptor") -> Descriptor:
+        """Parse one descriptor; `where` names it in errors. Raises: InvalidArgument."""
+        return _descriptor(value, where)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One runnable image or artifact. `layers` is base layer first."""
+
+    media_type: str
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    artifact_type: str = ""
+    subject: Descriptor | None = None
+
+    @property
+    def is_artifact(self) -> bool:
+        """Not an image that could run: its config is not an image config."""
+        return self.config.media_type not in (OCI_CONFIG, DOCKER_CONFIG)
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """A list of manifests for several platforms."""
+
+    media_type: str
+    manifests: tuple[Descriptor, ...]
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    subject: Descriptor | None = None
+
+    def candidates(self, wanted: Platform) -> list[Descriptor]:
+        """Manifests that run on `wanted`, best first; entries without a platform come last, in document order."""
+        ranked = []
+        for position, entry in enumerate(self.manifests):
+            if entry.platform is None:
+                ranked.append((1000, position, entry))
+            elif (rank := _rank(wanted.normalised(), entry.platform.normalised())) is not None:
+                ranked.append((rank, position, entry))
+        return [entry for _, _, entry in sorted(ranked, key=lambda r: r[:2])]
+
+    def select(self, wanted: Platform, name: str) -> Descriptor:
+        """The one manifest for `wanted`. Raises: NotFound naming what is on offer."""
+        found = self.candidates(wanted)
+        if not found:
+            offered = ", ".join(sorted({str(m.platform) for m in self.manifests if m.platform})) or "none"
+            raise NotFound(f"no manifest for platform {wanted}; the index offers {offered}", where=name)
+        return found[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """The parts of an image config that we act on. Source: image-spec config.md.
+
+    `diff_ids` are digests of uncompressed layers, base layer first. `raw` is the whole document, for verbose answers.
+    """
+
+    platform: Platform
+    diff_ids: tuple[Digest, ...]
+    user: str = ""
+    env: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    working_dir: str = ""
+    volumes: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    stop_signal: str = ""
+    exposed_ports: tuple[str, ...] = ()
+    created: str = ""
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+    def chain_ids(self) -> list[Digest]:
+        """Chain ID of every layer, base first."""
+        return chain_ids(self.diff_ids)
+
+
+def chain_ids(diff_ids: Iterable[Digest]) -> list[Digest]:
+    """Chain IDs of a stack of diff IDs, base first: the first is its diff ID, then SHA256(parent + " " + diff ID).
+
+    Source: image-spec config.md#layer-chainid.
+    """
+    chain: list[Digest] = []
+    for diff_id in diff_ids:
+        chain.append(Digest.of(f"{chain[-1]} {diff_id}".encode()) if chain else diff_id)
+    return chain
+
+
+def parse_document(data: bytes, content_type: str, where: str) -> Manifest | Index:
+    """A manifest or an index from registry bytes.
+
+    Args:
+        data: the document; at most MAX_DOCUMENT bytes.
+        content_type: what the registry or the parent descriptor called it; "" when nobody did.
+        where: reference or URL, for errors.
+    Raises:
+        InvalidArgument: malformed, ambiguous (GHSA-5j5w-g665-5m35), schema 1, or of another type than announced.
+        ResourceExhausted: over a limit.
+    """
+    value = _load(data, where)
+    announced = content_type.split(";")[0].strip()
+    declared = value.get("mediaType", "")
+    if not isinstance(declared, str):
+        raise InvalidArgument("mediaType is not a string", where=where)
+    if announced in DOCKER_SCHEMA1 or declared in DOCKER_SCHEMA1 or "fsLayers" in value or value.get("schemaVersion") == 1:
+        raise InvalidArgument("Docker schema 1 manifests are not supported", where=where, hint="push the image again with a current tool")
+    known = INDEX_TYPES | MANIFEST_TYPES
+    if declared and announced in known and declared != announced:
+        raise InvalidArgument(f'the document calls itself "{printable(declared, 80)}" but was announced as "{announced}"', where=where)
+    kind = declared or (announced if announced in known else "")
+    if not kind:
+        kind = OCI_INDEX if "manifests" in value else OCI_MANIFEST
+    if kind in INDEX_TYPES:
+        if "config" in value or "layers" in value:
+            raise InvalidArgument("ambiguous index: it also has config or layers", where=where)
+        return _index(value, kind, where)
+    if kind in MANIFEST_TYPES:
+        if "manifests" in value:
+            raise InvalidArgument("ambiguous manifest: it also has manifests", where=where)
+        return _manifest(value, kind, where)
+    raise InvalidArgument(f'not a manifest or index: media type "{printable(kind, 80)}"', where=where)
+
+
+def parse_config(data: bytes, where: str) -> ImageConfig:
+    """An image config. Raises: InvalidArgument, ResourceExhausted. Docker's and OCI's differ in nothing we read."""
+    value = _load(data, where)
+    rootfs = _typed(value.get("rootfs", {}), dict, "rootfs", where)
+    raw_ids = _typed(rootfs.get("diff_ids") or [], list, "rootfs.diff_ids", where)
+    if len(raw_ids) > MAX_DESCRIPTORS:
+        raise ResourceExhausted(f"{len(raw_ids)} diff_ids; at most {MAX_DESCRIPTORS} are accepted", where=where)
+    config = _typed(value.get("config") or {}, dict, "config", where)
+    return ImageConfig(
+        platform=_platform(value, where),
+        diff_ids=tuple(Digest(_typed(d, str, "rootfs.diff_ids", where)) for d in raw_ids),
+        user=_typed(config.get("User") or "", str, "config.User", where),
+        env=_strings(config.get("Env"), "config.Env", where),
+        entrypoint=_strings(config.get("Entrypoint"), "config.Entrypoint", where),
+        cmd=_strings(config.get("Cmd"), "config.Cmd", where),
+        working_dir=_typed(config.get("WorkingDir") or "", str, "config.WorkingDir", where),
+        volumes=tuple(_typed(config.get("Volumes") or {}, dict, "config.Volumes", where)),
+        labels=_string_map(config.get("Labels"), "config.Labels", where),
+        stop_signal=_typed(config.get("StopSignal") or "", str, "config.StopSignal", where),
+        exposed_ports=tuple(_typed(config.get("ExposedPorts") or {}, dict, "config.ExposedPorts", where)),
+        created=_typed(value.get("created") or "", str, "created", where),
+        raw=value,
+    )
+
+
+def _manifest(value: Mapping[str, Any], kind: str, where: str) -> Manifest:
+    layers = _descriptors(value.get("layers") or [], "layers", where)
+    if "config" not in value:
+        raise InvalidArgument("a manifest without config", where=where)
+    subject = value.get("subject")
+    return Manifest(
+        media_type=kind,
+        config=_descriptor(value["config"], f"{where}: config"),
+        layers=layers,
+        annotations=_string_map(value.get("annotations"), "annotations", where),
+        artifact_type=_typed(value.get("artifactType") or "", str, "artifactType", where),
+        subject=_descriptor(subject, f"{where}: subject") if subject else None,
+    )
+
+
+def _index(value: Mapping[str, Any], kind: str, where: str) -> Index:
+    subject = value.get("subject")
+    return Index(
+        media_type=kind,
+        manifests=_descriptors(value.get("manifests") or [], "manifests", where),
+        annotations=_string_map(value.get("annotations"), "annotations", where),
+        subject=_descriptor(subject, f"{where}: subject") if subject else None,
+    )
+
+
+def _descriptors(value: object, name: str, where: str) -> tuple[Descriptor, ...]:
+    entries = _typed(value, list, name, where)
+    if len(entries) > MAX_DESCRIPTORS:
+        raise ResourceExhausted(f"{len(entries)} {name}; at most {MAX_DESCRIPTORS} are accepted", where=where)
+    return tuple(_descriptor(entry, f"{where}: {name}[{position}]") for position, entry in enumerate(entries))
+
+
+def _descriptor(value: object, where: str) -> Descriptor:
+    entry = _typed(value, dict, "descriptor", where)
+    size = entry.get("size")
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_SIZE:
+        raise InvalidArgument(f"size is {printable(repr(size), 40)}, not a number of bytes", where=where)
+    try:
+        digest = Digest(_typed(entry.get("digest"), str, "digest", where))
+    except InvalidArgument as error:
+        raise InvalidArgument(error.what, where=where, hint=error.hint) from error
+    inline = entry.get("data")
+    data = _inline(inline, digest, size, where) if inline is not None else None
+    platform = entry.get("platform")
+    return Descriptor(
+        media_type=_typed(entry.get("mediaType") or "", str, "mediaType", where),
+        digest=digest,
+        size=size,
+        annotations=_string_map(entry.get("annotations"), "annotations", where),
+        platform=_platform(_typed(platform, dict, "platform", where), where) if platform else None,
+        artifact_type=_typed(entry.get("artifactType") or "", str, "artifactType", where),
+        urls=_strings(entry.get("urls"), "urls", where),
+        data=data,
+    )
+
+
+def _inline(value: object, digest: Digest, size: int, where: str) -> bytes:
+    """Embedded content, verified here so that nobody can use it unverified. Source: descriptor.md#embedded-content."""
+    try:
+        data = base64.b64decode(_typed(value, str, "data", where), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidArgument("data is not base64", where=where) from error
+    if len(data) != size or Digest.of(data, digest.algorithm) != digest:
+        raise InvalidArgument("embedded data does not match its own digest and size", where=where)
+    return data
+
+
+def _platform(value: Mapping[str, Any], where: str) -> Platform:
+    return Platform(
+        os=_typed(value.get("os") or "linux", str, "os", where),
+        architecture=_typed(value.get("architecture") or "", str, "architecture", where),
+        variant=_typed(value.get("variant") or "", str, "variant", where),
+        os_version=_typed(value.get("os.version") or "", str, "os.version", where),
+        os_features=_strings(value.get("os.features"), "os.features", where),
+    ).normalised()
+
+
+def _strings(value: object, name: str, where: str) -> tuple[str, ...]:
+    return tuple(_typed(item, str, name, where) for item in _typed(value or [], list, name, where))
+
+
+def _string_map(value: object, name: str, where: str) -> dict[str, str]:
+    return {key: _typed(item, str, f"{name}.{key}", where) for key, item in _typed(value or {}, dict, name, where).items()}
+
+
+_T = TypeVar("_T")
+
+
+def _typed(value: object, kind: type[_T], name: str, where: str) -> _T:
+    """`value` if it is a `kind` (bool is not an int here). Raises: InvalidArgument naming the member."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise InvalidArgument(f"{printable(name, 80)} is {type(value).__name__}, expected {kind.__name__}", where=where)
+    return value
+
+
+def _load(data: bytes, where: str) -> dict[str, Any]:
+    return load_json_object(data, where, limit=MAX_DOCUMENT)
+
+
+def load_json_object(data: bytes, where: str, *, limit: int) -> dict[str, Any]:
+    """A JSON object from hostile bytes: UTF-8 only, size [bytes] and depth bounded, no duplicate members, no NaN.
+
+    Raises: InvalidArgument; ResourceExhausted when over `limit`.
+    """
+    if len(data) > limit:
+        raise ResourceExhausted(f"{len(data)} bytes; at most {limit} are accepted", where=where)
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise InvalidArgument("nested too deeply", where=where) from error
+    except ValueError as error:  # UnicodeDecodeError, JSONDecodeError, huge integers, and our own two hooks
+        raise InvalidArgument(f"not valid JSON: {printable(str(error), 160)}", where=where) from error
+    return _typed(value, dict, "document", where)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a member appears twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

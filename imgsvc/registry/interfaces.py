@@ -1,0 +1,114 @@
+"""Contracts of the registry client. All calls are asynchronous and belong to the event loop's thread.
+
+Source: OCI distribution-spec 1.1; containerd docs/hosts.md for mirror semantics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from imgsvc.errors import ImgsvcError
+from imgsvc.oci import Descriptor
+from imgsvc.reference import Reference
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Credential:
+    """One secret with where it came from. `source` is a name fit for logs ("CRI request", "file:line"), never a value.
+
+    host: the registry namespace it is bound to; "" means the namespace of the image being pulled.
+    """
+
+    source: str
+    username: str = ""
+    password: str = ""
+    identity_token: str = ""
+    registry_token: str = ""
+    host: str = ""
+
+    def __repr__(self) -> str:
+        return f"Credential(source={self.source!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One thing asked of one endpoint, for errors, logs and `pull --timings`. elapsed [seconds]; status 0: no answer."""
+
+    endpoint: str
+    phase: str  # "connect", "tls", "auth", "resolve", "fetch"
+    status: int
+    elapsed: float
+    credential: str  # source name, "none", or "withheld: why"
+    error: str = ""
+
+
+class PullFailed(ImgsvcError):
+    """Every endpoint failed. `code` is that of the most telling attempt, not of the last one."""
+
+    def __init__(self, what: str, attempts: Sequence[Attempt], code: str, *, retryable: bool, where: str = "", hint: str = "") -> None:
+        tried = " | ".join(
+            f"{a.endpoint} [{a.phase}] {a.status or 'no answer'} in {a.elapsed:.2f}s, credential {a.credential}: {a.error}"
+            for a in attempts
+        )
+        super().__init__(f"{what} (tried: {tried})" if tried else what, where=where, hint=hint)
+        self.attempts = tuple(attempts)
+        self.code = code  # type: ignore[misc]  # an instance may narrow the class's category
+        self.retryable = retryable  # type: ignore[misc]  # likewise
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a reference stands for. endpoint: URL base that answered; document: the manifest or index if it came along."""
+
+    descriptor: Descriptor
+    endpoint: str
+    document: bytes | None = None
+    attempts: tuple[Attempt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BlobSource:
+    """Who served a blob: bytes by endpoint. `reused`: bytes that were already there from an earlier try."""
+
+    by_endpoint: dict[str, int] = field(default_factory=dict)
+    reused: int = 0
+    attempts: tuple[Attempt, ...] = ()
+
+
+class BlobSink(Protocol):
+    """Where a download puts its bytes. One task per range calls write_at; ranges never overlap."""
+
+    def missing(self) -> list[tuple[int, int]]:
+        """What is still to be fetched, as (offset, length)."""
+
+    async def write_at(self, offset: int, data: bytes) -> None:
+        """Store bytes at their place. An error stops the download."""
+
+
+class Fetcher(Protocol):
+    """Downloads from the endpoints configured for one repository, with one credential identity."""
+
+    async def document(self, descriptor: Descriptor, *, limit: int) -> bytes:
+        """A small blob or manifest in memory, digest and size verified. Raises: PullFailed, DataLoss, ResourceExhausted."""
+
+    async def download(self, descriptor: Descriptor, sink: BlobSink) -> BlobSource:
+        """Fetch what the sink misses, in parallel ranges where that helps, resuming over failures and across hosts.
+
+        The caller verifies the digest when it commits; one byte more than descriptor.size is an error here.
+        Raises: PullFailed, DataLoss. What was written stays in the sink for the next try.
+        """
+
+
+class Registry(Protocol):
+    """The client as the use cases see it."""
+
+    async def resolve(self, reference: Reference, credential: Credential | None = None) -> Resolved:
+        """Tag or digest to descriptor; always a round trip, so that credentials are really checked (KEP-2535)."""
+
+    def fetcher(self, reference: Reference, credential: Credential | None = None) -> Fetcher:
+        """For the repository of `reference`. No I/O."""
+
+    async def close(self) -> None:
+        """Close connections."""
