@@ -77,7 +77,7 @@ class SingleFlight(Generic[T]):
             await self._leave(key, task)
 
     async def _leave(self, key: str, task: asyncio.Task[T]) -> None:
-        current, users = self._flights[key] if key in self._flights else (task, 0)
+        current, users = self._flights.get(key, (task, 0))
         if current is not task:
             return
         if users > 1:

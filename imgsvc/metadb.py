@@ -163,7 +163,7 @@ class MetaDB:
                                 results.append((future, change(WriteTxn(nested, self._tables)), None))
                         except lmdb.MapFullError:
                             raise
-                        except Exception as error:  # the caller's own failure: rolled back alone, delivered to it
+                        except Exception as error:  # noqa: BLE001  # the caller's own failure: rolled back alone, delivered to it
                             results.append((future, None, error))
                 break
             except lmdb.MapFullError as error:

@@ -16,7 +16,7 @@ import platform as host_platform
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from imgsvc.errors import InvalidArgument, NotFound, ResourceExhausted, printable
 
@@ -57,12 +57,12 @@ class Digest(str):
 
     __slots__ = ()
 
-    def __new__(cls, text: str) -> Digest:
+    def __new__(cls, text: str) -> Self:
         """Check and build."""
-        match = _DIGEST.fullmatch(text) if isinstance(text, str) else None
+        match = _DIGEST.fullmatch(text)
         if match is None or len(match[2]) != _DIGEST_HEX_LENGTH[match[1]]:
             raise InvalidArgument(
-                f'invalid digest "{printable(str(text), 160)}"',
+                f'invalid digest "{printable(text, 160)}"',
                 hint="expected sha256: and 64 or sha512: and 128 lower-case hexadecimal digits",
             )
         return super().__new__(cls, text)
@@ -303,7 +303,7 @@ def parse_document(data: bytes, content_type: str, where: str) -> Manifest | Ind
         ResourceExhausted: over a limit.
     """
     value = _load(data, where)
-    announced = content_type.split(";")[0].strip()
+    announced = content_type.partition(";")[0].strip()
     declared = value.get("mediaType", "")
     if not isinstance(declared, str):
         raise InvalidArgument("mediaType is not a string", where=where)

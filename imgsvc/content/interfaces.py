@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 from imgsvc.oci import Digest
 
@@ -53,7 +53,7 @@ class ContentReader(Protocol):
     def close(self) -> None:
         """Give the descriptor back. Idempotent."""
 
-    def __enter__(self) -> ContentReader: ...
+    def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 

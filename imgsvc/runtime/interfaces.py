@@ -1,4 +1,4 @@
-"""Contracts of the runtime service. (Grows with the OCI runtime, network and kernel seams.)"""
+"""Contracts of the runtime service: what it needs from the image side."""
 
 from __future__ import annotations
 

@@ -161,7 +161,8 @@ class UnpackJob(Protocol):
 
     async def finish(self) -> Applied:
         """All bytes are there; wait for the worker. Raises: DataLoss (diff ID differs, broken stream),
-        InvalidArgument (hostile entry), ResourceExhausted (limit or disk). The snapshot is not committed here."""
+        InvalidArgument (hostile entry), ResourceExhausted (limit or disk). The snapshot is not committed here.
+        """
 
     async def abort(self) -> None:
         """Kill the worker. Idempotent; the caller removes the snapshot."""
@@ -175,7 +176,8 @@ class Unpacker(Protocol):
 
     async def settle(self, mounts: Sequence[Mount], job: UnpackJob) -> Usage:
         """After the parent is committed: give directories the layer did not carry their parent's metadata, make hard
-        links into lower layers. `mounts` are those of the snapshot on its real parent. Returns the usage afterwards."""
+        links into lower layers. `mounts` are those of the snapshot on its real parent. Returns the usage afterwards.
+        """
 
     async def close(self) -> None:
         """Stop idle workers."""
