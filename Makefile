@@ -1,0 +1,33 @@
+# make run    set up what the daemon needs, then run it in the foreground (ARGS="--root … --address …")
+# make test   set up what the tests need, then lint, types and all tests (PYTEST_ARGS="-k …")
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run setup test lint bench proto lock
+.DEFAULT_GOAL := run
+
+run:
+	@$(PYTHON) scripts/setup.py run
+	@exec $(BIN)/imgsvc serve $(ARGS)
+
+setup:
+	@$(PYTHON) scripts/setup.py test
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict imgsvc tests
+
+bench: setup
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# Generated code in imgsvc/api, from the .proto files beside it.
+proto: setup
+	$(BIN)/python -m tests.support.genapi
+
+# After a change of versions in pyproject.toml, in a fresh .venv.
+lock: setup
+	$(BIN)/python -m pip freeze --exclude-editable > requirements-lock.txt
