@@ -1,4 +1,4 @@
-"""Small asyncio tools: one lock per key, one flight per key, a cancel token for work in threads.
+"""Small asyncio tools: one lock per key, one flight per key, the hop to a thread, a cancel token for work in threads.
 
 A cancelled await does not stop its thread: long work in a thread checks a CancelToken per chunk.
 """
@@ -6,14 +6,18 @@ A cancelled await does not stop its thread: long work in a thread checks a Cance
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from imgsvc.errors import Cancelled
 
 T = TypeVar("T")
+U = TypeVar("U")
+P = ParamSpec("P")
 
 
 class CancelToken:
@@ -88,6 +92,67 @@ class SingleFlight(Generic[T]):
             task.cancel()
             # The work gives back what it holds before the last caller's call ends.
             await asyncio.wait([task])
+
+
+class Threads:
+    """A bounded pool for blocking calls; the one way from the event loop to a thread."""
+
+    def __init__(self, size: int, name: str) -> None:
+        self._pool = ThreadPoolExecutor(size, thread_name_prefix=name)
+
+    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `call` on a thread. When the caller is cancelled the call still ends before this returns, so that
+        nothing the caller gives back afterwards (a descriptor, a lock) is still in use.
+        """
+        future = asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(call, *args, **kwargs))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            raise
+
+    def close(self) -> None:
+        """Wait for running calls and stop."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Coalesced:
+    """One costly call that serves everybody who asked before it began (a sync of a whole file system)."""
+
+    def __init__(self, call: Callable[[], Awaitable[None]]) -> None:
+        self._call = call
+        self._running: asyncio.Task[None] | None = None
+        self._next: asyncio.Task[None] | None = None
+
+    async def __call__(self) -> None:
+        """Wait for a call that begins after now."""
+        if self._next is None:
+            self._next = asyncio.ensure_future(self._run_after(self._running))
+        await asyncio.shield(self._next)
+
+    async def _run_after(self, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        self._running, self._next = self._next, None
+        await self._call()
+
+
+async def all_of(*work: Coroutine[Any, Any, T]) -> list[T]:
+    """Run all; the first failure cancels the rest, waits for them, and is raised as it is. Results in order."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+async def both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U]) -> tuple[T, U]:
+    """As all_of, for two results of different types."""
+    left, right = await all_of(cast("Coroutine[Any, Any, Any]", first), cast("Coroutine[Any, Any, Any]", second))
+    return left, right
 
 
 async def _call(work: Callable[[], Awaitable[T]]) -> T:

@@ -21,10 +21,12 @@ class ImgsvcError(Exception):
         code: gRPC status name, e.g. "NOT_FOUND".
         retryable: the same request may succeed later without anybody changing anything.
         what, where, hint: the three parts of the message; where and hint may be empty.
+        reason: a word that a CRI client looks for at the start of the message, e.g. "RegistryUnavailable"; mostly "".
     """
 
     code: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
+    reason: str = ""
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         super().__init__(what)

@@ -328,7 +328,11 @@ def parse_document(data: bytes, content_type: str, where: str) -> Manifest | Ind
 
 def parse_config(data: bytes, where: str) -> ImageConfig:
     """An image config. Raises: InvalidArgument, ResourceExhausted. Docker's and OCI's differ in nothing we read."""
-    value = _load(data, where)
+    return config_from_json(_load(data, where), where)
+
+
+def config_from_json(value: Mapping[str, Any], where: str) -> ImageConfig:
+    """As parse_config, from a document that is parsed already."""
     rootfs = _typed(value.get("rootfs", {}), dict, "rootfs", where)
     raw_ids = _typed(rootfs.get("diff_ids") or [], list, "rootfs.diff_ids", where)
     if len(raw_ids) > MAX_DESCRIPTORS:

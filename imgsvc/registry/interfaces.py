@@ -54,6 +54,7 @@ class PullFailed(ImgsvcError):
         )
         super().__init__(f"{what} (tried: {tried})" if tried else what, where=where, hint=hint)
         self.attempts = tuple(attempts)
+        self.reason = "RegistryUnavailable" if code == "UNAVAILABLE" else ""
         self.code = code  # type: ignore[misc]  # an instance may narrow the class's category
         self.retryable = retryable  # type: ignore[misc]  # likewise
 

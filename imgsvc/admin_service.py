@@ -1,0 +1,152 @@
+"""The administrative service beside CRI: pulls with progress, inspection, tags, store care.
+
+Source: imgsvc/api/admin.proto.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+
+from imgsvc.api import admin_pb2, admin_pb2_grpc
+from imgsvc.errors import NotFound, printable
+from imgsvc.image_service import describe
+from imgsvc.images import ImageStore
+from imgsvc.oci import Digest, Platform
+from imgsvc.pull import Puller, PullRequest
+from imgsvc.reference import Reference
+from imgsvc.registry.interfaces import Credential
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_PROGRESS_INTERVAL = 0.1  # [s] between two progress events of one layer; a terminal shows no more
+
+
+@dataclass(frozen=True, slots=True)
+class Care:
+    """Store care as the daemon wires it; each returns what its command prints as JSON."""
+
+    disk_usage: Callable[[], Awaitable[dict[str, Any]]]
+    collect: Callable[[bool], Awaitable[dict[str, Any]]]
+    check: Callable[[bool, bool], Awaitable[dict[str, Any]]]
+
+
+class AdminService(admin_pb2_grpc.AdminServicer):
+    """What the CLI asks that CRI has no call for."""
+
+    def __init__(
+        self, images: ImageStore, puller: Puller, care: Care, *, snapshotter: str, config_toml: str, on_removed: Callable[[], None]
+    ) -> None:
+        self._images = images
+        self._puller = puller
+        self._care = care
+        self._snapshotter = snapshotter
+        self._config_toml = config_toml
+        self._on_removed = on_removed
+
+    async def Pull(self, request: admin_pb2.PullRequest, context: Context) -> AsyncIterator[admin_pb2.PullEvent]:
+        """Pull with progress; the last event carries the image ID. Leaving the stream cancels the pull."""
+        reporter = _Reporter()
+        wanted = PullRequest(
+            reference=Reference.parse(request.reference),
+            credential=Credential("command line", request.username, request.password) if request.username else None,
+            platform=Platform.parse(request.platform) if request.platform else Platform.host(),
+            snapshotter=request.snapshotter or self._snapshotter,
+            reporter=reporter,
+        )
+        task = asyncio.ensure_future(self._puller.pull(wanted))
+        task.add_done_callback(lambda _: reporter.end())
+        try:
+            while (event := await reporter.next()) is not None:
+                yield event
+            pulled = await task
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+        done = admin_pb2.PullDone(image_id=pulled.image.image_id, timings_json=json.dumps(pulled.timings))
+        yield admin_pb2.PullEvent(done=done)
+
+    async def Inspect(self, request: admin_pb2.InspectRequest, context: Context) -> admin_pb2.JsonReply:
+        """Everything known of one image."""
+        image = self._images.find(request.image)
+        if image is None:
+            raise NotFound(f'no image "{printable(request.image, 200)}" on this node', hint="see `imgsvc images`, or pull it")
+        return _json({**describe(image), "pinned": self._images.pinned(image)})
+
+    async def Tag(self, request: admin_pb2.TagRequest, context: Context) -> admin_pb2.TagReply:
+        """One more name for an image."""
+        image = await self._images.tag(request.source, Reference.parse(request.target))
+        return admin_pb2.TagReply(image_id=image.image_id)
+
+    async def Untag(self, request: admin_pb2.UntagRequest, context: Context) -> admin_pb2.UntagReply:
+        """Remove one name; by ID, the image with all its names."""
+        image = self._images.find(request.image)
+        if image is None:
+            return admin_pb2.UntagReply(found=False)
+        by_id = request.image.removeprefix("sha256:") in image.image_id
+        await (self._images.remove(image.image_id) if by_id else self._images.untag(request.image))
+        self._on_removed()
+        return admin_pb2.UntagReply(found=True)
+
+    async def Config(self, request: admin_pb2.ConfigRequest, context: Context) -> admin_pb2.ConfigReply:
+        """The configuration this daemon runs with."""
+        return admin_pb2.ConfigReply(toml=self._config_toml)
+
+    async def DiskUsage(self, request: admin_pb2.DiskUsageRequest, context: Context) -> admin_pb2.JsonReply:
+        """`imgsvc df`."""
+        return _json(await self._care.disk_usage())
+
+    async def Collect(self, request: admin_pb2.CollectRequest, context: Context) -> admin_pb2.JsonReply:
+        """`imgsvc gc`."""
+        return _json(await self._care.collect(request.explain))
+
+    async def Check(self, request: admin_pb2.CheckRequest, context: Context) -> admin_pb2.JsonReply:
+        """`imgsvc fsck`."""
+        return _json(await self._care.check(request.deep, request.repair))
+
+
+class _Reporter:
+    """A PullReporter that keeps only the newest state of each layer, so a slow reader costs no memory."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, admin_pb2.PullEvent] = {}
+        self._news = asyncio.Event()
+        self._ended = False
+
+    def resolved(self, digest: Digest, endpoint: str) -> None:
+        """As PullReporter."""
+        self._put("", admin_pb2.PullEvent(resolved=admin_pb2.PullResolved(digest=digest, endpoint=endpoint)))
+
+    def layer(self, digest: Digest, size: int, downloaded: int, state: str) -> None:
+        """As PullReporter."""
+        progress = admin_pb2.LayerProgress(digest=digest, size=size, downloaded=downloaded, state=state)
+        self._put(digest, admin_pb2.PullEvent(layer=progress))
+
+    def end(self) -> None:
+        """Nothing more will be reported."""
+        self._ended = True
+        self._news.set()
+
+    def _put(self, key: str, event: admin_pb2.PullEvent) -> None:
+        self._events[key] = event
+        self._news.set()
+
+    async def next(self) -> admin_pb2.PullEvent | None:
+        """The next event, None after the last."""
+        if not self._events and not self._ended:
+            await self._news.wait()
+            if not self._ended:
+                await asyncio.sleep(_PROGRESS_INTERVAL if "" not in self._events else 0)
+        self._news.clear()
+        if self._events:
+            return self._events.pop(next(iter(self._events)))
+        return None
+
+
+def _json(value: dict[str, Any]) -> admin_pb2.JsonReply:
+    return admin_pb2.JsonReply(json=json.dumps(value))

@@ -1,0 +1,13 @@
+"""The `imgsvc` command: one module per group of commands, one parser here.
+
+    main        parser, exit codes, error lines         serve     the daemon
+    client      finding and calling the daemon          images    pull, images, inspect, rmi, tag
+    config      config default|dump|check               registry  hosts explain|check
+    store       df, gc, fsck                            output    tables, JSON, progress display
+
+Exit code 0 done, 1 failed, 2 wrong usage. Heavy imports (gRPC, httpx) happen inside the commands that need them.
+"""
+
+from imgsvc.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,53 @@
+"""config default|dump|check."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from imgsvc import config
+from imgsvc.cli.client import add_address, connect
+
+
+def add_commands(commands: Any) -> None:
+    """Add this module's commands."""
+    parser = commands.add_parser("config", help="the daemon's configuration")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    default = actions.add_parser("default", help="print the embedded defaults")
+    default.set_defaults(run=run_default)
+    dump = actions.add_parser("dump", help="print what a daemon would run with, each value with its origin")
+    dump.add_argument("--config", type=Path, help="file to read instead of the usual one")
+    dump.add_argument("--running", action="store_true", help="ask the running daemon instead")
+    add_address(dump)
+    dump.set_defaults(run=run_dump)
+    check = actions.add_parser("check", help="say whether a configuration is good")
+    check.add_argument("--config", type=Path, help="file to read instead of the usual one")
+    check.set_defaults(run=run_check)
+
+
+def run_default(arguments: argparse.Namespace) -> int:
+    """`imgsvc config default`."""
+    print(config.to_toml(config.Config()), end="")
+    return 0
+
+
+def run_dump(arguments: argparse.Namespace) -> int:
+    """`imgsvc config dump`."""
+    if arguments.running:
+        from imgsvc.api import admin_pb2
+
+        with connect(arguments) as daemon:
+            print(daemon.admin.Config(admin_pb2.ConfigRequest()).toml, end="")
+        return 0
+    loaded = config.load(arguments.config)
+    print(config.to_toml(loaded.config, loaded.origins), end="")
+    return 0
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """`imgsvc config check`."""
+    loaded = config.load(arguments.config)
+    files = sorted({origin.split(":")[0] for origin in loaded.origins.values() if origin != "flag"})
+    print(f"good: {', '.join(files)}" if files else "good: embedded defaults, no file")
+    return 0

@@ -1,0 +1,217 @@
+"""CRI ImageService v1: protobuf in, use cases, protobuf out. No logic of its own beyond that translation.
+
+Source: CRI v1 api.proto; needs.md B5 for what the kubelet and critest compare.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+import grpc.aio
+
+from imgsvc.api import cri_pb2, cri_pb2_grpc
+from imgsvc.errors import InvalidArgument, printable
+from imgsvc.images import Image, ImageStore
+from imgsvc.oci import Platform
+from imgsvc.pull import Puller, PullRequest
+from imgsvc.reference import Reference
+from imgsvc.registry.interfaces import Credential
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Usage(Protocol):
+    """Where images live and how much they use."""
+
+    def image_fs(self) -> tuple[str, int, int]:
+        """(directory, bytes, inodes) of blobs and image layers."""
+
+    def container_fs(self) -> tuple[str, int, int]:
+        """(directory, bytes, inodes) of containers' writable layers."""
+
+
+class ImageService(cri_pb2_grpc.ImageServiceServicer):
+    """The kubelet's view of images."""
+
+    def __init__(
+        self,
+        images: ImageStore,
+        puller: Puller,
+        usage: Usage,
+        *,
+        snapshotter: str,
+        handlers: dict[str, str],
+        on_removed: Callable[[], None],
+    ) -> None:
+        """snapshotter: the default; handlers: RuntimeClass handler → its snapshotter; on_removed: wakes the collector."""
+        self._images = images
+        self._puller = puller
+        self._usage = usage
+        self._snapshotter = snapshotter
+        self._handlers = handlers
+        self._on_removed = on_removed
+
+    async def PullImage(self, request: cri_pb2.PullImageRequest, context: Context) -> cri_pb2.PullImageResponse:
+        """Pull and unpack; the answer is the image ID, the same that every listing shows (strict since Kubernetes 1.36)."""
+        reference = Reference.parse(request.image.image)
+        wanted = PullRequest(
+            reference=reference,
+            credential=credential_from_cri(request.auth) if request.HasField("auth") else None,
+            platform=Platform.host(),
+            snapshotter=self._snapshotter_of(request.image.runtime_handler),
+        )
+        pulled = await self._puller.pull(wanted)
+        return cri_pb2.PullImageResponse(image_ref=pulled.image.image_id)
+
+    async def ListImages(self, request: cri_pb2.ListImagesRequest, context: Context) -> cri_pb2.ListImagesResponse:
+        """One entry per image ID with all its names."""
+        return cri_pb2.ListImagesResponse(images=[self._image(image) for image in self._select(request.filter)])
+
+    async def StreamImages(self, request: cri_pb2.StreamImagesRequest, context: Context) -> AsyncIterator[cri_pb2.StreamImagesResponse]:
+        """As ListImages, each image once, then the end."""
+        for image in self._select(request.filter):
+            yield cri_pb2.StreamImagesResponse(images=[self._image(image)])
+
+    async def ImageStatus(self, request: cri_pb2.ImageStatusRequest, context: Context) -> cri_pb2.ImageStatusResponse:
+        """An absent image is OK with no image."""
+        if not request.image.image:
+            raise InvalidArgument("ImageStatus without an image", hint="name an image or an ID")
+        image = self._images.find(request.image.image)
+        if image is None:
+            return cri_pb2.ImageStatusResponse()
+        info = {"info": json.dumps(describe(image), sort_keys=True)} if request.verbose else {}
+        return cri_pb2.ImageStatusResponse(image=self._image(image), info=info)
+
+    async def RemoveImage(self, request: cri_pb2.RemoveImageRequest, context: Context) -> cri_pb2.RemoveImageResponse:
+        """Forget the image with all its names; removing what is gone succeeds."""
+        if not request.image.image:
+            raise InvalidArgument("RemoveImage without an image", hint="name an image or an ID")
+        image = self._images.find(request.image.image)
+        if image is not None:
+            await self._images.remove(image.image_id)
+            self._on_removed()
+        return cri_pb2.RemoveImageResponse()
+
+    async def ImageFsInfo(self, request: cri_pb2.ImageFsInfoRequest, context: Context) -> cri_pb2.ImageFsInfoResponse:
+        """Running totals, so that the kubelet's garbage collection decides on true numbers without a walk."""
+        return cri_pb2.ImageFsInfoResponse(
+            image_filesystems=[_filesystem(*self._usage.image_fs())],
+            container_filesystems=[_filesystem(*self._usage.container_fs())],
+        )
+
+    def _select(self, wanted: cri_pb2.ImageFilter) -> list[Image]:
+        if not wanted.image.image:
+            return self._images.all()
+        image = self._images.find(wanted.image.image)
+        return [image] if image else []
+
+    def _image(self, image: Image) -> cri_pb2.Image:
+        out = cri_pb2.Image(
+            id=image.image_id,
+            repo_tags=image.repo_tags,
+            repo_digests=image.repo_digests,
+            size=max(image.size, 1),
+            pinned=self._images.pinned(image),
+            spec=cri_pb2.ImageSpec(image=image.image_id),
+        )
+        uid, username = image_user(image.config.user)
+        if uid is not None:
+            out.uid.value = uid
+        else:
+            out.username = username
+        return out
+
+    def _snapshotter_of(self, handler: str) -> str:
+        if not handler:
+            return self._snapshotter
+        if handler not in self._handlers:
+            raise InvalidArgument(f'unknown runtime handler "{printable(handler, 80)}"', hint=f"this node has {', '.join(self._handlers)}")
+        return self._handlers[handler]
+
+
+MAX_ID = 2**31 - 1  # user and group IDs that the kernel and the runtimes take as positive
+
+
+def image_user(user: str) -> tuple[int | None, str]:
+    """(uid, username) as CRI wants them: exactly one is set, and an image without a user runs as uid 0.
+
+    Only the part before the colon counts. A number beyond MAX_ID is a name, never uid 0 and never a lookup by
+    somebody else's parser (CVE-2024-40635).
+    """
+    name = user.partition(":")[0]
+    if not name:
+        return 0, ""
+    if name.isascii() and name.isdigit() and int(name[:20]) <= MAX_ID:
+        return int(name), ""
+    return None, name
+
+
+def credential_from_cri(auth: cri_pb2.AuthConfig) -> Credential | None:
+    """CRI's AuthConfig with all its fields; None when it is empty. Raises: InvalidArgument without showing the secret."""
+    username, password = auth.username, auth.password
+    if auth.auth and not username:
+        try:
+            decoded = base64.b64decode(auth.auth, validate=True).decode("utf-8").rstrip("\0")
+        except (binascii.Error, UnicodeDecodeError):
+            # Without the cause: it would carry bytes of the secret.
+            raise InvalidArgument("auth of the image credential is not base64 of user:password") from None
+        username, colon, password = decoded.partition(":")
+        if not colon:
+            raise InvalidArgument("auth of the image credential is not base64 of user:password")
+    if not (username or password or auth.identity_token or auth.registry_token):
+        return None
+    return Credential(
+        source="CRI request",
+        username=username,
+        password=password,
+        identity_token=auth.identity_token,
+        registry_token=auth.registry_token,
+        host=_server_host(auth.server_address),
+    )
+
+
+def _server_host(address: str) -> str:
+    """`https://index.docker.io/v1/` → `docker.io`; "" stays ""."""
+    host = address.partition("://")[2] or address
+    host = host.partition("/")[0].lower()
+    return "docker.io" if host in ("index.docker.io", "registry-1.docker.io") else host
+
+
+def describe(image: Image) -> dict[str, Any]:
+    """Everything known of an image, for verbose status and `imgsvc inspect`."""
+    return {
+        "id": image.image_id,
+        "repoTags": list(image.repo_tags),
+        "repoDigests": list(image.repo_digests),
+        "manifest": image.manifest.to_json(),
+        "size": image.size,
+        "pulledAt": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(image.created_at)),
+        "artifact": image.artifact,
+        "chainID": image.config.chain_ids()[-1] if image.config.diff_ids else "",
+        "layers": [
+            {
+                **layer.descriptor.to_json(),
+                "diffID": layer.diff_id,
+                "snapshot": layer.snapshot,
+                "encrypted": layer.encrypted,
+                "from": image.provenance.get("blobs", {}).get(layer.descriptor.digest, {}),
+            }
+            for layer in image.layers
+        ],
+        "resolvedBy": image.provenance.get("resolved_by", ""),
+        "imageSpec": dict(image.config.raw),
+    }
+
+
+def _filesystem(path: str, size: int, inodes: int) -> cri_pb2.FilesystemUsage:
+    return cri_pb2.FilesystemUsage(
+        timestamp=time.time_ns(),
+        fs_id=cri_pb2.FilesystemIdentifier(mountpoint=path),
+        used_bytes=cri_pb2.UInt64Value(value=size),
+        inodes_used=cri_pb2.UInt64Value(value=inodes),
+    )

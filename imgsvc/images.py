@@ -1,0 +1,277 @@
+"""Image records: what is here, under which names, and what it is made of.
+
+An image is known by its ID, the digest of its config. Names are tags (`docker.io/library/nginx:1.27`) and repo digests
+(`docker.io/library/nginx@sha256:…`); a name stands for one image at a time. Becoming visible here is the last step of a
+pull, so every record names a complete image. The records live in the metadata table "images"; a copy is held in memory,
+so that listings never touch the disk.
+
+Source: CRI v1 Image; needs.md B5, A7.3.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from imgsvc.errors import InvalidArgument, NotFound, printable
+from imgsvc.metadb import MetaDB, Record, WriteTxn
+from imgsvc.oci import Descriptor, Digest, ImageConfig, Manifest, config_from_json
+from imgsvc.reference import Reference
+
+TABLE: Final = "images"
+RECORD_VERSION: Final = 1
+MIN_SHORT_ID: Final = 4  # [hex digits] of an ID that we accept as an abbreviation
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of an image. snapshot: name of its committed snapshot, the same in every snapshotter."""
+
+    descriptor: Descriptor
+    diff_id: Digest
+    snapshot: str
+    encrypted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A complete image on this node.
+
+    documents: digests of the index, manifest and config blobs, which stay as long as the image does.
+    size: index, manifest, config and layers as stored [bytes], the number CRI reports. created_at: [s since epoch].
+    provenance: {"resolved_by": endpoint, "blobs": {digest: {endpoint: bytes}}}.
+    """
+
+    image_id: Digest
+    manifest: Descriptor
+    config: ImageConfig
+    layers: tuple[Layer, ...]
+    documents: tuple[Digest, ...]
+    size: int
+    created_at: float
+    repo_tags: tuple[str, ...] = ()
+    repo_digests: tuple[str, ...] = ()
+    artifact: bool = False
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names."""
+        return self.repo_tags + self.repo_digests
+
+    @property
+    def top_snapshot(self) -> str | None:
+        """Snapshot a container starts from; None for an image without layers."""
+        return self.layers[-1].snapshot if self.layers else None
+
+
+def build_image(
+    manifest_descriptor: Descriptor,
+    manifest: Manifest,
+    config: ImageConfig,
+    snapshots: Sequence[str],
+    encrypted: Sequence[bool],
+    documents: Sequence[Descriptor],
+    provenance: Mapping[str, Any],
+) -> Image:
+    """The record of an image whose parts are all here. Snapshots and encrypted: one per layer, base first."""
+    diff_ids: Sequence[Digest] = config.diff_ids or tuple(layer.digest for layer in manifest.layers)
+    layers = tuple(
+        Layer(descriptor, diff_id, snapshot, secret)
+        for descriptor, diff_id, snapshot, secret in zip(manifest.layers, diff_ids, snapshots, encrypted, strict=True)
+    )
+    return Image(
+        image_id=manifest.config.digest,
+        manifest=manifest_descriptor,
+        config=config,
+        layers=layers,
+        documents=tuple(d.digest for d in documents),
+        size=sum(d.size for d in documents) + sum(layer.size for layer in manifest.layers),
+        created_at=time.time(),
+        artifact=manifest.is_artifact,
+        provenance=provenance,
+    )
+
+
+class ImageStore:
+    """All images. Lookups are synchronous and cheap; changes are durable when they return."""
+
+    def __init__(self, db: MetaDB, pinned: Iterable[str] = ()) -> None:
+        self._db = db
+        self._pinned = tuple(_pin_pattern(p) for p in pinned)
+        self._changing = asyncio.Lock()
+        self._images: dict[str, Image] = {}
+        self._names: dict[str, str] = {}
+        with db.read() as txn:
+            for image_id, record in txn.items(TABLE):
+                self._show(image_id, _decode(record))
+
+    def all(self) -> list[Image]:
+        """Every image, oldest first."""
+        return sorted(self._images.values(), key=lambda image: image.created_at)
+
+    def get(self, image_id: str) -> Image | None:
+        """By full ID."""
+        return self._images.get(image_id)
+
+    def find(self, text: str) -> Image | None:
+        """By ID, unambiguous short ID, tag, digest or tag@digest, normalised. None when it is not here.
+
+        Raises: InvalidArgument when `text` cannot be any of these, or is a short ID of several images.
+        """
+        if text in self._images:
+            return self._images[text]
+        bare = text.removeprefix("sha256:")
+        if text.startswith("sha256:") or (len(bare) >= MIN_SHORT_ID and set(bare) <= set("0123456789abcdef")):
+            matches = [image_id for image_id in self._images if image_id.startswith(f"sha256:{bare}")]
+            if len(matches) > 1:
+                raise InvalidArgument(f'image ID "{printable(text, 80)}" is ambiguous', hint="give more digits")
+            if matches:
+                return self._images[matches[0]]
+            if text.startswith("sha256:") or len(bare) == 64:
+                return None
+        return self._by_name(Reference.parse(text))
+
+    def _by_name(self, reference: Reference) -> Image | None:
+        # With a digest the tag is decoration: the digest alone decides (needs.md B5, tag@digest).
+        name = str(reference.with_digest(reference.digest)) if reference.digest else reference.tagged
+        return self._images.get(self._names.get(name, ""))
+
+    def pinned(self, image: Image) -> bool:
+        """Whether configuration asks to keep this image: exact name, glob with `*` at the ends, or `*keyword*`."""
+        return any(fnmatch.fnmatchcase(name, pattern) for name in image.names for pattern in self._pinned)
+
+    async def add(self, image: Image, tag: str, repo_digest: str) -> Image:
+        """Make a complete image visible under its names; either name may be "". Moves a tag that stood elsewhere.
+
+        Returns: the record as stored, with every name it has now.
+        """
+        async with self._changing:
+            known = self._images.get(image.image_id, image)
+            touched = [
+                replace(
+                    image,
+                    repo_tags=_plus(known.repo_tags, tag),
+                    repo_digests=_plus(known.repo_digests, repo_digest),
+                    created_at=known.created_at,
+                )
+            ]
+            holder = self._images.get(self._names.get(tag, ""))
+            if holder and holder.image_id != image.image_id:
+                touched.append(_without(holder, tag))
+            await self._write(touched)
+            return touched[0]
+
+    async def tag(self, source: str, name: Reference) -> Image:
+        """Give an image one more tag. Raises: NotFound, InvalidArgument (no tag in `name`)."""
+        image = self.find(source)
+        if image is None:
+            raise NotFound(f'no image "{printable(source, 200)}"', hint="see `imgsvc images`")
+        if not name.tag or name.digest:
+            raise InvalidArgument(f'"{name}" is not a tag', hint="write it as registry/repository:tag")
+        return await self.add(image, name.tagged, "")
+
+    async def remove(self, image_id: str) -> Image | None:
+        """Forget an image with all its names; None when it was not here. Its parts go with the next collection."""
+        async with self._changing:
+            await self._db.awrite(lambda txn: txn.delete(TABLE, image_id))
+            return self._hide(image_id)
+
+    async def untag(self, name: str) -> Image | None:
+        """Remove one name; an image without names is removed. Returns the image that had it, None when none had."""
+        reference = Reference.parse(name)
+        image = self._by_name(reference)
+        if image is None:
+            return None
+        gone = str(reference.with_digest(reference.digest)) if reference.digest else reference.tagged
+        rest = _without(image, gone)
+        if not rest.repo_tags:
+            await self.remove(image.image_id)
+            return image
+        async with self._changing:
+            await self._write([rest])
+        return image
+
+    async def _write(self, images: Sequence[Image]) -> None:
+        """One transaction for all, then the copies in memory; the caller holds `_changing`."""
+
+        def change(txn: WriteTxn) -> None:
+            for image in images:
+                txn.put(TABLE, image.image_id, _encode(image))
+
+        await self._db.awrite(change)
+        for image in reversed(images):
+            self._show(image.image_id, image)
+
+    def _show(self, image_id: str, image: Image) -> None:
+        self._hide(image_id)
+        self._images[image_id] = image
+        for name in image.names:
+            self._names[name] = image_id
+
+    def _hide(self, image_id: str) -> Image | None:
+        old = self._images.pop(image_id, None)
+        for name in old.names if old else ():
+            if self._names.get(name) == image_id:
+                del self._names[name]
+        return old
+
+
+def _plus(names: tuple[str, ...], name: str) -> tuple[str, ...]:
+    return names if not name or name in names else (*names, name)
+
+
+def _without(image: Image, name: str) -> Image:
+    return replace(
+        image,
+        repo_tags=tuple(n for n in image.repo_tags if n != name),
+        repo_digests=tuple(n for n in image.repo_digests if n != name),
+    )
+
+
+def _pin_pattern(text: str) -> str:
+    """Exact names are normalised so that they match as the kubelet's do; patterns stay as they are."""
+    return text if "*" in text else str(Reference.parse(text)).replace("[", "[[]")
+
+
+def _encode(image: Image) -> Record:
+    return {
+        "version": RECORD_VERSION,
+        "image_id": image.image_id,
+        "manifest": image.manifest.to_json(),
+        "config": dict(image.config.raw),
+        "layers": [
+            {"descriptor": layer.descriptor.to_json(), "diff_id": layer.diff_id, "snapshot": layer.snapshot, "encrypted": layer.encrypted}
+            for layer in image.layers
+        ],
+        "documents": list(image.documents),
+        "size": image.size,
+        "created_at": image.created_at,
+        "repo_tags": list(image.repo_tags),
+        "repo_digests": list(image.repo_digests),
+        "artifact": image.artifact,
+        "provenance": dict(image.provenance),
+    }
+
+
+def _decode(record: Record) -> Image:
+    return Image(
+        image_id=Digest(record["image_id"]),
+        manifest=Descriptor.from_json(record["manifest"]),
+        config=config_from_json(record["config"], record["image_id"]),
+        layers=tuple(
+            Layer(Descriptor.from_json(entry["descriptor"]), Digest(entry["diff_id"]), entry["snapshot"], entry["encrypted"])
+            for entry in record["layers"]
+        ),
+        documents=tuple(Digest(d) for d in record["documents"]),
+        size=record["size"],
+        created_at=record["created_at"],
+        repo_tags=tuple(record["repo_tags"]),
+        repo_digests=tuple(record["repo_digests"]),
+        artifact=record["artifact"],
+        provenance=record["provenance"],
+    )
