@@ -5,11 +5,12 @@ A file is durable when its data is synced *and* the directory that names it is. 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from pathlib import Path
 
-from imgsvc.errors import InvalidArgument, printable
+from imgsvc.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, from_os_error, printable
 
 
 def sync_dir(path: Path | str) -> None:
@@ -45,6 +46,50 @@ def private_dir(path: Path, mode: int = 0o700) -> Path:
     if path.stat().st_mode & 0o777 != mode:
         path.chmod(mode)
     return path
+
+
+def lock_exclusive(path: Path, what: str) -> int:
+    """Lock a file of ours until the descriptor is closed or the process ends, however it ends. Returns the descriptor.
+
+    Raises: FailedPrecondition naming the process that holds it. `what` names the thing protected, for the error.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+    except BlockingIOError as error:
+        holder = printable(os.pread(fd, 20, 0).decode("ascii", "replace"))
+        os.close(fd)
+        raise FailedPrecondition(
+            f"{what} is in use by another imgsvc (process {holder or 'unknown'})",
+            where=str(path.parent),
+            hint="stop that one, or choose another root",
+        ) from error
+    except OSError as error:
+        os.close(fd)
+        raise from_os_error(error, f"locking {what}", where=str(path)) from error
+    return fd
+
+
+def boot_id() -> str:
+    """Changes with every boot of the machine: what was not synced in an earlier boot may never have reached the disk."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def require_space(path: Path, need: int, *, reserve: int, doing: str) -> None:
+    """Refuse work that would eat into the free-space reserve. Sizes in bytes.
+
+    Raises: ResourceExhausted saying how much is needed and how much is there.
+    """
+    stats = os.statvfs(path)
+    free = stats.f_bavail * stats.f_frsize
+    if need + reserve > free:
+        raise ResourceExhausted(
+            f"{doing} needs {need} bytes, {max(0, free - reserve)} are free beside the reserve of {reserve}",
+            where=str(path),
+            hint="free space there, then try again",
+        )
 
 
 def safe_component(text: str, what: str) -> str:

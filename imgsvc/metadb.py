@@ -3,28 +3,40 @@
 Readers run on any thread and see one consistent snapshot. Writers hand a function to the writer thread; the functions
 that wait there together share one LMDB transaction and so one fsync (group commit), each in its own nested transaction
 so that one failing takes nothing of the others with it. LMDB allows one write transaction per environment and does not
-refuse use from a wrong thread, hence the single thread (facts: style.md section 5).
+refuse use from a wrong thread, hence the single thread.
 
-Records are JSON objects. The environment carries a format number: a newer one is refused, an older one is migrated
-inside one transaction (see MIGRATIONS).
+Decisions, and what they cost:
+
+* The map is 16 GiB of address space from the start. It takes neither disk nor memory until used, so the database grows
+  without a restart and without the quiet moment that resizing a map in use would need.
+* `sync=False` (images.sync = "none") leaves out LMDB's second fsync per commit only. A power cut may then undo the last
+  transactions, but never breaks the database; leaving out both could lose all of it.
+* LMDB keeps no checksums. A file cut short is noticed when opened; a flipped bit only when a record no longer parses.
+* Records carry a format number: a newer one is refused untouched, an older one is migrated in one transaction.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import lmdb
 
-from imgsvc.errors import DataLoss, FailedPrecondition, Internal, ResourceExhausted
+from imgsvc.errors import DataLoss, FailedPrecondition, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error
+from imgsvc.failpoints import failpoint
+from imgsvc.fsutil import boot_id, lock_exclusive, private_dir
 from imgsvc.oci import GIB, MIB
 
 log = logging.getLogger(__name__)
@@ -32,12 +44,31 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Record = dict[str, Any]
 
-FORMAT: Final = 1
-MIGRATIONS: Final[Mapping[int, Callable[[WriteTxn], None]]] = {}  # from format N to N + 1
 TABLES: Final = ("meta", "images", "content", "snapshots", "leases", "sandboxes", "containers", "prepull", "verdicts", "layers")
 MAX_BATCH: Final = 256  # writes that share one commit; bounds how long the first of them waits
-_INITIAL_MAP: Final = 64 * MIB
-_MAX_MAP: Final = 16 * GIB
+MAX_KEY: Final = 511  # [bytes], LMDB's limit
+_MAP_SIZE: Final = 16 * GIB  # [bytes] of address space; 100 000 layers need about 0.1 GiB of it
+_SMALLEST_MAP: Final = 64 * MIB  # [bytes] below which a limit on address space is an error
+_MAX_READERS: Final = 512  # read transactions open at one time
+_DATA: Final = "data.mdb"
+_SET_ASIDE: Final = "data.mdb.broken"
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """Format of the records. migrations[N] turns format N into N + 1; it sees every table and must be a pure change."""
+
+    format: int = 1
+    tables: tuple[str, ...] = TABLES
+    migrations: Mapping[int, Callable[[WriteTxn], None]] = field(default_factory=dict)
+
+
+class LastEnd(StrEnum):
+    """How the previous daemon on this root ended."""
+
+    CLEAN = "clean"  # closed, or there was none
+    KILLED = "killed"  # without closing, in this boot: everything written is still in the page cache
+    POWER = "power"  # without closing, in an earlier boot: what was not synced may be gone
 
 
 class ReadTxn:
@@ -48,17 +79,18 @@ class ReadTxn:
         self._tables = tables
 
     def get(self, table: str, key: str) -> Record | None:
-        """One record, or None."""
-        raw = self._txn.get(key.encode(), db=self._tables[table])
-        return None if raw is None else json.loads(bytes(raw))
+        """One record, or None. Raises: DataLoss when it cannot be parsed."""
+        raw = self._txn.get(_key(key), db=self._tables[table])
+        return None if raw is None else _parse(table, key, raw)
 
     def items(self, table: str, prefix: str = "") -> Iterator[tuple[str, Record]]:
-        """Records whose key starts with `prefix`, in key order."""
+        """Records whose key starts with `prefix`, in key order. Raises: DataLoss when one cannot be parsed."""
         start = prefix.encode()
         with self._txn.cursor(db=self._tables[table]) as cursor:
             found = cursor.set_range(start) if start else cursor.first()
-            while found and bytes(cursor.key()).startswith(start):
-                yield bytes(cursor.key()).decode(), json.loads(bytes(cursor.value()))
+            while found and (raw := bytes(cursor.key())).startswith(start):
+                key = raw.decode()
+                yield key, _parse(table, key, cursor.value())
                 found = cursor.next()
 
     def count(self, table: str) -> int:
@@ -67,140 +99,295 @@ class ReadTxn:
 
 
 class WriteTxn(ReadTxn):
-    """A write in progress, on the writer thread. Raising rolls back everything this function did."""
+    """A write in progress, on the writer thread. Raising rolls back everything this function did.
+
+    A table must not be changed while items() walks over it: take list() first.
+    """
 
     def put(self, table: str, key: str, record: Mapping[str, Any]) -> None:
-        """Store or replace a record."""
-        self._txn.put(key.encode(), json.dumps(record, separators=(",", ":")).encode(), db=self._tables[table])
+        """Store or replace a record. Raises: InvalidArgument when the key is empty or too long."""
+        self._txn.put(_key(key), json.dumps(record, separators=(",", ":")).encode(), db=self._tables[table])
 
     def delete(self, table: str, key: str) -> bool:
         """Remove a record; whether it was there."""
-        return bool(self._txn.delete(key.encode(), db=self._tables[table]))
+        return bool(self._txn.delete(_key(key), db=self._tables[table]))
+
+
+@dataclass(slots=True)
+class _Change:
+    run: Callable[[WriteTxn], Any]
+    future: Future[Any]
+    value: Any = None
+    error: BaseException | None = None
 
 
 class MetaDB:
-    """One per daemon. Thread-safe.
+    """One per root, held by one process at a time. Thread-safe.
 
-    Durability: when write() or awrite() returns, the change survives power loss (sync=True).
+    Durability: when write() or awrite() returns, the change survives power loss (sync=True) and the end of the process.
     """
 
-    def __init__(self, path: Path, *, sync: bool = True) -> None:
+    last_end: LastEnd  # how the previous daemon ended; decides how much recovery looks at
+
+    def __init__(self, path: Path, *, sync: bool = True, schema: Schema | None = None) -> None:
         """Open or create the environment in directory `path`.
 
-        Raises: FailedPrecondition (written by a newer imgsvc, or in use by another daemon), DataLoss (unreadable).
+        Raises: FailedPrecondition (written by a newer imgsvc, or in use by another daemon), DataLoss (unreadable),
+        ResourceExhausted (no space).
         """
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = path
+        self._schema = schema or Schema()
+        self._lock_fd = _lock(path)
+        self._queue: queue.SimpleQueue[_Change | None] = queue.SimpleQueue()  # bounded by its callers: each waits for its own
+        self._closing = threading.Lock()
+        self._closed = True
         try:
-            self._env = lmdb.open(
-                str(path), map_size=_INITIAL_MAP, max_dbs=len(TABLES) + 8, max_readers=512, mode=0o600, sync=sync, metasync=sync
-            )
-            self._tables = {name: self._env.open_db(name.encode()) for name in TABLES}
-        except lmdb.Error as error:
-            raise DataLoss(
-                f"the metadata database cannot be opened: {error}", where=str(path), hint="see `imgsvc fsck --repair`"
-            ) from error
-        self._grow_to(int(self._env.info()["map_size"]))
-        self._queue: queue.SimpleQueue[tuple[Callable[[WriteTxn], Any], Future[Any]] | None] = queue.SimpleQueue()
+            self._env = _open_env(path, sync, len(self._schema.tables))
+            try:
+                self._start()
+            except BaseException:
+                self._env.close()
+                raise
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+
+    def _start(self) -> None:
+        failpoint("metadb.opened")
+        self._tables: dict[str, Any] = {}
+        self._refuse_newer()
+        self._tables.update({name: self._env.open_db(name.encode()) for name in self._schema.tables})
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="metadb-writer", daemon=True)
         self._thread.start()
-        self.write(self._check_format)
+        try:
+            self.last_end = self.write(self._begin_session)
+        except BaseException:
+            self._stop_writer()
+            raise
 
     @contextmanager
     def read(self) -> Iterator[ReadTxn]:
-        """A consistent view for a `with` block. Takes microseconds; fine on the event loop for a few records."""
-        with self._env.begin() as txn:
+        """A consistent view for a `with` block. Takes microseconds; fine on the event loop for a few records.
+
+        Never wait for anything inside: an open view keeps replaced pages from being used again.
+        """
+        try:
+            txn = self._env.begin()
+        except lmdb.Error as error:
+            raise self._failed("reading metadata", error) from error
+        with txn:
             yield ReadTxn(txn, self._tables)
 
     def submit(self, change: Callable[[WriteTxn], T]) -> Future[T]:
-        """Queue a change for the writer thread. `change` must be short, must not wait, and may run more than once."""
+        """Queue a change for the writer thread, where it runs once. `change` must be short and must not wait.
+
+        Cancelling the future takes the change back if it has not begun; after that it is done in any case.
+        """
         future: Future[T] = Future()
-        if self._closed:
-            raise Internal("the metadata database is closed", where=str(self._path))
-        self._queue.put((change, future))
+        with self._closing:
+            if self._closed:
+                raise Internal("the metadata database is closed", where=str(self._path))
+            self._queue.put(_Change(change, future))
         return future
 
     def write(self, change: Callable[[WriteTxn], T]) -> T:
-        """Run a change and wait until it is durable. Blocking: never call it on the event loop."""
+        """Run a change and wait until it is durable. Blocking: never call it on the event loop or in a change."""
         return self.submit(change).result()
 
     async def awrite(self, change: Callable[[WriteTxn], T]) -> T:
-        """As write, from the event loop. Cancelling the caller does not undo a change that is under way."""
+        """As write, from the event loop. Cancelling the caller does not undo a change that has begun."""
         return await asyncio.wrap_future(self.submit(change))
 
+    def size(self) -> int:
+        """Size of the database file [bytes]."""
+        return os.stat(self._path / _DATA).st_size
+
     def close(self) -> None:
-        """Finish queued changes and close. Idempotent."""
-        if not self._closed:
+        """Finish queued changes, mark the end as clean, and close. Idempotent."""
+        with self._closing:
+            if self._closed:
+                return
+        try:
+            failpoint("metadb.close")
+            self.write(lambda txn: txn.delete("meta", "session"))
+        except ImgsvcError as error:
+            log.warning("the end could not be marked as clean, the next start will check the store: %s", error)
+        self._stop_writer()
+        self._env.close()
+        os.close(self._lock_fd)
+
+    def _stop_writer(self) -> None:
+        with self._closing:
             self._closed = True
             self._queue.put(None)
-            self._thread.join()
-            self._env.close()
+        self._thread.join()
 
     def _run(self) -> None:
-        while (first := self._queue.get()) is not None:
-            batch = [first]
-            stop = False
-            while len(batch) < MAX_BATCH and not self._queue.empty():
-                entry = self._queue.get()
-                if entry is None:
-                    stop = True
-                    break
-                batch.append(entry)
-            self._commit(batch)
-            if stop:
-                return
+        while (batch := self._next_batch()) is not None:
+            self._commit([change for change in batch if change.future.set_running_or_notify_cancel()])
 
-    def _commit(self, batch: list[tuple[Callable[[WriteTxn], Any], Future[Any]]]) -> None:
-        results: list[tuple[Future[Any], Any, BaseException | None]] = []
-        while True:
-            results.clear()
-            try:
-                with self._env.begin(write=True) as parent:
-                    for change, future in batch:
-                        try:
-                            with self._env.begin(write=True, parent=parent) as nested:
-                                results.append((future, change(WriteTxn(nested, self._tables)), None))
-                        except lmdb.MapFullError:
-                            raise
-                        except Exception as error:  # noqa: BLE001  # the caller's own failure: rolled back alone, delivered to it
-                            results.append((future, None, error))
+    def _next_batch(self) -> list[_Change] | None:
+        """What is waiting, in order; None when closed. The closing mark is put back for the next call."""
+        first = self._queue.get()
+        if first is None:
+            return None
+        batch = [first]
+        while len(batch) < MAX_BATCH and not self._queue.empty():
+            entry = self._queue.get()
+            if entry is None:
+                self._queue.put(None)
                 break
-            except lmdb.MapFullError as error:
-                size = int(self._env.info()["map_size"])
-                if size >= _MAX_MAP:
-                    full = ResourceExhausted("the metadata database is full", where=str(self._path))
-                    full.__cause__ = error
-                    results = [(future, None, full) for _, future in batch]
-                    break
-                self._env.set_mapsize(min(size * 2, _MAX_MAP))
-            except lmdb.Error as error:
-                failed = ResourceExhausted(f"a metadata change could not be written: {error}", where=str(self._path), hint="check the disk")
-                failed.__cause__ = error
-                results = [(future, None, failed) for _, future in batch]
-                break
-        for future, value, caught in results:
-            if not future.set_running_or_notify_cancel():
-                continue
-            if caught is None:
-                future.set_result(value)
+            batch.append(entry)
+        return batch
+
+    def _commit(self, batch: list[_Change]) -> None:
+        try:
+            with self._env.begin(write=True) as txn:
+                for change in batch:
+                    # A change alone needs no transaction of its own: when it fails, nothing is left to commit.
+                    self._apply(change, txn, nested=len(batch) > 1)
+                failpoint("metadb.commit")
+                if len(batch) == 1 and batch[0].error is not None:
+                    txn.abort()
+            failpoint("metadb.committed")
+        except BaseException as error:  # noqa: BLE001  # whatever it is, the callers wait for an answer and the thread must live
+            for change in batch:
+                change.error = change.error or self._failed("writing metadata", error)
+        for change in batch:
+            if change.error is None:
+                change.future.set_result(change.value)
             else:
-                future.set_exception(caught)
+                change.future.set_exception(change.error)
 
-    def _grow_to(self, size: int) -> None:
-        if size < _INITIAL_MAP:
-            self._env.set_mapsize(_INITIAL_MAP)
+    def _apply(self, change: _Change, txn: lmdb.Transaction, *, nested: bool) -> None:
+        try:
+            if nested:
+                with self._env.begin(write=True, parent=txn) as own:
+                    change.value = change.run(WriteTxn(own, self._tables))
+            else:
+                change.value = change.run(WriteTxn(txn, self._tables))
+        except lmdb.Error as error:
+            change.error = self._failed("writing metadata", error)
+        except BaseException as error:  # noqa: BLE001  # the caller's own failure, delivered to it
+            change.error = error
 
-    def _check_format(self, txn: WriteTxn) -> None:
-        record = txn.get("meta", "format")
-        found = FORMAT if record is None else int(record["version"])
-        if found > FORMAT:
+    def _failed(self, doing: str, error: BaseException) -> ImgsvcError:
+        """The category of a failure below us."""
+        mapped: ImgsvcError
+        where = str(self._path)
+        if isinstance(error, OSError):
+            mapped = from_os_error(error, doing, where=where)
+        elif isinstance(error, lmdb.MapFullError | lmdb.DiskError | lmdb.ReadersFullError | lmdb.TxnFullError):
+            mapped = ResourceExhausted(f"{doing}: {error}", where=where, hint="free space there, then try again")
+        elif isinstance(error, lmdb.Error):
+            number = next((n for n in (errno.ENOSPC, errno.EDQUOT, errno.EIO) if os.strerror(n) in str(error)), 0)
+            if number:
+                mapped = from_os_error(OSError(number, os.strerror(number)), doing, where=where)
+            else:
+                mapped = DataLoss(f"{doing}: {error}", where=where, hint="check the disk, then restart imgsvc")
+        else:
+            mapped = Internal(f"{doing}: {error}", where=where)
+        mapped.__cause__ = error
+        return mapped
+
+    def _refuse_newer(self) -> None:
+        """Look at the format before anything is written."""
+        with self._env.begin() as txn:
+            if txn.stat()["entries"] == 0:
+                return
+        self._tables["meta"] = self._env.open_db(b"meta")
+        with self.read() as view:
+            record = view.get("meta", "format")
+        found = self._schema.format if record is None else int(record["version"])
+        if found > self._schema.format:
             raise FailedPrecondition(
-                f"the store has format {found}, this imgsvc knows up to {FORMAT}",
+                f"the store has format {found}, this imgsvc knows up to {self._schema.format}",
                 where=str(self._path),
                 hint="run the newer imgsvc, or choose another root",
             )
-        for version in range(found, FORMAT):
+
+    def _begin_session(self, txn: WriteTxn) -> LastEnd:
+        record = txn.get("meta", "format")
+        for version in range(self._schema.format if record is None else int(record["version"]), self._schema.format):
             log.info("migrating the store from format %d to %d", version, version + 1)
-            MIGRATIONS[version](txn)
-        txn.put("meta", "format", {"version": FORMAT})
+            self._schema.migrations[version](txn)
+            failpoint("metadb.migrate")
+        txn.put("meta", "format", {"version": self._schema.format})
+        session = txn.get("meta", "session")
+        boot = boot_id()
+        txn.put("meta", "session", {"boot": boot, "pid": os.getpid()})
+        if session is None:
+            return LastEnd.CLEAN
+        return LastEnd.KILLED if session["boot"] == boot else LastEnd.POWER
+
+
+def set_aside(path: Path) -> Path:
+    """Move an unreadable database out of the way, so that the next open starts an empty one. For `fsck --repair`.
+
+    Returns: the file's new path; an older one of that name is replaced. Raises: FailedPrecondition while a daemon runs.
+    """
+    lock_fd = _lock(path)
+    try:
+        os.replace(path / _DATA, path / _SET_ASIDE)
+    except OSError as error:
+        raise from_os_error(error, "setting the metadata database aside", where=str(path)) from error
+    finally:
+        os.close(lock_fd)
+    return path / _SET_ASIDE
+
+
+def _lock(path: Path) -> int:
+    try:
+        private_dir(path)
+        return lock_exclusive(path / "daemon.lock", "the store")
+    except OSError as error:
+        raise from_os_error(error, "opening the metadata database", where=str(path)) from error
+
+
+def _open_env(path: Path, sync: bool, tables: int) -> lmdb.Environment:
+    env = _map_env(path, sync, tables, _MAP_SIZE)
+    # Slots of readers that were killed would keep old pages from being used again.
+    env.reader_check()
+    # Reading beyond the end of a mapped file is SIGBUS, not an error: look before anything reads.
+    expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    actual = os.stat(path / _DATA).st_size
+    if env.info()["last_txnid"] > 0 and actual < expected:
+        env.close()
+        raise _unreadable(path, f"it is cut short: {actual} bytes of {expected}")
+    return env
+
+
+def _map_env(path: Path, sync: bool, tables: int, size: int) -> lmdb.Environment:
+    try:
+        return lmdb.open(str(path), map_size=size, max_dbs=tables + 1, max_readers=_MAX_READERS, mode=0o600, metasync=sync)
+    except lmdb.MemoryError as error:  # RLIMIT_AS
+        if size // 2 >= _SMALLEST_MAP:
+            return _map_env(path, sync, tables, size // 2)
+        hint = "raise the limit on address space"
+        raise ResourceExhausted(f"mapping the metadata database: {error}", where=str(path), hint=hint) from error
+    except lmdb.DiskError as error:
+        raise ResourceExhausted(f"opening the metadata database: {error}", where=str(path), hint="free space there") from error
+    except lmdb.Error as error:
+        raise _unreadable(path, str(error)) from error
+
+
+def _unreadable(path: Path, why: str) -> DataLoss:
+    return DataLoss(f"the metadata database cannot be used: {why}", where=str(path / _DATA), hint="run `imgsvc fsck --repair`")
+
+
+def _key(key: str) -> bytes:
+    raw = key.encode()
+    if not 0 < len(raw) <= MAX_KEY:
+        raise InvalidArgument(f"a metadata key has {len(raw)} bytes, possible are 1 to {MAX_KEY}")
+    return raw
+
+
+def _parse(table: str, key: str, raw: Any) -> Record:
+    try:
+        record = json.loads(bytes(raw))
+    except ValueError as error:
+        raise DataLoss(f'the record "{key}" of table {table} cannot be parsed', hint="run `imgsvc fsck --repair`") from error
+    if not isinstance(record, dict):
+        raise DataLoss(f'the record "{key}" of table {table} is no object', hint="run `imgsvc fsck --repair`")
+    return record

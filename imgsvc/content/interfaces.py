@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 from types import TracebackType
 from typing import Protocol, Self
 
+from imgsvc.concurrency import CancelToken
 from imgsvc.oci import Digest
 
 
@@ -62,10 +64,14 @@ class Provider(Protocol):
     """Reading what is stored."""
 
     def info(self, digest: Digest) -> Info | None:
-        """The blob's record, or None when it is not there."""
+        """The blob's record, or None when it is not there or its file is missing, cut short or altered.
+
+        So a broken blob is healed by fetching it again. Blocking: microseconds; as long as hashing the blob takes when
+        its file was touched since it was stored.
+        """
 
     def reader(self, digest: Digest) -> ContentReader:
-        """Open a blob. Raises: NotFound; DataLoss when the file's size is not the recorded one."""
+        """Open a blob. Raises: NotFound; DataLoss when its file is missing, cut short or altered. Blocking: as info."""
 
 
 class Writer(Protocol):
@@ -91,18 +97,18 @@ class Writer(Protocol):
         """Descriptor of the growing file, for readers that follow the write; owned by the writer."""
 
     def truncate(self, size: int) -> None:
-        """Forget everything from `size` on."""
+        """Forget everything from `size` on. No other call may run on this writer meanwhile."""
 
     def commit(self, size: int | None, expected: Digest, labels: Mapping[str, str] | None = None) -> Info:
         """Publish the ingest as an immutable blob. Durability: survives power loss on return (sync = "full").
 
         Args:     size: expected total [bytes], None if unknown. expected: digest of the stored bytes.
         Returns:  Info. Content that exists already is a success. The writer is closed in every case.
-        Raises:   DataLoss: size or digest differs; the ingest is gone. ResourceExhausted: disk full.
+        Raises:   DataLoss: size or digest differs. ResourceExhausted: disk full. The ingest and its space are gone then.
         """
 
     def close(self) -> None:
-        """Release the ingest, keeping its bytes. Idempotent."""
+        """Release the ingest, keeping its bytes unless the disk failed. Waits for calls on other threads. Idempotent."""
 
 
 class Ingester(Protocol):
@@ -136,6 +142,30 @@ class Manager(Protocol):
 
     def delete(self, digest: Digest) -> None:
         """Remove a blob. Absent is a success. Durability: gone from the index before its bytes are."""
+
+
+class Fault(StrEnum):
+    """What can be wrong with a stored blob."""
+
+    MISSING = "missing"
+    EMPTY = "empty"
+    SIZE = "wrong size"
+    ALTERED = "altered"
+    UNREADABLE = "unreadable"
+    STRAY = "without a record"
+
+
+class Scrubber(Protocol):
+    """Comparing what is recorded with what is there, for fsck and for recovery after an unclean end."""
+
+    def check(self, digest: Digest, *, deep: bool, cancel: CancelToken | None = None) -> Fault | None:
+        """Examine one recorded blob; None when sound. deep: hash it whole, else only if its file was touched."""
+
+    def strays(self) -> list[Digest]:
+        """Files that have a blob's name but no record: left by a kill between renaming and recording."""
+
+    def adopt(self, digest: Digest, cancel: CancelToken | None = None) -> bool:
+        """Hash a stray: record it when it is what its name says (True), delete it otherwise (False)."""
 
 
 class Store(Provider, Ingester, IngestManager, Manager, Protocol):

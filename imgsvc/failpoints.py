@@ -1,0 +1,143 @@
+"""Named points at which a test can stop, fail or slow the program. Nothing is armed unless a test says so.
+
+Entry points (daemon, unpack worker) call `arm(os.environ.get(ENV, ""))` once; the text lists points separated by ";"::
+
+    IMGSVC_FAILPOINTS="content.commit.renamed=kill; metadb.commit=error:ENOSPC*2; gc.remove=delay:50; content.write=kill@3"
+
+    kill         SIGKILL to this process: what is on disk now is what the next start finds
+    error[:NAME] raise OSError with that errno name (EIO when left out), as the operating system would
+    delay:MS     wait, to widen a race [ms]
+    *COUNT       act that many times, then never again (default: always)     @HIT  first act at this hit (default: 1)
+
+POINTS is the registry: a name that is not in it cannot be armed or used (tests/test_failpoints.py compares it with the
+source), so a crash test that walks over it reaches every point there is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import re
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from imgsvc.errors import InvalidArgument
+
+log = logging.getLogger(__name__)
+
+ENV: Final = "IMGSVC_FAILPOINTS"
+
+# name: what is true at that point
+POINTS: Final[dict[str, str]] = {
+    "content.ingest.created": "the ingest directory exists, its record does not",
+    "content.ingest.recorded": "the ingest's record exists, no byte of it does",
+    "content.write": "about to write a chunk",
+    "content.written": "a chunk is in the file, the journal does not know it",
+    "content.journaled": "a chunk is in the file and in the journal",
+    "content.truncate": "about to cut an ingest",
+    "content.commit": "all bytes are there, nothing is checked",
+    "content.commit.checked": "size and digest are right, nothing is synced",
+    "content.commit.synced": "the bytes are on disk, in the ingest directory",
+    "content.commit.renamed": "the blob has its final name, the directory is not synced",
+    "content.commit.dirsynced": "the blob is on disk under its final name, without a record",
+    "content.commit.recorded": "the blob is visible, its ingest directory is left over",
+    "content.abort": "about to drop an ingest",
+    "content.update": "about to change labels",
+    "content.delete": "about to delete a blob",
+    "content.delete.forgotten": "the record is gone, the bytes are there",
+    "content.delete.unlinked": "record and bytes are gone",
+    "content.recover": "about to repair the content store after an unclean end",
+    "content.adopt": "a blob without a record is verified, about to be recorded",
+    "metadb.opened": "the database is open, its format is not checked",
+    "metadb.migrate": "inside the migration's transaction",
+    "metadb.commit": "changes are made in the transaction, which is not committed",
+    "metadb.committed": "the transaction is on disk, nobody was told",
+    "metadb.close": "about to take the mark of an unclean end away",
+    "lease.create": "about to create a lease",
+    "lease.add": "about to add resources to a lease",
+    "lease.delete": "about to delete a lease",
+    "lease.expire": "leases have expired, their records are there",
+    "gc.mark": "about to mark",
+    "gc.marked": "marked, nothing removed",
+    "gc.remove": "about to remove one thing",
+    "gc.removed": "one thing is removed",
+    "gc.slice": "between two slices of a sweep",
+    "gc.evict": "about to choose cached blobs to give up",
+}
+
+_TERM = re.compile(
+    r"(?P<name>[a-z0-9.-]+)=(?P<action>kill|error|delay)(?::(?P<argument>[A-Z0-9]+))?(?:\*(?P<count>[0-9]+))?(?:@(?P<first>[0-9]+))?"
+)
+
+
+@dataclass(slots=True)
+class _Action:
+    kind: str
+    number: int  # errno, or delay [ms]
+    left: int  # times still to act; -1 without end
+    skip: int  # hits still to let pass
+
+
+_armed: dict[str, _Action] = {}
+_lock = threading.Lock()
+
+
+def arm(text: str) -> None:
+    """Replace what is armed; "" disarms everything. Raises: InvalidArgument naming the term that is wrong."""
+    actions = dict(_parse(term.strip()) for term in text.split(";") if term.strip())
+    with _lock:
+        _armed.clear()
+        _armed.update(actions)
+    if actions:
+        log.warning("failpoints armed (this is a test): %s", text)
+
+
+def failpoint(name: str) -> None:
+    """Act if `name` is armed. Costs one look at an empty dictionary otherwise."""
+    if _armed:
+        time.sleep(_act(name) / 1000)
+
+
+async def afailpoint(name: str) -> None:
+    """As failpoint, for the event loop: a delay holds up the caller only."""
+    if _armed:
+        await asyncio.sleep(_act(name) / 1000)
+
+
+def _act(name: str) -> int:
+    """Kill or raise, or the delay [ms] the caller has to wait."""
+    with _lock:
+        action = _armed.get(name)
+        if action is None or action.left == 0:
+            return 0
+        if action.skip > 0:
+            action.skip -= 1
+            return 0
+        action.left -= action.left > 0
+    if action.kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if action.kind == "error":
+        raise OSError(action.number, f"{os.strerror(action.number)} (failpoint {name})")
+    return action.number
+
+
+def _parse(term: str) -> tuple[str, _Action]:
+    match = _TERM.fullmatch(term)
+    if match is None or match["name"] not in POINTS:
+        raise InvalidArgument(f'"{term}" is no failpoint', where=ENV, hint="use name=kill|error[:ERRNO]|delay:MS[*COUNT][@HIT]")
+    kind, argument = match["action"], match["argument"] or ""
+    if kind == "delay" and argument.isdecimal():
+        number = int(argument)
+    elif kind == "error" and hasattr(errno, argument or "EIO"):
+        number = int(getattr(errno, argument or "EIO"))
+    elif kind == "kill" and not argument:
+        number = 0
+    else:
+        raise InvalidArgument(f'"{term}": "{argument}" does not fit {kind}', where=ENV)
+    count = -1 if match["count"] is None else int(match["count"])
+    return match["name"], _Action(kind, number, count, max(0, int(match["first"] or 1) - 1))
