@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -26,13 +26,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    ) -> grpc.RpcMethodHandler[Any, Any]:
         """Wrap the handler that would serve this call."""
-        handler = await continuation(handler_call_details)
+        handler = cast("grpc.RpcMethodHandler[Any, Any] | None", await continuation(handler_call_details))
         if handler is None:
-            return handler
+            return cast("grpc.RpcMethodHandler[Any, Any]", None)  # an unknown method; gRPC answers UNIMPLEMENTED
         method = handler_call_details.method
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(
