@@ -129,6 +129,7 @@ class Handler:
     pod_annotations: tuple[str, ...] = ()
     container_annotations: tuple[str, ...] = ()
     privileged_without_host_devices: bool = False
+    privileged_without_host_devices_all_devices_allowed: bool = False
     base_runtime_spec: str = ""
     snapshotter: str = ""
     cni_conf_dir: str = ""
@@ -142,7 +143,24 @@ class Runtime:
     enabled: bool = True
     default_runtime_name: str = "default"
     cgroup_driver: str = "auto"  # "systemd", "cgroupfs"; auto: systemd where it is process 1 and cgroup v2 is mounted
-    sandbox_image: str = ""  # "": no pause image; a pause process of ours serves shared PID namespaces
+    conmon: str = "conmon"  # name or path of the monitor
+    max_container_log_line_size: int = 16384  # [bytes] of one line before it is split; -1: never
+    restrict_oom_score_adj: bool = False
+    unset_seccomp_profile: str = ""
+    disable_apparmor: bool = False
+    enable_selinux: bool = False
+    disable_proc_mount: bool = False
+    tolerate_missing_hugetlb_controller: bool = True
+    disable_hugetlb_controller: bool = False
+    device_ownership_from_security_context: bool = False
+    ignore_image_defined_volumes: bool = False
+    enable_unprivileged_ports: bool = True
+    enable_unprivileged_icmp: bool = True
+    enable_cdi: bool = True
+    cdi_spec_dirs: tuple[str, ...] = ("/etc/cdi", "/var/run/cdi")
+    drain_exec_sync_io_timeout: Duration = 0.0
+    seccomp_profile_root: str = "/var/lib/kubelet/seccomp"
+    allowed_unsafe_sysctls: tuple[str, ...] = ()
     runtimes: dict[str, Handler] = field(default_factory=lambda: {"default": Handler()})
 
 
@@ -156,6 +174,8 @@ class Cni:
     conf_template: str = ""
     ip_pref: str = ""
     setup_serially: bool = False
+    use_internal_loopback: bool = True
+    cache_dir: str = ""  # "": cni in the root directory
 
 
 @dataclass(frozen=True, slots=True)

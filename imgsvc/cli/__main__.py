@@ -1,4 +1,4 @@
-"""`python -m imgsvc`."""
+"""`python -m imgsvc.cli`."""
 
 import sys
 
