@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from imgsvc.errors import Cancelled
@@ -62,36 +63,45 @@ class KeyedLock:
         return key in self._locks
 
 
+@dataclass(slots=True)
+class _Flight(Generic[T]):
+    task: asyncio.Task[T]
+    users: int = 0
+
+
 class SingleFlight(Generic[T]):
     """Callers with one key share one run. A caller that leaves does not disturb the rest; the last to leave cancels it."""
 
     def __init__(self) -> None:
-        self._flights: dict[str, tuple[asyncio.Task[T], int]] = {}
+        self._flights: dict[str, _Flight[T]] = {}
 
     async def run(self, key: str, work: Callable[[], Awaitable[T]]) -> T:
-        """Join the flight for `key`, starting it with `work` when there is none."""
-        if key in self._flights and not self._flights[key][0].done():
-            task, users = self._flights[key]
-        else:
-            task, users = asyncio.ensure_future(_call(work)), 0
-        self._flights[key] = (task, users + 1)
+        """Join the flight for `key`, starting it with `work` when there is none. Runs for one key never overlap."""
+        while (flight := self._flights.get(key)) and not flight.users and not flight.task.done():
+            # Everybody left and it is giving back what it holds (a lock, an ingest) before the next one needs it.
+            await asyncio.wait([flight.task])
+        if flight is None or flight.task.done():
+            flight = self._flights[key] = _Flight(asyncio.ensure_future(_call(work)))
+        flight.users += 1
         try:
-            return await asyncio.shield(task)
+            return await asyncio.shield(flight.task)
         finally:
-            await self._leave(key, task)
+            flight.users -= 1
+            if not flight.users:
+                await self._last_left(key, flight)
 
-    async def _leave(self, key: str, task: asyncio.Task[T]) -> None:
-        current, users = self._flights.get(key, (task, 0))
-        if current is not task:
-            return
-        if users > 1:
-            self._flights[key] = (task, users - 1)
-            return
-        del self._flights[key]
-        if not task.done():
-            task.cancel()
+    async def _last_left(self, key: str, flight: _Flight[T]) -> None:
+        if flight.task.done():
+            self._forget(key, flight)
+        else:
+            flight.task.add_done_callback(lambda _: self._forget(key, flight))
+            flight.task.cancel()
             # The work gives back what it holds before the last caller's call ends.
-            await asyncio.wait([task])
+            await asyncio.wait([flight.task])
+
+    def _forget(self, key: str, flight: _Flight[T]) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
 
 
 class Threads:

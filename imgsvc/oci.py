@@ -12,6 +12,7 @@ import base64
 import binascii
 import hashlib
 import json
+import math
 import platform as host_platform
 import re
 from collections.abc import Iterable, Mapping
@@ -333,30 +334,30 @@ def parse_config(data: bytes, where: str) -> ImageConfig:
 
 def config_from_json(value: Mapping[str, Any], where: str) -> ImageConfig:
     """As parse_config, from a document that is parsed already."""
-    rootfs = _typed(value.get("rootfs", {}), dict, "rootfs", where)
-    raw_ids = _typed(rootfs.get("diff_ids") or [], list, "rootfs.diff_ids", where)
+    rootfs = _member(value, "rootfs", dict, where)
+    raw_ids = _member(rootfs, "diff_ids", list, where)
     if len(raw_ids) > MAX_DESCRIPTORS:
         raise ResourceExhausted(f"{len(raw_ids)} diff_ids; at most {MAX_DESCRIPTORS} are accepted", where=where)
-    config = _typed(value.get("config") or {}, dict, "config", where)
+    config = _member(value, "config", dict, where)
     return ImageConfig(
         platform=_platform(value, where),
         diff_ids=tuple(Digest(_typed(d, str, "rootfs.diff_ids", where)) for d in raw_ids),
-        user=_typed(config.get("User") or "", str, "config.User", where),
-        env=_strings(config.get("Env"), "config.Env", where),
-        entrypoint=_strings(config.get("Entrypoint"), "config.Entrypoint", where),
-        cmd=_strings(config.get("Cmd"), "config.Cmd", where),
-        working_dir=_typed(config.get("WorkingDir") or "", str, "config.WorkingDir", where),
-        volumes=tuple(_typed(config.get("Volumes") or {}, dict, "config.Volumes", where)),
-        labels=_string_map(config.get("Labels"), "config.Labels", where),
-        stop_signal=_typed(config.get("StopSignal") or "", str, "config.StopSignal", where),
-        exposed_ports=tuple(_typed(config.get("ExposedPorts") or {}, dict, "config.ExposedPorts", where)),
-        created=_typed(value.get("created") or "", str, "created", where),
+        user=_member(config, "User", str, where),
+        env=_strings(config, "Env", where),
+        entrypoint=_strings(config, "Entrypoint", where),
+        cmd=_strings(config, "Cmd", where),
+        working_dir=_member(config, "WorkingDir", str, where),
+        volumes=tuple(_member(config, "Volumes", dict, where)),
+        labels=_string_map(config, "Labels", where),
+        stop_signal=_member(config, "StopSignal", str, where),
+        exposed_ports=tuple(_member(config, "ExposedPorts", dict, where)),
+        created=_member(value, "created", str, where),
         raw=value,
     )
 
 
 def _manifest(value: Mapping[str, Any], kind: str, where: str) -> Manifest:
-    layers = _descriptors(value.get("layers") or [], "layers", where)
+    layers = _descriptors(value, "layers", where)
     if "config" not in value:
         raise InvalidArgument("a manifest without config", where=where)
     subject = value.get("subject")
@@ -364,8 +365,8 @@ def _manifest(value: Mapping[str, Any], kind: str, where: str) -> Manifest:
         media_type=kind,
         config=_descriptor(value["config"], f"{where}: config"),
         layers=layers,
-        annotations=_string_map(value.get("annotations"), "annotations", where),
-        artifact_type=_typed(value.get("artifactType") or "", str, "artifactType", where),
+        annotations=_string_map(value, "annotations", where),
+        artifact_type=_member(value, "artifactType", str, where),
         subject=_descriptor(subject, f"{where}: subject") if subject else None,
     )
 
@@ -374,14 +375,14 @@ def _index(value: Mapping[str, Any], kind: str, where: str) -> Index:
     subject = value.get("subject")
     return Index(
         media_type=kind,
-        manifests=_descriptors(value.get("manifests") or [], "manifests", where),
-        annotations=_string_map(value.get("annotations"), "annotations", where),
+        manifests=_descriptors(value, "manifests", where),
+        annotations=_string_map(value, "annotations", where),
         subject=_descriptor(subject, f"{where}: subject") if subject else None,
     )
 
 
-def _descriptors(value: object, name: str, where: str) -> tuple[Descriptor, ...]:
-    entries = _typed(value, list, name, where)
+def _descriptors(value: Mapping[str, Any], name: str, where: str) -> tuple[Descriptor, ...]:
+    entries = _member(value, name, list, where)
     if len(entries) > MAX_DESCRIPTORS:
         raise ResourceExhausted(f"{len(entries)} {name}; at most {MAX_DESCRIPTORS} are accepted", where=where)
     return tuple(_descriptor(entry, f"{where}: {name}[{position}]") for position, entry in enumerate(entries))
@@ -398,15 +399,15 @@ def _descriptor(value: object, where: str) -> Descriptor:
         raise InvalidArgument(error.what, where=where, hint=error.hint) from error
     inline = entry.get("data")
     data = _inline(inline, digest, size, where) if inline is not None else None
-    platform = entry.get("platform")
+    platform = _member(entry, "platform", dict, where)
     return Descriptor(
-        media_type=_typed(entry.get("mediaType") or "", str, "mediaType", where),
+        media_type=_member(entry, "mediaType", str, where),
         digest=digest,
         size=size,
-        annotations=_string_map(entry.get("annotations"), "annotations", where),
-        platform=_platform(_typed(platform, dict, "platform", where), where) if platform else None,
-        artifact_type=_typed(entry.get("artifactType") or "", str, "artifactType", where),
-        urls=_strings(entry.get("urls"), "urls", where),
+        annotations=_string_map(entry, "annotations", where),
+        platform=_platform(platform, where) if platform else None,
+        artifact_type=_member(entry, "artifactType", str, where),
+        urls=_strings(entry, "urls", where),
         data=data,
     )
 
@@ -424,23 +425,29 @@ def _inline(value: object, digest: Digest, size: int, where: str) -> bytes:
 
 def _platform(value: Mapping[str, Any], where: str) -> Platform:
     return Platform(
-        os=_typed(value.get("os") or "linux", str, "os", where),
-        architecture=_typed(value.get("architecture") or "", str, "architecture", where),
-        variant=_typed(value.get("variant") or "", str, "variant", where),
-        os_version=_typed(value.get("os.version") or "", str, "os.version", where),
-        os_features=_strings(value.get("os.features"), "os.features", where),
+        os=_member(value, "os", str, where) or "linux",
+        architecture=_member(value, "architecture", str, where),
+        variant=_member(value, "variant", str, where),
+        os_version=_member(value, "os.version", str, where),
+        os_features=_strings(value, "os.features", where),
     ).normalised()
 
 
-def _strings(value: object, name: str, where: str) -> tuple[str, ...]:
-    return tuple(_typed(item, str, name, where) for item in _typed(value or [], list, name, where))
+def _strings(value: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
+    return tuple(_typed(item, str, name, where) for item in _member(value, name, list, where))
 
 
-def _string_map(value: object, name: str, where: str) -> dict[str, str]:
-    return {key: _typed(item, str, f"{name}.{key}", where) for key, item in _typed(value or {}, dict, name, where).items()}
+def _string_map(value: Mapping[str, Any], name: str, where: str) -> dict[str, str]:
+    return {key: _typed(item, str, f"{name}.{key}", where) for key, item in _member(value, name, dict, where).items()}
 
 
 _T = TypeVar("_T")
+
+
+def _member(value: Mapping[str, Any], name: str, kind: type[_T], where: str) -> _T:
+    """An optional member; absent and null both mean empty, as Go's writers have it."""
+    found = value.get(name)
+    return kind() if found is None else _typed(found, kind, name, where)
 
 
 def _typed(value: object, kind: type[_T], name: str, where: str) -> _T:
@@ -455,17 +462,20 @@ def _load(data: bytes, where: str) -> dict[str, Any]:
 
 
 def load_json_object(data: bytes, where: str, *, limit: int) -> dict[str, Any]:
-    """A JSON object from hostile bytes: UTF-8 only, size [bytes] and depth bounded, no duplicate members, no NaN.
+    """A JSON object from hostile bytes: UTF-8 only, size [bytes] and depth bounded, no duplicate members, no NaN, no half
+    surrogates.
 
     Raises: InvalidArgument; ResourceExhausted when over `limit`.
     """
     if len(data) > limit:
         raise ResourceExhausted(f"{len(data)} bytes; at most {limit} are accepted", where=where)
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        if b"\\u" in data:  # only an escape can smuggle half a character in, which nothing later could write down
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
         raise InvalidArgument("nested too deeply", where=where) from error
-    except ValueError as error:  # UnicodeDecodeError, JSONDecodeError, huge integers, and our own two hooks
+    except ValueError as error:  # UnicodeError, JSONDecodeError, huge integers, and our own hooks
         raise InvalidArgument(f"not valid JSON: {printable(str(error), 160)}", where=where) from error
     return _typed(value, dict, "document", where)
 
@@ -479,3 +489,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("a number out of range")
+    return number
