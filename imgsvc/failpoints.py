@@ -68,6 +68,19 @@ POINTS: Final[dict[str, str]] = {
     "gc.removed": "one thing is removed",
     "gc.slice": "between two slices of a sweep",
     "gc.evict": "about to choose cached blobs to give up",
+    "pull.resolved": "the registry answered, nothing is on disk",
+    "pull.documents": "index, manifest and config are stored, no layer is",
+    "pull.layers": "every layer is committed, the image has no name",
+    "layer.prepared": "an active snapshot for a layer exists, nothing is in it",
+    "layer.downloaded": "all bytes of a layer arrived, the blob is not committed",
+    "layer.unpacked": "a layer's files are there, the parent is committed",
+    "layer.settled": "a layer is as it will be, not on disk",
+    "layer.synced": "a layer is on disk, not committed",
+    "layer.committed": "a layer is committed",
+    "image.add": "about to write an image's record",
+    "image.added": "an image's record is on disk",
+    "image.remove": "about to remove an image's record",
+    "image.removed": "an image's record is gone, its parts are there",
 }
 
 _TERM = re.compile(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from imgsvc.errors import InvalidArgument, NotFound, printable
+from imgsvc.failpoints import afailpoint
 from imgsvc.metadb import MetaDB, Record, WriteTxn
 from imgsvc.oci import Descriptor, Digest, ImageConfig, Manifest, config_from_json
 from imgsvc.reference import Reference
@@ -178,7 +179,9 @@ class ImageStore:
     async def remove(self, image_id: str) -> Image | None:
         """Forget an image with all its names; None when it was not here. Its parts go with the next collection."""
         async with self._changing:
+            await afailpoint("image.remove")
             await self._db.awrite(lambda txn: txn.delete(TABLE, image_id))
+            await afailpoint("image.removed")
             return self._hide(image_id)
 
     async def untag(self, name: str) -> Image | None:
@@ -203,7 +206,9 @@ class ImageStore:
             for image in images:
                 txn.put(TABLE, image.image_id, _encode(image))
 
+        await afailpoint("image.add")
         await self._db.awrite(change)
+        await afailpoint("image.added")
         for image in reversed(images):
             self._show(image.image_id, image)
 

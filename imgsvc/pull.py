@@ -28,9 +28,12 @@ from typing import Any, Final, Protocol
 
 from imgsvc.concurrency import Coalesced, SingleFlight, Threads, all_of, both
 from imgsvc.content.interfaces import Store, Writer
+from imgsvc.content.verify import read_verified
 from imgsvc.decrypt.interfaces import Decryptor, LayerKey
-from imgsvc.errors import InvalidArgument, NotFound, ResourceExhausted
+from imgsvc.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
+from imgsvc.failpoints import afailpoint
 from imgsvc.images import Image, ImageStore, build_image
+from imgsvc.leases import LeaseManager
 from imgsvc.oci import (
     MAX_DOCUMENT,
     MAX_INDEX_DEPTH,
@@ -70,16 +73,6 @@ class Silent:
 
     def layer(self, digest: Digest, size: int, downloaded: int, state: str) -> None:
         """Ignored."""
-
-
-class Leases(Protocol):
-    """What a pull needs of the lease manager."""
-
-    async def hold(self, resources: Sequence[tuple[str, str]]) -> str:
-        """A new lease over (kind, id) pairs that may not exist yet; returns its ID. Durable on return."""
-
-    async def release(self, lease_id: str) -> None:
-        """Drop a lease. Absent is a success."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +207,7 @@ class Puller:
         unpacker: Unpacker,
         decryptor: Decryptor,
         images: ImageStore,
-        leases: Leases,
+        leases: LeaseManager,
         threads: Threads,
     ) -> None:
         self._registry = registry
@@ -241,18 +234,19 @@ class Puller:
         request.reporter.resolved(resolved.descriptor.digest, resolved.endpoint)
         timings = {"resolve": time.monotonic() - began}
         fetcher = self._registry.fetcher(request.reference, request.credential)
-        lease = await self._leases.hold([("content", resolved.descriptor.digest)])
-        held = [lease]
+        await afailpoint("pull.resolved")
+        lease = await self._leases.hold([("content", resolved.descriptor.digest)], purpose=f"pull {request.reference}")
         try:
             documents, manifest, config = await self._documents(request, fetcher, resolved.descriptor, resolved.document)
             plan = await self._plan(request, fetcher, manifest, config, timings)
-            held.append(await self._leases.hold(_resources(plan, documents)))
+            await self._leases.add(lease, _resources(plan, documents))
             await self._store(documents)
+            await afailpoint("pull.documents")
             if manifest.is_artifact or not config.diff_ids:
                 await all_of(*(self._fetch(plan, layer) for layer in manifest.layers))
             else:
                 await all_of(*(self._layer(plan, position) for position in range(len(plan.names))))
-            timings["total"] = time.monotonic() - began
+            await afailpoint("pull.layers")
             image = build_image(
                 documents[-2][0],
                 manifest,
@@ -271,10 +265,10 @@ class Puller:
                 "" if reference.digest else reference.tagged,
                 str(reference.with_digest(resolved.descriptor.digest)),
             )
+            timings["total"] = time.monotonic() - began
             return Pulled(shown, timings)
         finally:
-            for lease_id in held:
-                await asyncio.shield(self._leases.release(lease_id))
+            await asyncio.shield(self._leases.release(lease))
 
     async def _documents(
         self, request: PullRequest, fetcher: Fetcher, target: Descriptor, first: bytes | None
@@ -346,9 +340,13 @@ class Puller:
             else:
                 await all_of(self._fetch(plan, plan.manifest.layers[position]), self._parent(plan, position))
                 job = await self._extract(plan, position, key, parent)
+            await afailpoint("layer.unpacked")
             usage = await self._unpacker.settle(snapshotter, key, parent, job)
+            await afailpoint("layer.settled")
             await self._syncs[snapshotter.name](key)
+            await afailpoint("layer.synced")
             await self._threads.run(snapshotter.commit, name, key, parent=parent, usage=usage)
+            await afailpoint("layer.committed")
         except BaseException:
             await asyncio.shield(self._threads.run(snapshotter.remove, key))
             raise
@@ -361,6 +359,7 @@ class Puller:
         """Unpack one layer into the active snapshot `key` while its blob arrives. Returns the finished job."""
         layer = plan.manifest.layers[position]
         mounts = await self._threads.run(plan.snapshotter.prepare, key, parent)
+        await afailpoint("layer.prepared")
         with self._following(layer) as blob:
             fetch = asyncio.ensure_future(self._fetch(plan, layer))
             job: UnpackJob | None = None
@@ -403,6 +402,7 @@ class Puller:
                 blob.open(writer.fileno(), writer.status().offset)
                 sink = _Sink(writer, blob, self._threads, plan.request, layer.digest)
                 source = await plan.fetcher.download(layer, sink)
+                await afailpoint("layer.downloaded")
                 await self._threads.run(writer.commit, layer.size, layer.digest)
                 blob.grew(layer.size)
             finally:
@@ -448,11 +448,12 @@ def _no_config(platform: Platform) -> ImageConfig:
 
 def _read_small(content: Store, descriptor: Descriptor) -> bytes | None:
     """A document that is here already, verified again because it decides everything else; None when it is not."""
-    if descriptor.size > MAX_DOCUMENT or content.info(descriptor.digest) is None:
+    if content.info(descriptor.digest) is None:
         return None
-    with content.reader(descriptor.digest) as reader:
-        data = reader.read_at(0, descriptor.size + 1)
-    return data if Digest.of(data, descriptor.digest.algorithm) == descriptor.digest else None
+    try:
+        return read_verified(content, descriptor.digest, MAX_DOCUMENT)
+    except (DataLoss, NotFound):
+        return None
 
 
 def _store_small(content: Store, descriptor: Descriptor, data: bytes) -> None:
