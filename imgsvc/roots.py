@@ -1,0 +1,99 @@
+"""Root file systems of containers: a snapshot per container on top of an image's layers.
+
+The image side as the runtime sees it (runtime.interfaces.Images). Whoever makes a container from an encrypted image must
+be able to decrypt it now, not only when it was pulled: every encrypted layer's key is unwrapped again, and must be the
+one the layer was decrypted with (facts/ocicrypt.md section 9; CVE-2022-24778).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from imgsvc.concurrency import Threads
+from imgsvc.decrypt.interfaces import Decryptor
+from imgsvc.errors import FailedPrecondition, NotFound, PermissionDenied
+from imgsvc.images import Image, ImageStore
+from imgsvc.oci import Digest
+from imgsvc.pull import layer_names
+from imgsvc.runtime.interfaces import RootMount, RunnableImage
+from imgsvc.snapshot.interfaces import Key, Name, Snapshotter
+
+KEY_PREFIX = "container-"
+
+
+class ContainerRoots:
+    """Implements runtime.interfaces.Images over image records and snapshotters."""
+
+    def __init__(
+        self,
+        images: ImageStore,
+        snapshotters: Mapping[str, Snapshotter],
+        decryptor: Decryptor,
+        threads: Threads,
+        *,
+        default: str,
+        handlers: Mapping[str, str],
+    ) -> None:
+        """default: the snapshotter used without a handler; handlers: RuntimeClass handler → its snapshotter."""
+        self._images = images
+        self._snapshotters = snapshotters
+        self._decryptor = decryptor
+        self._threads = threads
+        self._default = default
+        self._handlers = handlers
+
+    async def runnable(self, reference: str) -> RunnableImage | None:
+        """As runtime.interfaces.Images."""
+        image = self._images.find(reference)
+        return RunnableImage(image.image_id, image.config, image.repo_tags, image.repo_digests) if image else None
+
+    async def prepare_root(self, container_id: str, image_id: Digest, *, handler: str, readonly: bool = False) -> list[RootMount]:
+        """As runtime.interfaces.Images."""
+        image = self._images.get(image_id)
+        if image is None:
+            raise NotFound(f"image {image_id} is not on this node", hint="pull it first")
+        if image.artifact:
+            raise FailedPrecondition(f"{_label(image)} is an artifact without a root file system", hint="use an image")
+        snapshotter = self._snapshotters[self._handlers.get(handler, self._default)]
+        key = Key(KEY_PREFIX + container_id)
+        parent = Name(image.top_snapshot) if image.top_snapshot else None
+        await self._authorise(image)
+        if parent and await self._threads.run(snapshotter.stat, parent) is None:
+            raise FailedPrecondition(
+                f"{_label(image)} is not unpacked for snapshotter {snapshotter.name}",
+                hint="pull it again with the runtime handler that will run it",
+            )
+        if await self._threads.run(snapshotter.stat, key) is None:
+            make = snapshotter.view if readonly else snapshotter.prepare
+            mounts = await self._threads.run(make, key, parent)
+        else:
+            mounts = await self._threads.run(snapshotter.mounts, key)
+        return [RootMount(mount.type, mount.source, mount.options) for mount in mounts]
+
+    async def remove_root(self, container_id: str) -> None:
+        """As runtime.interfaces.Images."""
+        for snapshotter in self._snapshotters.values():
+            await self._threads.run(snapshotter.remove, Key(KEY_PREFIX + container_id))
+
+    async def root_usage(self, container_id: str) -> tuple[int, int]:
+        """As runtime.interfaces.Images."""
+        key = Key(KEY_PREFIX + container_id)
+        for snapshotter in self._snapshotters.values():
+            if await self._threads.run(snapshotter.stat, key) is not None:
+                usage = await self._threads.run(snapshotter.usage, key)
+                return usage.size, usage.inodes
+        return 0, 0
+
+    async def _authorise(self, image: Image) -> None:
+        secrets: list[tuple[Digest, str] | None] = []
+        for layer in image.layers:
+            key = await self._decryptor.unwrap(layer.descriptor) if layer.encrypted else None
+            secrets.append((layer.descriptor.digest, key.fingerprint) if key else None)
+        if layer_names([layer.diff_id for layer in image.layers], secrets) != [layer.snapshot for layer in image.layers]:
+            raise PermissionDenied(
+                f"{_label(image)} was decrypted with other keys than this node has now", hint="pull it again with the right keys"
+            )
+
+
+def _label(image: Image) -> str:
+    return image.names[0] if image.names else image.image_id
