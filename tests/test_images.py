@@ -86,15 +86,13 @@ def test_what_is_not_here_is_none_and_what_cannot_be_a_name_is_an_error(db: Meta
 
 def test_a_short_id_of_two_images_is_refused(db: MetaDB) -> None:
     store = ImageStore(db)
-    seen: dict[str, Image] = {}
+    by_short: dict[str, list[Image]] = {}
     for number in range(10_000):
         candidate = image(str(number))
-        short = candidate.image_id.hex[:4]
-        if short in seen:
-            break
-        seen[short] = candidate
-    run(store.add(seen[short], f"{NAME}:1", ""))
-    run(store.add(candidate, f"{NAME}:2", ""))
+        by_short.setdefault(candidate.image_id.hex[:4], []).append(candidate)
+    short, twins = next((short, images) for short, images in by_short.items() if len(images) > 1)
+    run(store.add(twins[0], f"{NAME}:1", ""))
+    run(store.add(twins[1], f"{NAME}:2", ""))
 
     with pytest.raises(InvalidArgument, match="ambiguous"):
         store.find(short)
@@ -108,7 +106,9 @@ def test_a_tag_moves_and_the_old_image_stays_by_digest(db: MetaDB) -> None:
 
     assert store.find("app:1").image_id == new.image_id  # type: ignore[union-attr]
     left = store.find(repo_digest(old))
-    assert left is not None and left.repo_tags == () and left.repo_digests == (repo_digest(old),)
+    assert left is not None
+    assert left.repo_tags == ()
+    assert left.repo_digests == (repo_digest(old),)
 
 
 def test_records_survive_a_restart_whole(db: MetaDB) -> None:
@@ -138,7 +138,8 @@ def test_removing_one_name_keeps_an_image_that_has_another(db: MetaDB) -> None:
     run(store.tag("app:1", Reference.parse("app:2")))
 
     run(store.untag("app:1"))
-    assert store.find("app:1") is None and store.find("app:2") is not None
+    assert store.find("app:1") is None
+    assert store.find("app:2") is not None
     run(store.untag("app:2"))
     assert store.all() == []
 
@@ -154,7 +155,7 @@ def test_a_tag_needs_an_image_and_a_tag(db: MetaDB) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "pinned"),
+    "pattern, pinned",
     [
         ("app:1", True),
         (f"{NAME}:1", True),
@@ -179,4 +180,6 @@ def test_an_artifact_needs_no_image_config(db: MetaDB) -> None:
     run(store.add(artifact, f"{NAME}:1", ""))
 
     again = ImageStore(db).find("app:1")
-    assert again is not None and again.artifact and again.config.diff_ids == ()
+    assert again is not None
+    assert again.artifact
+    assert again.config.diff_ids == ()
