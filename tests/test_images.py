@@ -71,7 +71,8 @@ def test_an_image_is_found_by_every_name_it_has(db: MetaDB) -> None:
         f"{NAME}:other@{first.manifest.digest}",
     ):
         found = store.find(text)
-        assert found is not None and found.image_id == first.image_id, text
+        assert found is not None, text
+        assert found.image_id == first.image_id, text
 
 
 def test_what_is_not_here_is_none_and_what_cannot_be_a_name_is_an_error(db: MetaDB) -> None:
