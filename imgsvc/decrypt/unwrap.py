@@ -1,0 +1,77 @@
+"""Every wrapped key of a layer against every key at hand; the first that opens wins, and a bad one never hides a good one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from imgsvc.decrypt.interfaces import KeyMissing, KeyWrapper, NotOpened, Recipient, Trial
+from imgsvc.decrypt.packets import LayerOptions, WrappedKey, layer_options, public_options, wrapped_keys
+from imgsvc.errors import DeadlineExceeded, InvalidArgument
+from imgsvc.oci import Descriptor
+
+TIME_LIMIT_S: Final = 120.0  # for all trials of one layer, looked at between packets; bounds hostile manifests and many helpers
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Unwrapped:
+    """What came of it. scheme: which wrapping opened it."""
+
+    options: LayerOptions
+    scheme: str
+
+
+def unwrap_layer(descriptor: Descriptor, wrappers: Sequence[KeyWrapper], *, hint: str) -> Unwrapped:
+    """Find the options of a layer. Blocking. `wrappers` are asked in their order, so the cheap ones come first.
+
+    Raises:
+        KeyMissing: nothing opened; `hint` says where keys are expected.
+        InvalidArgument: damaged public options, or something opened and is of no use.
+        DeadlineExceeded, Cancelled.
+    """
+    public = public_options(descriptor)
+    items = wrapped_keys(descriptor)
+    trials, useless, lasting = _unknown(items, wrappers), "", True
+    deadline = time.monotonic() + TIME_LIMIT_S
+    for wrapper in wrappers:
+        for packet in (i.packet for i in items if i.scheme == wrapper.scheme and i.packet is not None):
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(f"unwrapping took more than {TIME_LIMIT_S:g} s", where=f"encrypted layer {descriptor.digest}")
+            try:
+                private = wrapper.unwrap(packet)
+                return Unwrapped(layer_options(private, public, f"encrypted layer {descriptor.digest}"), wrapper.scheme)
+            except NotOpened as error:
+                trials.append(Trial(wrapper.scheme, tuple(wrapper.recipients(packet)), str(error)))
+                lasting &= error.lasting
+            except InvalidArgument as error:
+                useless = f"{wrapper.scheme}: {error.what}"
+    if useless:
+        raise InvalidArgument(
+            f"its key opens but cannot be used: {useless}", where=f"encrypted layer {descriptor.digest}", hint="encrypt the image again"
+        )
+    raise KeyMissing(descriptor.digest, tuple(trials), hint=hint, lasting=lasting)
+
+
+def _unknown(items: Sequence[WrappedKey], wrappers: Sequence[KeyWrapper]) -> list[Trial]:
+    """Items nobody will try: damaged ones, and those of schemes that are not there."""
+    known = {w.scheme for w in wrappers}
+    trials = [Trial(i.scheme, (), i.reason) for i in items if i.packet is None]
+    missing = dict.fromkeys(i.scheme for i in items if i.scheme not in known and i.packet is not None)
+    for scheme in missing:
+        is_provider = scheme.startswith("provider.")
+        trials.append(Trial(scheme, (), "this key provider is not configured" if is_provider else "unknown scheme"))
+    return trials
+
+
+def layer_recipients(descriptor: Descriptor, wrappers: Sequence[KeyWrapper]) -> list[Recipient]:
+    """Everybody the layer's key is wrapped for, as far as its packets say."""
+    by_scheme = {w.scheme: w for w in wrappers}
+    found = []
+    for item in wrapped_keys(descriptor):
+        wrapper = by_scheme.get(item.scheme)
+        names = wrapper.recipients(item.packet) if wrapper and item.packet is not None else []
+        fallback = f"key provider {item.scheme.removeprefix('provider.')}" if item.scheme.startswith("provider.") else "unreadable packet"
+        found += [Recipient(item.scheme, name) for name in names or [fallback]]
+    return found
