@@ -1,0 +1,87 @@
+"""Port-forward: a connection to a loopback port inside a pod's network namespace.
+
+A socket belongs to the namespace of the thread that made it, for ever. So a thread of its own enters the namespace, makes
+the sockets and ends; it is never used for anything else, as it cannot safely come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from imgsvc.errors import Unavailable, from_os_error
+from imgsvc.runtime.kernel import CLONE_NEWNET, in_fresh_thread, setns
+from imgsvc.runtime.streaming.fdio import SocketConnection
+from imgsvc.runtime.streaming.interfaces import Connection
+
+CONNECT_TIMEOUT_S: Final = 30.0
+_ADDRESSES: Final = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
+
+
+@dataclass(frozen=True, slots=True)
+class PodPorts:
+    """The ports of a pod. netns: path of its network namespace, None for the host's."""
+
+    netns: Path | None
+
+    async def connect(self, port: int) -> Connection:
+        """As PortTarget.connect: IPv4 first, then IPv6. Raises: Unavailable, NotFound (the namespace is gone)."""
+        error: OSError | None = None
+        for family, address in _ADDRESSES:
+            sock = await _socket_in(self.netns, family)
+            if sock is None:
+                continue
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await asyncio.get_running_loop().sock_connect(sock, (address, port))
+            except OSError as refused:  # TimeoutError is one
+                sock.close()
+                error = error or refused
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                return SocketConnection(sock)
+        reason = (error.strerror or "timed out") if error else "no address family"
+        raise Unavailable(f"cannot connect to port {port} in the pod: {reason}") from error
+
+
+async def _socket_in(netns: Path | None, family: int) -> socket.socket | None:
+    """A non-blocking TCP socket of a namespace; None when the kernel lacks the family. Raises: NotFound, ImgsvcError."""
+    if netns is None:
+        return _socket(family)
+    made = asyncio.get_running_loop().run_in_executor(None, in_fresh_thread, lambda: _socket_inside(netns, family))
+    try:
+        return await asyncio.shield(made)
+    except asyncio.CancelledError:
+        made.add_done_callback(_close_late)  # the thread does not know that we left
+        raise
+    except OSError as error:
+        raise from_os_error(error, "entering the network of the pod", where=str(netns)) from error
+
+
+def _socket_inside(netns: Path, family: int) -> socket.socket | None:
+    fd = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        setns(fd, CLONE_NEWNET)
+    finally:
+        os.close(fd)
+    return _socket(family)
+
+
+def _close_late(made: asyncio.Future[socket.socket | None]) -> None:
+    if not made.cancelled() and not made.exception() and (sock := made.result()):
+        sock.close()
+
+
+def _socket(family: int) -> socket.socket | None:
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError:
+        return None
+    sock.setblocking(False)
+    return sock
