@@ -22,7 +22,7 @@ _COMPONENT = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*", re.ASCII)
 _LABEL = r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])"
 _HOST = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[a-fA-F0-9:]+\])(?::[0-9]{{1,5}})?", re.ASCII)
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)
-_BARE_HEX = re.compile(r"[a-f0-9]{64}", re.ASCII)
+_IMAGE_ID = re.compile(r"(?:sha256:)?[a-f0-9]{64}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Reference:
                 f'invalid tag "{printable(tag, 160)}" in image reference "{shown}"',
                 hint="a tag has up to 128 letters, digits, dots, dashes and underscores",
             )
-        if _BARE_HEX.fullmatch(text):
+        if _IMAGE_ID.fullmatch(text):
             raise InvalidArgument(f'"{shown}" is an image ID, not a reference', hint="name the image, e.g. nginx:1.27")
         if host == DEFAULT_HOST and "/" not in repository:
             repository = _OFFICIAL + repository

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from imgsvc.concurrency import CancelToken, Coalesced, KeyedLock, SingleFlight, Threads, all_of, both
+from imgsvc.errors import Cancelled, NotFound
+
+
+def test_a_cancel_token_stops_work_on_another_thread() -> None:
+    token = CancelToken()
+    token.check()
+    threading.Thread(target=token.cancel).start()
+
+    def work() -> None:
+        for _ in range(1000):
+            token.check()
+            time.sleep(0.01)
+
+    with pytest.raises(Cancelled):
+        work()
+
+
+def test_keyed_lock_excludes_per_key_and_forgets() -> None:
+    async def main() -> None:
+        lock = KeyedLock()
+        inside: list[str] = []
+
+        async def work(key: str) -> None:
+            async with lock.hold(key):
+                assert key not in inside
+                inside.append(key)
+                await asyncio.sleep(0)
+                inside.remove(key)
+
+        async with lock.hold("a"):
+            waiting = asyncio.ensure_future(work("a"))
+            await work("b")
+            waiting_too = asyncio.ensure_future(work("a"))
+            await asyncio.sleep(0)
+            waiting_too.cancel()
+            assert not waiting.done()
+        await waiting
+        await all_of(*(work(key) for key in "aabbab"))
+        assert not lock.busy("a")
+        assert not lock.busy("b")
+
+    asyncio.run(main())
+
+
+def test_one_flight_serves_all_callers() -> None:
+    async def main() -> None:
+        flights: SingleFlight[int] = SingleFlight()
+        runs = 0
+
+        async def work() -> int:
+            nonlocal runs
+            runs += 1
+            mine = runs
+            await asyncio.sleep(0)
+            return mine
+
+        assert await all_of(*(flights.run("k", work) for _ in range(5))) == [1] * 5
+        assert await flights.run("k", work) == 2  # later callers get a new run, not an old result
+        assert await all_of(flights.run("a", work), flights.run("b", work)) == [3, 4]
+
+    asyncio.run(main())
+
+
+def test_a_flight_fails_for_all_its_callers() -> None:
+    async def main() -> None:
+        flights: SingleFlight[None] = SingleFlight()
+
+        async def work() -> None:
+            await asyncio.sleep(0)
+            raise NotFound("gone")
+
+        outcomes = await asyncio.gather(*(flights.run("k", work) for _ in range(3)), return_exceptions=True)
+        assert [type(o) for o in outcomes] == [NotFound] * 3
+
+    asyncio.run(main())
+
+
+def test_the_last_caller_to_leave_cancels_the_flight_and_waits_for_it() -> None:
+    async def main() -> None:
+        flights: SingleFlight[None] = SingleFlight()
+        events: list[str] = []
+
+        async def work() -> None:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(0.01)
+                events.append("cleaned up")
+
+        first, last = (asyncio.ensure_future(flights.run("k", work)) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait([first])
+        assert not last.done()
+        assert events == []
+        last.cancel()
+        await asyncio.wait([last])
+        assert events == ["cleaned up"]
+
+    asyncio.run(main())
+
+
+def test_a_new_flight_waits_until_the_cancelled_one_has_given_back_what_it_holds() -> None:
+    async def main() -> None:
+        flights: SingleFlight[str] = SingleFlight()
+        held = False
+
+        async def work() -> str:
+            nonlocal held
+            assert not held, "two runs for one key at the same time"
+            held = True
+            try:
+                await asyncio.sleep(0.01)
+                return "done"
+            finally:
+                await asyncio.sleep(0.02)
+                held = False
+
+        leaving = asyncio.ensure_future(flights.run("k", work))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.sleep(0)
+        assert await flights.run("k", work) == "done"
+        assert leaving.cancelled()
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_caller_waits_for_its_thread() -> None:
+    async def main() -> None:
+        threads = Threads(1, "test")
+        release, ended = threading.Event(), threading.Event()
+
+        def call() -> None:
+            release.wait(5)
+            ended.set()
+
+        caller = asyncio.ensure_future(threads.run(call))
+        await asyncio.sleep(0.01)
+        caller.cancel()
+        await asyncio.sleep(0.01)
+        assert not caller.done()
+        release.set()
+        await asyncio.wait([caller])
+        assert caller.cancelled()
+        assert ended.is_set()
+        threads.close()
+
+    asyncio.run(main())
+
+
+def test_coalesced_calls_begin_after_they_were_asked_for() -> None:
+    async def main() -> None:
+        begun = 0
+
+        async def sync() -> None:
+            nonlocal begun
+            begun += 1
+            await asyncio.sleep(0.01)
+
+        coalesced = Coalesced(sync)
+        first = asyncio.ensure_future(coalesced())
+        await asyncio.sleep(0.001)
+        assert begun == 1
+        # These ask while the first runs: it may have passed their data by, so one more run serves them all.
+        await all_of(coalesced(), coalesced(), coalesced())
+        assert begun == 2
+        assert first.done()
+
+    asyncio.run(main())
+
+
+def test_a_failed_coalesced_call_fails_its_callers_only() -> None:
+    async def main() -> None:
+        outcomes = [OSError("disk"), None]
+
+        async def sync() -> None:
+            if error := outcomes.pop(0):
+                raise error
+
+        coalesced = Coalesced(sync)
+        with pytest.raises(OSError, match="disk"):
+            await coalesced()
+        await coalesced()
+
+    asyncio.run(main())
+
+
+def test_all_of_raises_the_first_failure_after_the_rest_has_ended() -> None:
+    async def main() -> None:
+        ended: list[str] = []
+
+        async def fails() -> None:
+            raise NotFound("first")
+
+        async def lingers() -> None:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(0.01)
+                ended.append("lingers")
+
+        with pytest.raises(NotFound, match="first"):
+            await all_of(lingers(), fails())
+        assert ended == ["lingers"]
+
+    asyncio.run(main())
+
+
+def test_both_keeps_the_two_apart() -> None:
+    async def number() -> int:
+        return 1
+
+    async def text() -> str:
+        return "a"
+
+    async def main() -> tuple[int, str]:
+        return await both(number(), text())
+
+    assert asyncio.run(main()) == (1, "a")
