@@ -27,6 +27,7 @@ GIB: Final = 1024**3
 
 MAX_DOCUMENT: Final = 4 * MIB  # [bytes] of one manifest, index or config; the distribution spec asks for at least 4 MiB
 MAX_DESCRIPTORS: Final = 4096  # per document; the largest real indexes and images stay below 200
+MAX_VALUES: Final = 256 * KIB  # commas and brackets per JSON document; 4 MiB of "[]," would cost 130 MB of objects
 MAX_INDEX_DEPTH: Final = 4  # index inside index; the specification allows nesting, real images use 1
 MAX_SIZE: Final = 2**63 - 1
 
@@ -367,7 +368,7 @@ def _manifest(value: Mapping[str, Any], kind: str, where: str) -> Manifest:
         layers=layers,
         annotations=_string_map(value, "annotations", where),
         artifact_type=_member(value, "artifactType", str, where),
-        subject=_descriptor(subject, f"{where}: subject") if subject else None,
+        subject=_descriptor(subject, f"{where}: subject") if subject is not None else None,
     )
 
 
@@ -377,7 +378,7 @@ def _index(value: Mapping[str, Any], kind: str, where: str) -> Index:
         media_type=kind,
         manifests=_descriptors(value, "manifests", where),
         annotations=_string_map(value, "annotations", where),
-        subject=_descriptor(subject, f"{where}: subject") if subject else None,
+        subject=_descriptor(subject, f"{where}: subject") if subject is not None else None,
     )
 
 
@@ -462,13 +463,15 @@ def _load(data: bytes, where: str) -> dict[str, Any]:
 
 
 def load_json_object(data: bytes, where: str, *, limit: int) -> dict[str, Any]:
-    """A JSON object from hostile bytes: UTF-8 only, size [bytes] and depth bounded, no duplicate members, no NaN, no half
-    surrogates.
+    """A JSON object from hostile bytes: UTF-8 only, no duplicate members, no NaN, no half
+    surrogates; size [bytes], depth and number of values bounded.
 
-    Raises: InvalidArgument; ResourceExhausted when over `limit`.
+    Raises: InvalidArgument; ResourceExhausted when over a bound.
     """
     if len(data) > limit:
         raise ResourceExhausted(f"{len(data)} bytes; at most {limit} are accepted", where=where)
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
+        raise ResourceExhausted(f"more than {MAX_VALUES} values", where=where)
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
         if b"\\u" in data:  # only an escape can smuggle half a character in, which nothing later could write down
