@@ -3,7 +3,7 @@
 Start reading at docs/architecture.md. Imports point down only::
 
     edge        server, cli, image_service, admin_service, rpc, notify     the only code that names concrete classes
-    use cases   pull, images, leases, gc, roots     see packages through their interfaces only
+    use cases   pull, images, leases, gc, gc_sources, fsck, df, roots      see packages through their interfaces only
     packages    registry, content, snapshot, decrypt, runtime              never import one another
     base        errors, oci, reference, config, tomlfile, fsutil, concurrency, metadb, failpoints
     leaf        api                                 generated gRPC stubs

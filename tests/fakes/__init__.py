@@ -1,0 +1,1 @@
+"""Fakes: real behaviour without the outside world. They inherit nothing and pass the contract suites."""
