@@ -200,6 +200,45 @@ class Gc:
 
 
 @dataclass(frozen=True, slots=True)
+class Verify:
+    """[verify]: who may decide which images are used; see verification.py. policy: a TOML file of keys and rules.
+
+    The directory is containerd's, so that verifiers which are installed there keep working. max_verifiers -1: all of them.
+    """
+
+    bin_dir: str = "/opt/containerd/image-verifier/bin"
+    max_verifiers: int = 10
+    per_verifier_timeout: Duration = 10.0
+    policy: str = ""
+    fail_closed: bool = False  # refuse an image that neither a verifier nor a rule has allowed
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """[metrics]: Prometheus text over HTTP. address "host:port"; "": off."""
+
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """[mirror]: the local store as a read-only registry. address "host:port"; "": off."""
+
+    address: str = ""
+    tls_cert_file: str = ""
+    tls_key_file: str = ""
+    client_ca_file: str = ""  # "": no client certificates are asked for
+    private_images: str = "never"  # "never", or "certificate": to clients with a certificate of client_ca_file
+
+
+@dataclass(frozen=True, slots=True)
+class Prepull:
+    """[prepull]: files that name images to have here at all times; watched while the daemon runs."""
+
+    directory: str = "/etc/imgsvc/prepull.d"
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole configuration."""
 
@@ -216,6 +255,10 @@ class Config:
     cni: Cni = field(default_factory=Cni)
     stream: Stream = field(default_factory=Stream)
     gc: Gc = field(default_factory=Gc)
+    verify: Verify = field(default_factory=Verify)
+    metrics: Metrics = field(default_factory=Metrics)
+    mirror: Mirror = field(default_factory=Mirror)
+    prepull: Prepull = field(default_factory=Prepull)
 
     @property
     def address(self) -> str:
@@ -387,6 +430,15 @@ def _check(config: Config, origins: Mapping[str, str]) -> None:
     need(0 <= config.stream.port < 65536, "stream.port", "must be 0 to 65535")
     need(bool(config.stream.tls_cert_file) == bool(config.stream.tls_key_file), "stream.tls_cert_file", "needs tls_key_file too")
     need(config.cni.max_conf_num >= 0, "cni.max_conf_num", "must not be negative")
+    mirror = config.mirror
+    need(bool(mirror.tls_cert_file) == bool(mirror.tls_key_file), "mirror.tls_cert_file", "needs tls_key_file too")
+    need(not mirror.client_ca_file or bool(mirror.tls_cert_file), "mirror.client_ca_file", "needs tls_cert_file")
+    need(mirror.private_images in ("never", "certificate"), "mirror.private_images", 'must be "never" or "certificate"')
+    need(
+        mirror.private_images == "never" or bool(mirror.client_ca_file),
+        "mirror.private_images",
+        "certificates are only checked with client_ca_file",
+    )
 
 
 def _flatten(section: object, at: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
