@@ -101,6 +101,9 @@ class Fetcher(Protocol):
         Raises: PullFailed, DataLoss. What was written stays in the sink for the next try.
         """
 
+    async def rejected(self, descriptor: Descriptor, source: BlobSource) -> None:
+        """The digest of a downloaded blob was wrong: those who served it are not asked for it again. Then download anew."""
+
 
 class Registry(Protocol):
     """The client as the use cases see it."""

@@ -1,0 +1,239 @@
+"""Answering challenges: Basic and Bearer, with a token cache. The rules about hostile challenges are in challenge.py.
+
+A token is cached per (endpoint, realm, service, scopes, identity): one identity's token never serves another, and what
+one endpoint obtained is never shown to a second one.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from imgsvc.concurrency import SingleFlight
+from imgsvc.errors import ImgsvcError, printable
+from imgsvc.registry.challenge import (
+    MAX_TOKEN_BODY,
+    Challenge,
+    Token,
+    check_realm,
+    choose,
+    parse_challenges,
+    parse_token,
+    scopes_for,
+    usable_for,
+)
+from imgsvc.registry.hosts import Host, trusted_token_hosts
+from imgsvc.registry.interfaces import Credential
+from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
+from imgsvc.registry.proxies import proxy_for
+from imgsvc.registry.redact import MAX_ERROR_BODY, registry_message, shown_url
+from imgsvc.registry.retry import Failure, kind_of_status
+from imgsvc.registry.transport import RequestFailed, Response, Route, Transport
+
+_CLIENT_ID: Final = "imgsvc"
+_MAX_CACHED: Final = 1024  # tokens and known challenges
+_TOKEN_USER: Final = "<token>"  # noqa: S105  # docker's user name for an identity token
+# POST (oauth2) is refused so by GCR (404), Artifactory (401), ACR (400) and others (405): they want GET.
+_NO_POST: Final = frozenset({400, 401, 404, 405})
+
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The registry that challenges: its configuration, the base URL in use, and where it was found to live."""
+
+    host: Host
+    base: str
+    reach: Reach
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Answer:
+    """An Authorization header value. note: what to tell people when it is refused all the same."""
+
+    value: str
+    note: str = ""
+
+
+class Authorizer:
+    """Remembers how each endpoint wants to be spoken to. Belongs to one event loop."""
+
+    def __init__(self, transport: Transport, environ: Mapping[str, str]) -> None:
+        self._transport = transport
+        self._environ = environ
+        self._known: OrderedDict[tuple[str, ...], Challenge] = OrderedDict()
+        self._tokens: OrderedDict[tuple[str, ...], tuple[Token, float]] = OrderedDict()
+        self._get_only: OrderedDict[str, None] = OrderedDict()
+        self._flights: SingleFlight[Token] = SingleFlight()
+        self._salt = secrets.token_bytes(16)
+
+    def identity(self, credential: Credential | None) -> str:
+        """A name for a credential that says nothing about it and differs between any two; "" for nobody."""
+        if credential is None:
+            return ""
+        parts = (credential.username, credential.password, credential.identity_token, credential.registry_token, credential.host)
+        return hashlib.sha256(self._salt + "\0".join(parts).encode()).hexdigest()
+
+    async def preempt(self, peer: Peer, wanted: Sequence[str], credential: Credential | None) -> Answer | None:
+        """What to send without being asked, learnt from an earlier challenge."""
+        if credential and credential.registry_token:
+            return Answer(f"Bearer {credential.registry_token}")
+        challenge = self._known.get(self._key(peer, wanted, credential))
+        return await self._respond(peer, challenge, wanted, credential) if challenge else None
+
+    async def answer(self, peer: Peer, wanted: Sequence[str], credential: Credential | None, refused: Response) -> Answer | None:
+        """An answer to a 401, None when there is none to give. Raises: RequestFailed when the token service fails."""
+        if credential and credential.registry_token:
+            return None
+        key = self._key(peer, wanted, credential)
+        challenge = choose(parse_challenges(refused.headers.all("www-authenticate")), has_secret=credential is not None)
+        if challenge is None:
+            self._known.pop(key, None)
+            return None
+        if challenge.scheme == "bearer":
+            # The one we sent, if any, was refused.
+            self._tokens.pop(self._token_key(peer, challenge, scopes_for(challenge, wanted), credential), None)
+        _remember(self._known, key, challenge)
+        return await self._respond(peer, challenge, wanted, credential)
+
+    async def _respond(self, peer: Peer, challenge: Challenge, wanted: Sequence[str], credential: Credential | None) -> Answer | None:
+        if challenge.scheme == "basic":
+            return Answer(_basic(credential)) if credential else None
+        scopes = scopes_for(challenge, wanted)
+        note = _checked_realm(peer, challenge)
+        if note and credential:
+            credential, note = None, f"withheld: {note}"
+        key = self._token_key(peer, challenge, scopes, credential)
+        cached = self._tokens.get(key)
+        if cached is None or time.monotonic() >= cached[1]:
+            token = await self._flights.run("\0".join(key), lambda: self._fetch(peer, challenge, scopes, credential))
+            cached = (token, time.monotonic() + usable_for(token))
+            _remember(self._tokens, key, cached)
+        return Answer(f"Bearer {cached[0].value}", note)
+
+    def _key(self, peer: Peer, wanted: Sequence[str], credential: Credential | None) -> tuple[str, ...]:
+        return (peer.base, self.identity(credential), *wanted)
+
+    def _token_key(self, peer: Peer, challenge: Challenge, scopes: Sequence[str], credential: Credential | None) -> tuple[str, ...]:
+        parameters = challenge.parameters
+        return (peer.base, parameters["realm"], parameters.get("service", ""), self.identity(credential), *scopes)
+
+    async def _fetch(self, peer: Peer, challenge: Challenge, scopes: Sequence[str], credential: Credential | None) -> Token:
+        realm, service = challenge.parameters["realm"], challenge.parameters.get("service", "")
+        form = _oauth_form(service, scopes, credential)
+        if form and (realm not in self._get_only or "refresh_token" in form):
+            response = await self._post(peer, realm, form)
+            async with response:
+                if response.status == 200:
+                    return await _read_token(response)
+                if response.status not in _NO_POST or "refresh_token" in form:
+                    raise await _token_error(response, realm, scopes, credential)
+        async with await self._get(peer, realm, service, scopes, credential) as response:
+            if response.status != 200:
+                raise await _token_error(response, realm, scopes, credential)
+            if form:
+                _remember(self._get_only, realm, None)
+            return await _read_token(response)
+
+    async def _post(self, peer: Peer, realm: str, form: dict[str, str]) -> Response:
+        body = urlencode(form).encode()
+        headers = [("Content-Type", "application/x-www-form-urlencoded")]
+        return await self._send("POST", realm, peer, headers, body)
+
+    async def _get(self, peer: Peer, realm: str, service: str, scopes: Sequence[str], credential: Credential | None) -> Response:
+        query = [("service", service)] if service else []
+        query += [("scope", scope) for scope in scopes]
+        if credential:
+            query += [("account", credential.username)]
+        parts = urlsplit(realm)
+        url = urlunsplit(parts._replace(query=urlencode([*parse_qsl(parts.query), *query]), fragment=""))
+        return await self._send("GET", url, peer, [("Authorization", _basic(credential))] if credential else [], b"")
+
+    async def _send(self, method: str, url: str, peer: Peer, headers: list[tuple[str, str]], body: bytes) -> Response:
+        """To the token service; its redirects are never followed."""
+        ours, theirs = urlsplit(peer.base), urlsplit(url)
+        is_same_name = ours.hostname == theirs.hostname
+        if (ours.scheme, ours.netloc) == (theirs.scheme, theirs.netloc):
+            headers = [*peer.host.headers, *headers]
+        route = Route(
+            tls=peer.host.tls if is_same_name else peer.host.tls.without_identity(),
+            proxy=proxy_for(url, peer.host.proxy, self._environ),
+            connect_timeout=peer.host.dial_timeout,
+            reachable=ANYWHERE if (theirs.hostname or "") in peer.host.token_hosts else allowed_from(peer.reach),
+        )
+        standard = [("User-Agent", _CLIENT_ID), ("Accept", "application/json"), ("Accept-Encoding", "identity")]
+        return await self._transport.send(method, url, [*standard, *headers], route=route, phase="auth", body=body)
+
+
+def _checked_realm(peer: Peer, challenge: Challenge) -> str:
+    try:
+        return check_realm(challenge.parameters["realm"], peer.base, trusted_token_hosts(peer.host))
+    except ImgsvcError as error:
+        raise RequestFailed(
+            error.what, code="PERMISSION_DENIED", failure=Failure.DEFINITE, phase="auth", status=401, where=shown_url(peer.base)
+        ) from error
+
+
+def _oauth_form(service: str, scopes: Sequence[str], credential: Credential | None) -> dict[str, str]:
+    """The form of distribution's oauth2 POST; {} for nobody."""
+    if credential is None:
+        return {}
+    form = {"client_id": _CLIENT_ID, "service": service, "scope": " ".join(scopes)}
+    refresh = credential.identity_token or (credential.password if credential.username in ("", _TOKEN_USER) else "")
+    if refresh:
+        return {"grant_type": "refresh_token", **form, "refresh_token": refresh}
+    return {"grant_type": "password", **form, "access_type": "offline", "username": credential.username, "password": credential.password}
+
+
+def _basic(credential: Credential) -> str:
+    secret = credential.password or credential.identity_token
+    user = credential.username or _TOKEN_USER
+    return "Basic " + base64.b64encode(f"{user}:{secret}".encode()).decode("ascii")
+
+
+async def _read_token(response: Response) -> Token:
+    where = shown_url(response.url)
+    try:
+        return parse_token(await response.read(MAX_TOKEN_BODY), where)
+    except RequestFailed:
+        raise
+    except ImgsvcError as error:
+        raise RequestFailed(error.what, code=error.code, failure=Failure.LIED, phase="auth", status=200, where=where) from error
+
+
+async def _token_error(response: Response, realm: str, scopes: Sequence[str], credential: Credential | None) -> RequestFailed:
+    body = await response.read_some(MAX_ERROR_BODY)
+    words = registry_message(body, response.headers.get("content-type"), secrets_of(credential))
+    status = response.status
+    codes = {401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 429: "RESOURCE_EXHAUSTED"}
+    code = codes.get(status, "UNAVAILABLE" if status >= 500 else "UNAUTHENTICATED")
+    what = f"token service answered {status}" + (f" ({words})" if words else "") + f" for scope {printable(' '.join(scopes), 160)}"
+    if 300 <= status < 400:
+        what = f"token service answered {status}: a redirect, which is not followed"
+    failure = kind_of_status(status, bool(response.headers.get("retry-after")))
+    return RequestFailed(what, code=code, failure=failure, phase="auth", status=status, where=shown_url(realm))
+
+
+def secrets_of(credential: Credential | None) -> tuple[str, ...]:
+    """Strings that must not show up in any text."""
+    if credential is None:
+        return ()
+    basic = _basic(credential).removeprefix("Basic ") if credential.username or credential.identity_token else ""
+    return tuple(s for s in (credential.password, credential.identity_token, credential.registry_token, basic) if s)
+
+
+def _remember(cache: OrderedDict[_K, _V], key: _K, value: _V) -> None:
+    cache[key] = value
+    cache.move_to_end(key)
+    if len(cache) > _MAX_CACHED:
+        cache.popitem(last=False)

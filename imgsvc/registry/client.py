@@ -1,0 +1,188 @@
+"""The registry client as the use cases see it: shared state of the node on one side, one operation's session on the other."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from imgsvc.concurrency import SingleFlight
+from imgsvc.errors import ResourceExhausted
+from imgsvc.oci import Descriptor
+from imgsvc.reference import Reference
+from imgsvc.registry.auth import Authorizer
+from imgsvc.registry.documents import ACCEPT_HEADER, MANIFESTS, read_document, verify
+from imgsvc.registry.download import ConnectionBudget, Download, Pace
+from imgsvc.registry.endpoint import Ask, CredentialSource, Endpoint, NoCredentials, Session
+from imgsvc.registry.failover import Failover, HealthBook
+from imgsvc.registry.hostdirs import HostDirectories
+from imgsvc.registry.hosts import Capability, HostsConfig
+from imgsvc.registry.interfaces import BlobSink, BlobSource, Credential, Fetcher, Registry, Resolved
+from imgsvc.registry.resolver import resolve_at
+from imgsvc.registry.retry import Failure
+from imgsvc.registry.slots import FairSlots
+from imgsvc.registry.transport import RequestFailed, Timeouts, Transport
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrySettings:
+    """Everything the client is told.
+
+    roots: directories of config_path, in order.  inline: configurations from legacy `registry.mirrors`, by namespace or "*".
+    max_downloads, max_downloads_per_image: blobs fetched at once.  max_extra_connections: for parallel ranges, per node.
+    environ: where proxies are read from.
+    """
+
+    roots: tuple[str, ...] = ()
+    inline: Mapping[str, HostsConfig] = field(default_factory=dict)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    pace: Pace = field(default_factory=Pace)
+    max_downloads: int = 6
+    max_downloads_per_image: int = 3
+    max_extra_connections: int = 24
+    environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+
+
+class RegistryClient:
+    """Implements Registry. Belongs to one event loop; close() it there."""
+
+    def __init__(self, settings: RegistrySettings, credentials: CredentialSource | None = None) -> None:
+        self._settings = settings
+        self._stored = credentials or NoCredentials()
+        self.directories = HostDirectories(settings.roots, settings.inline)
+        self._transport = Transport(settings.timeouts)
+        self._authorizer = Authorizer(self._transport, settings.environ)
+        self.book = HealthBook()
+        self.slots = FairSlots(settings.max_downloads, settings.max_downloads_per_image)
+        self.extra = ConnectionBudget(settings.max_extra_connections)
+        self._downgraded: dict[str, None] = {}
+        self._resolving: SingleFlight[Resolved] = SingleFlight()
+
+    @property
+    def pace(self) -> Pace:
+        """The slowest connection tolerated."""
+        return self._settings.pace
+
+    async def resolve(self, reference: Reference, credential: Credential | None = None) -> Resolved:
+        """As Registry.resolve. Callers with one reference and one identity share a round trip."""
+        key = f"{reference}\0{self._authorizer.identity(credential)}"
+        return await self._resolving.run(key, lambda: self._resolve(reference, credential))
+
+    async def _resolve(self, reference: Reference, credential: Credential | None) -> Resolved:
+        operation = await self.operation(reference, credential)
+        capability = Capability.PULL if reference.digest else Capability.RESOLVE
+        endpoints = operation.endpoints(capability, str(reference.digest or ""))
+        failover = Failover(endpoints, self.book, operation.session.attempts)
+        resolved = await failover.run(lambda endpoint: resolve_at(endpoint, reference, self.book), f"{reference} not resolved")
+        return replace(resolved, attempts=tuple(operation.session.attempts))
+
+    def fetcher(self, reference: Reference, credential: Credential | None = None) -> Fetcher:
+        """As Registry.fetcher."""
+        return RepositoryFetcher(self, reference, credential)
+
+    async def operation(self, reference: Reference, credential: Credential | None) -> Operation:
+        """A new session for the reference's repository, with its configuration as the files are now."""
+        config = await asyncio.to_thread(self.directories.lookup, reference.host)
+        session = Session(
+            namespace=reference.host,
+            repository=reference.repository,
+            directory=config.directory,
+            caller=credential,
+            transport=self._transport,
+            authorizer=self._authorizer,
+            stored=self._stored,
+            environ=self._settings.environ,
+            downgraded=self._downgraded,
+        )
+        return Operation(config, session, self.book)
+
+    async def close(self) -> None:
+        """Close connections."""
+        await self._transport.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """The endpoints of one namespace with one caller's session."""
+
+    config: HostsConfig
+    session: Session
+    book: HealthBook
+
+    def endpoints(self, capability: Capability, digest: str = "") -> list[Endpoint]:
+        """Those that may be asked, in order, without any that lied about this digest."""
+        found = [Endpoint(host, self.session) for host in self.config.able(capability)]
+        return [endpoint for endpoint in found if not digest or digest not in self.book.of(endpoint).bad_digests]
+
+
+class RepositoryFetcher:
+    """Implements Fetcher for one repository and one credential."""
+
+    def __init__(self, client: RegistryClient, reference: Reference, credential: Credential | None) -> None:
+        self._client = client
+        self._reference = reference
+        self._credential = credential
+
+    async def document(self, descriptor: Descriptor, *, limit: int) -> bytes:
+        """As Fetcher.document."""
+        if descriptor.data is not None:
+            return descriptor.data
+        if descriptor.size > limit:
+            raise ResourceExhausted(
+                f"{descriptor.digest} has {descriptor.size} bytes; at most {limit} are accepted", where=self._reference.name
+            )
+        operation = await self._client.operation(self._reference, self._credential)
+        endpoints = operation.endpoints(Capability.PULL, descriptor.digest)
+        failover = Failover(endpoints, self._client.book, operation.session.attempts)
+        return await failover.run(lambda endpoint: self._document_at(endpoint, descriptor), f"{descriptor.digest} not fetched")
+
+    async def _document_at(self, endpoint: Endpoint, descriptor: Descriptor) -> bytes:
+        kind = "manifests" if descriptor.media_type in MANIFESTS else "blobs"
+        repository = self._reference.repository
+        accept = ("Accept", descriptor.media_type) if kind == "manifests" else ACCEPT_HEADER
+        ask = Ask("GET", f"/{repository}/{kind}/{descriptor.digest}", "fetch", scopes=(f"repository:{repository}:pull",), headers=(accept,))
+        try:
+            async with await endpoint.ask(ask) as response:
+                body = await read_document(response, descriptor.size)
+                verify(response, body, descriptor)
+        except RequestFailed as error:
+            if error.failure is Failure.LIED:
+                self._client.book.of(endpoint).quarantine(descriptor.digest)
+            raise
+        return body
+
+    async def download(self, descriptor: Descriptor, sink: BlobSink) -> BlobSource:
+        """As Fetcher.download."""
+        missing = sum(length for _, length in sink.missing())
+        reused = descriptor.size - missing
+        if not missing:
+            return BlobSource(reused=reused)
+        operation = await self._client.operation(self._reference, self._credential)
+        endpoints = operation.endpoints(Capability.PULL, descriptor.digest)
+        failover = Failover(endpoints, self._client.book, operation.session.attempts)
+        async with self._client.slots.slot(str(self._reference)):
+            run = Download(
+                descriptor,
+                self._reference.repository,
+                endpoints,
+                sink,
+                failover=failover,
+                book=self._client.book,
+                pace=self._client.pace,
+                extra=self._client.extra,
+            )
+            await run.run()
+        return BlobSource(dict(run.by_endpoint), reused, tuple(operation.session.attempts))
+
+    async def rejected(self, descriptor: Descriptor, source: BlobSource) -> None:
+        """As Fetcher.rejected."""
+        operation = await self._client.operation(self._reference, self._credential)
+        for endpoint in operation.endpoints(Capability.PULL):
+            if endpoint.base in source.by_endpoint:
+                self._client.book.of(endpoint).quarantine(descriptor.digest)
+
+
+def registry(settings: RegistrySettings, credentials: CredentialSource | None = None) -> Registry:
+    """The client behind its interface."""
+    return RegistryClient(settings, credentials)

@@ -1,0 +1,83 @@
+"""Manifests and other small blobs: reading them from an answer without trusting it. Raises RequestFailed with Failure.LIED."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Final
+
+from imgsvc.errors import InvalidArgument, ResourceExhausted, printable
+from imgsvc.oci import ACCEPT, INDEX_TYPES, MANIFEST_TYPES, Descriptor, Digest
+from imgsvc.registry.redact import shown_url
+from imgsvc.registry.retry import Failure
+from imgsvc.registry.transport import RequestFailed, Response
+
+MANIFESTS: Final = INDEX_TYPES | MANIFEST_TYPES
+ACCEPT_HEADER: Final = ("Accept", ", ".join((*ACCEPT, "*/*;q=0.1")))
+
+
+def lied(response: Response, what: str, *, code: str = "DATA_LOSS", hint: str = "") -> RequestFailed:
+    """The error for an answer that cannot be true."""
+    return RequestFailed(
+        what, code=code, failure=Failure.LIED, phase=response.phase, status=response.status, where=shown_url(response.url), hint=hint
+    )
+
+
+def media_type_of(response: Response) -> str:
+    """Content-Type without parameters, lower case."""
+    return response.headers.get("content-type").partition(";")[0].strip().lower()
+
+
+def check_is_manifest(response: Response) -> None:
+    """A web page where a manifest should be is nearly always a wrong path in hosts.toml."""
+    kind = media_type_of(response)
+    if kind in ("text/html", "text/plain", "application/xhtml+xml"):
+        what = f"{kind} instead of a manifest from {shown_url(response.url)}"
+        raise lied(response, what, code="FAILED_PRECONDITION", hint="is the path in hosts.toml right (override_path)?")
+
+
+def announced_digest(response: Response) -> Digest | None:
+    """Docker-Content-Digest, checked; None when absent. Raises: RequestFailed."""
+    text = response.headers.get("docker-content-digest")
+    if not text:
+        return None
+    try:
+        return Digest(text)
+    except InvalidArgument as error:
+        raise lied(response, f'invalid Docker-Content-Digest "{printable(text, 100)}"', code="INVALID_ARGUMENT") from error
+
+
+async def read_document(response: Response, limit: int) -> bytes:
+    """The body, decoded where the server compressed it although we asked it not to; never more than `limit` bytes."""
+    try:
+        body = await response.read(limit)
+        encoding = response.headers.get("content-encoding").strip().lower()
+        return body if encoding in ("", "identity") else _decoded(body, encoding, limit, response)
+    except ResourceExhausted as error:
+        raise lied(response, f"a document of more than {limit} bytes", code="RESOURCE_EXHAUSTED") from error
+
+
+def _decoded(body: bytes, encoding: str, limit: int, response: Response) -> bytes:
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise lied(response, f'Content-Encoding "{printable(encoding, 40)}" was not asked for')
+    decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # 32: gzip or zlib, by its header
+    try:
+        data = decoder.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise lied(response, f"Content-Encoding {encoding} cannot be decoded") from error
+    if len(data) > limit:
+        raise ResourceExhausted(f"more than {limit} bytes when decoded")
+    if not decoder.eof:
+        raise lied(response, f"Content-Encoding {encoding}: the body is cut short")
+    return data
+
+
+def verify(response: Response, body: bytes, descriptor: Descriptor) -> None:
+    """Size, digest, and what the server calls it. Raises: RequestFailed."""
+    if len(body) != descriptor.size:
+        raise lied(response, f"{len(body)} bytes, the descriptor says {descriptor.size}")
+    found = Digest.of(body, descriptor.digest.algorithm)
+    if found != descriptor.digest:
+        raise lied(response, f"bytes with digest {found} instead of {descriptor.digest}")
+    kind = media_type_of(response)
+    if descriptor.media_type in MANIFESTS and kind in MANIFESTS and kind != descriptor.media_type:
+        raise lied(response, f"the answer is called {kind}, its descriptor says {descriptor.media_type}", code="INVALID_ARGUMENT")

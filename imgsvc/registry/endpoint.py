@@ -1,0 +1,332 @@
+"""Asking one endpoint one thing: the right credential, challenges, redirects, and an error that explains itself.
+
+What leaves with a request is decided here. On the endpoint itself: configured headers, client certificate, the
+credential its policy allows. After the first redirect to another scheme, host or port: none of these, for good, even
+when a later redirect leads back. From HTTPS to HTTP: nothing at all.
+
+Source: needs.md A4.3, C-R4 … C-R8; distribution-spec "Determining support", "Error codes".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Final, Protocol
+from urllib.parse import urlencode, urljoin, urlsplit
+
+from imgsvc.errors import ImgsvcError, InvalidArgument, printable
+from imgsvc.registry.auth import Answer, Authorizer, Peer, secrets_of
+from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, Host, Tls, canonical_name, is_local
+from imgsvc.registry.interfaces import Attempt, Credential
+from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
+from imgsvc.registry.proxies import proxy_for
+from imgsvc.registry.redact import MAX_ERROR_BODY, registry_message, scrubbed, shown_url
+from imgsvc.registry.retry import Failure, kind_of_status, retry_after
+from imgsvc.registry.transport import Body, RequestFailed, Response, Route, Transport
+
+USER_AGENT: Final = "imgsvc"
+MAX_REDIRECTS: Final = 10
+_MAX_ROUNDS: Final = 3  # requests one call may cost: unauthenticated, authenticated, with a renewed credential
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+
+
+class CredentialSource(Protocol):
+    """The node's own credentials. Source names are fit for logs."""
+
+    async def find(self, registry: str, repository: str, *, directory: str, renew: bool = False) -> Credential | None:
+        """What is stored for a registry (`host[:port]` or docker.io); renew: bypass caches, the last one was refused."""
+
+    async def named(self, name: str, directory: str) -> Credential:
+        """A named credential of the namespace's directory. Raises: InvalidArgument when there is none."""
+
+
+class NoCredentials:
+    """A node that has none."""
+
+    async def find(self, registry: str, repository: str, *, directory: str, renew: bool = False) -> Credential | None:
+        """None."""
+        return None
+
+    async def named(self, name: str, directory: str) -> Credential:
+        """Raises: InvalidArgument."""
+        raise InvalidArgument(f'no credential named "{name}"', where=directory)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request. path: below the endpoint's base, with a leading slash, or an absolute URL of the same endpoint.
+
+    scopes: what a token must allow. ok: statuses that are answers. body: bytes, or a stream with its `length` [bytes].
+    """
+
+    method: str
+    path: str
+    phase: str
+    scopes: tuple[str, ...] = ()
+    query: tuple[tuple[str, str], ...] = ()
+    headers: tuple[tuple[str, str], ...] = ()
+    ok: frozenset[int] = frozenset({200})
+    body: Body = b""
+    length: int | None = None
+
+
+@dataclass(slots=True)
+class Session:
+    """What several endpoints of one operation share."""
+
+    namespace: str
+    repository: str
+    directory: str
+    caller: Credential | None
+    transport: Transport
+    authorizer: Authorizer
+    stored: CredentialSource
+    environ: Mapping[str, str]
+    downgraded: dict[str, None]  # bases of `http://` hosts with TLS options that turned out to speak plain HTTP
+    attempts: list[Attempt] = field(default_factory=list)
+
+
+class Endpoint:
+    """One host of the configuration within one session."""
+
+    def __init__(self, host: Host, session: Session) -> None:
+        self.host = host
+        self._session = session
+        self._reach = Reach.PUBLIC
+        self._credential: Credential | None = None
+        self._credential_note = ""
+        self._is_credential_known = False
+
+    @property
+    def base(self) -> str:
+        """The URL in use: HTTPS first where TLS options make an http:// host ambiguous."""
+        if self.host.try_tls_first and self.host.url not in self._session.downgraded:
+            return "https://" + self.host.url.removeprefix("http://")
+        return self.host.url
+
+    async def ask(self, ask: Ask) -> Response:
+        """Send and return the answer, its body unread; the caller closes it. Every call is recorded as an Attempt.
+
+        Raises: RequestFailed for everything else, with the registry's own words in it.
+        """
+        started = time.monotonic()
+        try:
+            response = await self._ask(ask)
+        except RequestFailed as error:
+            self.record(error.phase, error.status, started, error.what)
+            raise
+        self.record(ask.phase, response.status, started)
+        return response
+
+    def record(self, phase: str, status: int, started: float, error: str = "") -> None:
+        """Add an Attempt."""
+        elapsed = time.monotonic() - started
+        self._session.attempts.append(Attempt(self.base, phase, status, elapsed, self.credential_name, error))
+
+    @property
+    def credential_name(self) -> str:
+        """The source of the credential in use, "none", or "withheld: why"."""
+        if self._credential_note:
+            return self._credential_note
+        return self._credential.source if self._credential else "none"
+
+    async def _ask(self, ask: Ask) -> Response:
+        credential = await self._pick_credential()
+        answer = await self._session.authorizer.preempt(self._peer(), ask.scopes, credential)
+        response = await self._send_with_fallback(ask, answer)
+        for _ in range(_MAX_ROUNDS - 1):
+            if response.status != 401:
+                break
+            self._reach = response.reach()
+            try:
+                next_answer = await self._session.authorizer.answer(self._peer(), ask.scopes, self._credential, response)
+                if next_answer is None or (answer and next_answer.value == answer.value):
+                    next_answer = await self._renewed(ask, response) if answer else None
+            except BaseException:
+                await response.close()
+                raise
+            if next_answer is None or not isinstance(ask.body, bytes):
+                break
+            await response.close()
+            answer = next_answer
+            self._credential_note = answer.note or self._credential_note
+            response = await self._send_with_fallback(ask, answer)
+        if response.status in ask.ok:
+            return response
+        async with response:
+            raise await self._status_error(response, ask)
+
+    async def _renewed(self, ask: Ask, refused: Response) -> Answer | None:
+        """A stored credential may have been replaced since we read it (short-lived cloud tokens)."""
+        session = self._session
+        if self._credential is None or self._credential is session.caller or self.host.credential_policy not in (FROM_NAMESPACE, ""):
+            return None
+        registry = session.namespace if self.host.credential_policy == FROM_NAMESPACE else canonical_name(self.host.authority)
+        fresh = await session.stored.find(registry, session.repository, directory=session.directory, renew=True)
+        if fresh is None or session.authorizer.identity(fresh) == session.authorizer.identity(self._credential):
+            return None
+        self._credential = fresh
+        return await session.authorizer.answer(self._peer(), ask.scopes, fresh, refused)
+
+    def _peer(self) -> Peer:
+        return Peer(self.host, self.base, self._reach)
+
+    async def _pick_credential(self) -> Credential | None:
+        if not self._is_credential_known:
+            self._credential, self._credential_note = await self._choose_credential()
+            self._is_credential_known = True
+        if self._credential and (reason := self._cleartext_problem()):
+            self._credential, self._credential_note = None, f"withheld: {reason}"
+        return self._credential
+
+    async def _choose_credential(self) -> tuple[Credential | None, str]:
+        """The credential bound to this host by policy, and what to say when one exists but is not for it."""
+        session, policy = self._session, self.host.credential_policy
+        if policy == FROM_NOBODY:
+            return None, "none (configured)"
+        own = canonical_name(self.host.authority)
+        note = ""
+        if session.caller is not None:
+            bound = canonical_name(session.caller.host) if session.caller.host else session.namespace
+            if bound == own or (policy == FROM_NAMESPACE and bound == session.namespace):
+                return session.caller, ""
+            note = f"withheld: {session.caller.source} is bound to {printable(bound, 80)}"
+        try:
+            if policy in (FROM_NAMESPACE, ""):
+                registry = session.namespace if policy == FROM_NAMESPACE else own
+                found = await session.stored.find(registry, session.repository, directory=session.directory)
+            else:
+                found = await session.stored.named(policy, session.directory)
+        except ImgsvcError as error:
+            # Another registry's secret is no substitute, and a private image will be refused with this reason beside it.
+            return None, f"none ({printable(str(error), 200)})"
+        return found, "" if found else note
+
+    def _cleartext_problem(self) -> str:
+        if not self.base.startswith("http://") or self.host.insecure_credentials:
+            return ""
+        if self.host.try_tls_first:
+            return "" if self.host.downgrade_is_safe else "the connection fell back to plain HTTP"
+        if is_local(self.host.authority):
+            return ""
+        return "plain HTTP (insecure_credentials = true in hosts.toml allows it)"
+
+    async def _send_with_fallback(self, ask: Ask, answer: Answer | None) -> Response:
+        """An http:// host with TLS options is tried with HTTPS; a server that evidently speaks HTTP gets HTTP."""
+        try:
+            return await self._follow(ask, answer)
+        except RequestFailed as error:
+            can_fall_back = self.host.try_tls_first and self.base.startswith("https://") and error.phase == "tls"
+            if (
+                not can_fall_back
+                or (error.failure is not Failure.DEFINITE and not self.host.downgrade_is_safe)
+                or "not trusted" in error.what
+            ):
+                raise
+        self._session.downgraded[self.host.url] = None
+        credential = await self._pick_credential()
+        return await self._follow(ask, answer if credential else None)
+
+    async def _follow(self, ask: Ask, answer: Answer | None) -> Response:
+        url = self._url(ask)
+        is_foreign = False
+        for _ in range(MAX_REDIRECTS + 1):
+            response = await self._send(ask, url, answer, is_foreign)
+            location = response.headers.get("location")
+            if response.status not in _REDIRECTS or not location or ask.method not in ("GET", "HEAD"):
+                return response
+            if not is_foreign:
+                self._reach = response.reach()
+            await response.close()
+            target = self._redirect_target(url, location, ask.phase)
+            is_foreign = is_foreign or _origin(target) != _origin(url)
+            url = target
+        raise self._refused(f"more than {MAX_REDIRECTS} redirects", ask.phase, url)
+
+    def _redirect_target(self, url: str, location: str, phase: str) -> str:
+        try:
+            target = urljoin(url, location)
+            parts = urlsplit(target)
+            _ = parts.port
+        except ValueError:
+            raise self._refused("redirect to something that is no URL", phase, url) from None
+        if parts.scheme not in ("http", "https") or not parts.hostname or not target.isascii() or not target.isprintable() or " " in target:
+            raise self._refused("redirect to something that is no web address", phase, url)
+        if url.startswith("https://") and parts.scheme != "https":
+            raise self._refused("redirect from HTTPS to HTTP", phase, target)
+        if parts.username is not None:
+            raise self._refused("redirect to a URL with credentials in it", phase, target)
+        return parts._replace(fragment="").geturl()
+
+    async def _send(self, ask: Ask, url: str, answer: Answer | None, is_foreign: bool) -> Response:
+        headers = [("User-Agent", USER_AGENT), ("Accept-Encoding", "identity"), *ask.headers]
+        if not is_foreign:
+            configured = {name.lower() for name, _ in self.host.headers}
+            headers = [(name, value) for name, value in headers if name.lower() not in configured]
+            headers += self.host.headers
+            if answer:
+                headers = [(name, value) for name, value in headers if name.lower() != "authorization"]
+                headers.append(("Authorization", answer.value))
+        return await self._session.transport.send(
+            ask.method, url, headers, route=self._route(url, is_foreign), phase=ask.phase, body=ask.body, length=ask.length
+        )
+
+    def _route(self, url: str, is_foreign: bool) -> Route:
+        tls = self.host.tls
+        return Route(
+            tls=tls.without_identity() if is_foreign else tls if url.startswith("https:") else Tls(),
+            proxy=proxy_for(url, self.host.proxy, self._session.environ),
+            connect_timeout=self.host.dial_timeout,
+            reachable=allowed_from(self._reach) if is_foreign else ANYWHERE,
+        )
+
+    def _url(self, ask: Ask) -> str:
+        if ask.path.startswith(("http://", "https://")):
+            return ask.path
+        query = list(ask.query)
+        if self.host.sends_ns and not self.host.canonical:
+            query.append(("ns", self._session.namespace))
+        return f"{self.base}{ask.path}" + (f"?{urlencode(query, safe=':/')}" if query else "")
+
+    async def _status_error(self, response: Response, ask: Ask) -> RequestFailed:
+        body = b"" if ask.method == "HEAD" else await response.read_some(MAX_ERROR_BODY)
+        words = registry_message(body, response.headers.get("content-type"), secrets_of(self._credential))
+        status = response.status
+        wait = retry_after(response.headers.get("retry-after"), datetime.now(UTC))
+        failure = kind_of_status(status, wait is not None)
+        what = f"{ask.method} answered {status}" + (f" ({words})" if words else "")
+        if status in (401, 403):
+            what += f", credential {self.credential_name}"
+            challenge = response.headers.get("www-authenticate")
+            if challenge:
+                what += f", challenge {scrubbed(challenge, secrets_of(self._credential))}"
+        return RequestFailed(
+            what, code=_code_of(status), failure=failure, phase=ask.phase, status=status, where=shown_url(response.url), wait=wait
+        )
+
+    def _refused(self, what: str, phase: str, url: str) -> RequestFailed:
+        return RequestFailed(what, code="PERMISSION_DENIED", failure=Failure.DEFINITE, phase=phase, where=shown_url(url))
+
+
+def _origin(url: str) -> tuple[str, str, int]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _code_of(status: int) -> str:
+    codes = {
+        400: "INVALID_ARGUMENT",
+        401: "UNAUTHENTICATED",
+        403: "PERMISSION_DENIED",
+        404: "NOT_FOUND",
+        405: "UNIMPLEMENTED",
+        408: "DEADLINE_EXCEEDED",
+        410: "NOT_FOUND",
+        413: "RESOURCE_EXHAUSTED",
+        416: "OUT_OF_RANGE",
+        429: "RESOURCE_EXHAUSTED",
+        504: "DEADLINE_EXCEEDED",
+    }
+    return codes.get(status, "UNAVAILABLE" if status >= 500 else "FAILED_PRECONDITION")

@@ -1,0 +1,143 @@
+"""Going through the endpoints of an operation: who is asked next, after how long, and what the final error says."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeVar
+
+from imgsvc.errors import printable
+from imgsvc.registry.endpoint import Endpoint
+from imgsvc.registry.interfaces import Attempt, PullFailed
+from imgsvc.registry.retry import MAX_WAIT_S, Action, Decision, Failure, Health, decide
+from imgsvc.registry.transport import RequestFailed
+
+T = TypeVar("T")
+
+# The most telling failure first: it decides the category of the whole operation. "Not found" at a mirror says little.
+_TELLING: Final = (
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "INVALID_ARGUMENT",
+    "FAILED_PRECONDITION",
+    "DEADLINE_EXCEEDED",
+    "UNAVAILABLE",
+    "NOT_FOUND",
+)
+
+
+class HealthBook:
+    """Health of every endpoint this node talks to, by base URL; shared by all operations of one client."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Health] = {}
+
+    def of(self, endpoint: Endpoint) -> Health:
+        """The endpoint's record, kept for as long as the process runs (their number is that of configured hosts)."""
+        return self._entries.setdefault(endpoint.host.url, Health())
+
+    def note(self, endpoint: Endpoint, error: RequestFailed) -> None:
+        """Learn from a failure."""
+        health, now = self.of(endpoint), time.monotonic()
+        if error.failure is Failure.UNREACHABLE:
+            health.unreachable(now)
+            return
+        health.succeeded()
+        if error.failure is Failure.LIMITED:
+            health.limited(now, error.wait)
+
+    def decide(self, endpoint: Endpoint, error: RequestFailed, tries: int, *, is_last: bool) -> Decision:
+        """The next step after `note`."""
+        health, now = self.of(endpoint), time.monotonic()
+        return decide(
+            error.failure,
+            tries,
+            is_last=is_last,
+            parked_for=health.parked_for(now),
+            jitter=random.random(),  # noqa: S311  # spreads retries; no secret
+            has_budget=health.take_retry(now),
+        )
+
+
+class Failover:
+    """One operation over several endpoints, in their order."""
+
+    def __init__(self, endpoints: Sequence[Endpoint], book: HealthBook, attempts: list[Attempt]) -> None:
+        self._endpoints = list(endpoints)
+        self._book = book
+        self._attempts = attempts
+        self._errors: list[tuple[Endpoint, RequestFailed]] = []
+
+    async def run(self, action: Callable[[Endpoint], Awaitable[T]], what: str) -> T:
+        """The first success of `action`. Raises: PullFailed listing every attempt, under the title `what`."""
+        for position, endpoint in enumerate(self._endpoints):
+            is_last = position == len(self._endpoints) - 1
+            tries, waited = 0, 0.0
+            if not await self.admit(endpoint, is_last=is_last):
+                continue
+            while True:
+                tries += 1
+                try:
+                    result = await action(endpoint)
+                except RequestFailed as error:
+                    self._errors.append((endpoint, error))
+                    self._book.note(endpoint, error)
+                    decision = self._book.decide(endpoint, error, tries, is_last=is_last)
+                    waited += decision.delay
+                    if decision.action is Action.NEXT_HOST or waited > MAX_WAIT_S:
+                        break
+                    await asyncio.sleep(decision.delay)
+                    continue
+                self._book.of(endpoint).succeeded()
+                self._book.of(endpoint).served()
+                return result
+        raise self.failure(what)
+
+    async def admit(self, endpoint: Endpoint, *, is_last: bool) -> bool:
+        """Whether to ask this endpoint now; for the last one a short rate limit is waited out."""
+        health, now = self._book.of(endpoint), time.monotonic()
+        parked = health.parked_for(now)
+        if parked and is_last and parked <= MAX_WAIT_S:
+            await asyncio.sleep(parked + random.random())  # noqa: S311  # spreads the waiters; no secret
+            return True
+        refusal = health.refusal(now, is_last=is_last)
+        if not refusal:
+            return True
+        code = "RESOURCE_EXHAUSTED" if parked else "UNAVAILABLE"
+        error = RequestFailed(refusal, code=code, failure=Failure.LIMITED if parked else Failure.UNREACHABLE, phase="skipped")
+        self._errors.append((endpoint, error))
+        endpoint.record("skipped", 0, now, refusal)
+        return False
+
+    def failed(self, endpoint: Endpoint, error: RequestFailed) -> None:
+        """Remember a failure that was handled outside run()."""
+        self._errors.append((endpoint, error))
+
+    def failure(self, what: str) -> PullFailed:
+        """The error of the whole operation."""
+        if not self._endpoints:
+            return PullFailed(what, [], "FAILED_PRECONDITION", retryable=False, hint="no configured host has the capability for this")
+        error = min(self._errors, key=_rank)[1]
+        hint = error.hint
+        if error.failure is Failure.LIMITED:
+            hint = "the registry limits the rate; pull through a mirror or with credentials, or later"
+        return PullFailed(
+            f"{what}: {printable(error.what, 400)}",
+            self._attempts,
+            error.code,
+            retryable=any(e.retryable for _, e in self._errors),
+            where=error.where,
+            hint=hint,
+        )
+
+
+def _rank(failed: tuple[Endpoint, RequestFailed]) -> float:
+    endpoint, error = failed
+    if error.code == "NOT_FOUND" and endpoint.host.canonical:
+        # The registry itself says there is no such thing; a dead mirror before it changes nothing.
+        return _TELLING.index("DEADLINE_EXCEEDED") - 0.5
+    return _TELLING.index(error.code) if error.code in _TELLING else _TELLING.index("UNAVAILABLE") - 0.5

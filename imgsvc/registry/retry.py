@@ -1,0 +1,166 @@
+"""What to do after something went wrong, and for how long to leave an endpoint alone. Pure: time comes in as a number.
+
+Source: needs.md A3.2, A3.3, A5.1, C-R11; RFC 9110 10.2.3 (Retry-After).
+"""
+
+from __future__ import annotations
+
+import email.utils
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Final
+
+TRIES_PER_HOST: Final = 4  # the first and three more
+_FIRST_DELAY_S: Final = 0.25
+_MAX_DELAY_S: Final = 8.0
+MAX_WAIT_S: Final = 60.0  # longest wait for a rate limit within one pull
+_MAX_PARK_S: Final = 3600.0  # longest time an endpoint is left alone because it said so
+_DEFAULT_PARK_S: Final = 2.0  # 429 without a usable Retry-After; doubles with each
+
+_OPEN_AFTER: Final = 3  # failures to connect in a row
+_FIRST_OPEN_S: Final = 10.0
+_MAX_OPEN_S: Final = 300.0
+_BUDGET: Final = 20.0  # retries an endpoint gets in a burst …
+_BUDGET_PER_S: Final = 0.5  # … and what grows back, so that a broken one is not hammered by every pull at once
+
+_RETRIED_STATUSES: Final = frozenset({408, 500, 502, 503, 504})
+
+
+class Failure(Enum):
+    """Kinds of failures that are treated differently."""
+
+    UNREACHABLE = "unreachable"  # no connection; nothing was asked
+    BROKEN = "broken"  # the connection failed, stalled, or the server said 5xx
+    LIMITED = "limited"  # 429, or 503 with Retry-After
+    DEFINITE = "definite"  # an answer that will not change by asking again
+    LIED = "lied"  # bytes or headers that cannot be true
+
+
+class Action(Enum):
+    """What the caller does next."""
+
+    RETRY = "retry"
+    NEXT_HOST = "next host"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """delay: wait this long before the retry [seconds]."""
+
+    action: Action
+    delay: float = 0.0
+
+
+def kind_of_status(status: int, has_retry_after: bool) -> Failure:
+    """The failure an HTTP error status is."""
+    if status == 429 or (status == 503 and has_retry_after):
+        return Failure.LIMITED
+    return Failure.BROKEN if status in _RETRIED_STATUSES else Failure.DEFINITE
+
+
+def retry_after(value: str, now: datetime) -> float | None:
+    """A Retry-After header [seconds from now], None when absent, negative or unreadable; capped to an hour."""
+    text = value.strip()
+    if text.isascii() and text.isdigit():
+        return min(float(text[:9]), _MAX_PARK_S)
+    try:
+        at = email.utils.parsedate_to_datetime(text)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+    if at.tzinfo is None:
+        at = at.replace(tzinfo=UTC)
+    seconds = (at - now).total_seconds()
+    return min(seconds, _MAX_PARK_S) if seconds > 0 else None
+
+
+def decide(failure: Failure, tries: int, *, is_last: bool, parked_for: float, jitter: float, has_budget: bool) -> Decision:
+    """After try number `tries` on one host failed.
+
+    is_last: no other host is left to ask.  parked_for: how long the endpoint is to be left alone [seconds].
+    jitter: random, 0 ≤ jitter < 1.  has_budget: the endpoint's retry budget is not used up.
+    """
+    if failure in (Failure.DEFINITE, Failure.LIED) or tries >= TRIES_PER_HOST:
+        return Decision(Action.NEXT_HOST)
+    if failure is Failure.LIMITED:
+        if is_last and parked_for <= MAX_WAIT_S:
+            return Decision(Action.RETRY, parked_for + jitter)
+        return Decision(Action.NEXT_HOST)
+    if not has_budget or (failure is Failure.UNREACHABLE and not is_last):
+        return Decision(Action.NEXT_HOST)
+    delay = min(_FIRST_DELAY_S * 2 ** (tries - 1), _MAX_DELAY_S)
+    return Decision(Action.RETRY, delay * (0.5 + jitter))
+
+
+@dataclass(slots=True)
+class Health:
+    """What this node knows about one endpoint, over all pulls. Times are a monotonic clock's seconds."""
+
+    parked_until: float = 0.0
+    parks_in_a_row: int = 0
+    failures_in_a_row: int = 0
+    open_until: float = 0.0
+    opened_in_a_row: int = 0
+    probing_until: float = 0.0
+    budget: float = _BUDGET
+    budget_at: float = 0.0
+    bad_digests: dict[str, None] = field(default_factory=dict)
+
+    def parked_for(self, now: float) -> float:
+        """Seconds until the endpoint may be asked again after a rate limit; 0 = now."""
+        return max(0.0, self.parked_until - now)
+
+    def refusal(self, now: float, *, is_last: bool) -> str:
+        """Why not to ask this endpoint now, "" when it may be asked.
+
+        An open circuit lets one probe through when its time is over, and never stands in the way of the last host.
+        """
+        if parked := self.parked_for(now):
+            return f"rate limited for another {parked:.0f} s"
+        if is_last or self.failures_in_a_row < _OPEN_AFTER:
+            return ""
+        if now < self.open_until:
+            return f"circuit open for another {self.open_until - now:.0f} s after {self.failures_in_a_row} failures to connect"
+        if now < self.probing_until:
+            return "circuit half-open, another pull is probing"
+        self.probing_until = now + _FIRST_OPEN_S
+        return ""
+
+    def succeeded(self) -> None:
+        """It answered, be it with an error status."""
+        self.failures_in_a_row = self.opened_in_a_row = 0
+        self.open_until = self.probing_until = 0.0
+
+    def served(self) -> None:
+        """It did what was asked: rate limits are over."""
+        self.parks_in_a_row = 0
+
+    def unreachable(self, now: float) -> None:
+        """No connection."""
+        self.failures_in_a_row += 1
+        self.probing_until = 0.0
+        if self.failures_in_a_row >= _OPEN_AFTER and now >= self.open_until:
+            self.open_until = now + min(_FIRST_OPEN_S * 2**self.opened_in_a_row, _MAX_OPEN_S)
+            self.opened_in_a_row += 1
+
+    def limited(self, now: float, wait: float | None) -> None:
+        """It asked to be left alone for `wait` seconds, or did not say how long."""
+        if wait is None:
+            wait = min(_DEFAULT_PARK_S * 2**self.parks_in_a_row, MAX_WAIT_S)
+        self.parks_in_a_row = min(self.parks_in_a_row + 1, 16)
+        self.parked_until = max(self.parked_until, now + wait)
+
+    def take_retry(self, now: float) -> bool:
+        """Spend one retry of the budget if there is one."""
+        self.budget = min(_BUDGET, self.budget + (now - self.budget_at) * _BUDGET_PER_S)
+        self.budget_at = now
+        if self.budget < 1:
+            return False
+        self.budget -= 1
+        return True
+
+    def quarantine(self, digest: str) -> None:
+        """It served wrong bytes under this digest: not asked for it again while we run. The latest 256 are remembered."""
+        self.bad_digests[digest] = None
+        if len(self.bad_digests) > 256:
+            del self.bad_digests[next(iter(self.bad_digests))]

@@ -1,0 +1,322 @@
+"""One HTTP request to one place: connection pools, TLS settings, deadlines. No authentication, no redirects, no retries.
+
+httpcore is used without httpx around it: a registry client decides itself about redirects, cookies (there are none),
+proxies and timeouts, and httpcore's pool is the layer that accepts our network backend. HTTP/1.1 only: one blob is one
+stream of bytes, and several connections beat several streams of one connection where it matters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+from urllib.parse import unquote, urlsplit
+
+import httpcore
+
+from imgsvc.errors import ImgsvcError, InvalidArgument, ResourceExhausted, printable
+from imgsvc.registry.hosts import Tls
+from imgsvc.registry.netguard import ANYWHERE, Reach, reach_of
+from imgsvc.registry.netstream import AddressRefused, Backend, ConnectFailed, TlsFailed
+from imgsvc.registry.redact import shown_url
+from imgsvc.registry.retry import Failure
+
+_KEEP_IDLE: Final = 16  # connections per pool kept open after use
+_KEEP_IDLE_S: Final = 30.0
+_MAX_HEADER_VALUE: Final = 64 * 1024  # [characters] h11 bounds the whole head to about 100 KiB
+
+Body = bytes | AsyncIterable[bytes]
+
+
+class RequestFailed(ImgsvcError):
+    """One request to one endpoint did not succeed. `code` is the category of this very failure.
+
+    phase: "connect", "tls", "auth", "resolve", "fetch", "push". status: HTTP status, 0 without an answer.
+    wait: Retry-After [seconds] where the server said so.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        code: str,
+        failure: Failure,
+        phase: str,
+        status: int = 0,
+        where: str = "",
+        hint: str = "",
+        wait: float | None = None,
+    ) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.code = code  # type: ignore[misc]  # an instance may narrow the class's category
+        self.retryable = failure in (Failure.UNREACHABLE, Failure.BROKEN, Failure.LIMITED)  # type: ignore[misc]  # likewise
+        self.failure = failure
+        self.phase = phase
+        self.status = status
+        self.wait = wait
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """All in seconds. connect: TCP and TLS. headers: until the answer's head is complete. stall: no byte of a body."""
+
+    connect: float = 15.0
+    headers: float = 30.0
+    stall: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How to get to a server. proxy: URL or "". reachable: address classes that may be connected to."""
+
+    tls: Tls
+    proxy: str = ""
+    connect_timeout: float | None = None
+    reachable: frozenset[Reach] = ANYWHERE
+
+
+class Headers:
+    """Response headers; names in any case, values as text, those with control characters dropped."""
+
+    def __init__(self, raw: Iterable[tuple[bytes, bytes]]) -> None:
+        self._items = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in raw]
+
+    def get(self, name: str) -> str:
+        """The first value, "" when absent."""
+        return next(iter(self.all(name)), "")
+
+    def all(self, name: str) -> list[str]:
+        """Every value."""
+        wanted = name.lower()
+        return [value for key, value in self._items if key == wanted and len(value) <= _MAX_HEADER_VALUE]
+
+
+class Response:
+    """An answer whose body is still to come. Close it; closing early closes the connection."""
+
+    def __init__(self, raw: httpcore.Response, url: str, phase: str, through_proxy: bool) -> None:
+        self._raw = raw
+        self.status = raw.status
+        self.headers = Headers(raw.headers)
+        self.url = url
+        self.phase = phase
+        self.through_proxy = through_proxy
+
+    @property
+    def stream(self) -> httpcore.AsyncNetworkStream | None:
+        """The connection below, for what `hosts check` reports."""
+        stream = self._raw.extensions.get("network_stream")
+        return stream if isinstance(stream, httpcore.AsyncNetworkStream) else None
+
+    def reach(self) -> Reach:
+        """Address class of the server; through a proxy nobody knows, so PUBLIC, the narrowest."""
+        stream = self.stream
+        if self.through_proxy or stream is None:
+            return Reach.PUBLIC
+        try:
+            return reach_of(str(stream.get_extra_info("server_addr")[0]))
+        except (OSError, TypeError):  # the peer has hung up already
+            return Reach.PUBLIC
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it arrives, not decoded, up to 1 MiB at a time. Raises: RequestFailed."""
+        try:
+            async for chunk in self._raw.aiter_stream():
+                yield chunk
+        except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
+            raise _mapped(error, self.url, self.phase) from error
+
+    async def read(self, limit: int) -> bytes:
+        """The whole body. Raises: ResourceExhausted beyond `limit` bytes; RequestFailed."""
+        length = self.headers.get("content-length")
+        parts, total = [], 0
+        if not length.isdigit() or int(length[:20]) <= limit:
+            async for chunk in self.chunks():
+                total += len(chunk)
+                if total > limit:
+                    break
+                parts.append(chunk)
+            else:
+                return b"".join(parts)
+        await self.close()
+        raise ResourceExhausted(f"answer larger than {limit} bytes", where=shown_url(self.url))
+
+    async def read_some(self, limit: int) -> bytes:
+        """The start of the body, whatever happens after it: for error texts."""
+        parts, total = [], 0
+        try:
+            async with asyncio.timeout(5):
+                async for chunk in self.chunks():
+                    parts.append(chunk[: limit - total])
+                    total += len(parts[-1])
+                    if total >= limit:
+                        break
+        except (RequestFailed, TimeoutError):
+            pass  # the status says enough
+        return b"".join(parts)
+
+    async def close(self) -> None:
+        """Idempotent."""
+        await self._raw.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+
+class Transport:
+    """Connection pools by route. Belongs to one event loop."""
+
+    def __init__(self, timeouts: Timeouts) -> None:
+        self._timeouts = timeouts
+        self._pools: dict[tuple[object, ...], httpcore.AsyncConnectionPool] = {}
+
+    async def send(
+        self,
+        method: str,
+        url: str,
+        headers: Sequence[tuple[str, str]],
+        *,
+        route: Route,
+        phase: str,
+        body: Body = b"",
+        length: int | None = None,
+    ) -> Response:
+        """Send one request and wait for the answer's head. `length`: of a streamed body [bytes].
+
+        Raises: RequestFailed; InvalidArgument when TLS files cannot be used.
+        """
+        _check_literal_address(url, route, phase)
+        pool = await self._pool(route)
+        connect = self._timeouts.connect if route.connect_timeout is None else route.connect_timeout
+        request = httpcore.Request(
+            method,
+            url,
+            headers=_request_headers(url, headers, method, body, length),
+            content=body,
+            extensions={"timeout": {"connect": connect, "read": self._timeouts.stall, "write": self._timeouts.stall, "pool": None}},
+        )
+        # A streamed upload takes as long as it takes; its writes have their own stall clock.
+        limit = None if method in ("PUT", "PATCH", "POST") else connect + self._timeouts.headers
+        try:
+            async with asyncio.timeout(limit):
+                raw = await pool.handle_async_request(request)
+        except TimeoutError as error:
+            what = f"no complete answer within {limit:g} s"
+            raise RequestFailed(what, code="DEADLINE_EXCEEDED", failure=Failure.BROKEN, phase=phase, where=shown_url(url)) from error
+        except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError) as error:
+            raise _mapped(error, url, phase) from error
+        return Response(raw, url, phase, bool(route.proxy))
+
+    async def close(self) -> None:
+        """Close every connection."""
+        pools, self._pools = list(self._pools.values()), {}
+        for pool in pools:
+            await pool.aclose()
+
+    async def _pool(self, route: Route) -> httpcore.AsyncConnectionPool:
+        stamps = tuple(_stamp(name) for name in (*route.tls.ca, *(n for pair in route.tls.client for n in pair if n)))
+        key = (route.tls, route.proxy, route.reachable, stamps)
+        if key not in self._pools:
+            # Reading the system's CAs takes tens of milliseconds.
+            context = await asyncio.to_thread(_tls_context, route.tls)
+            if key not in self._pools:
+                self._pools[key] = _new_pool(route, context)
+        return self._pools[key]
+
+
+def _new_pool(route: Route, context: ssl.SSLContext) -> httpcore.AsyncConnectionPool:
+    proxy = None
+    if route.proxy:
+        parts = urlsplit(route.proxy)
+        bare = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        auth = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
+        proxy = httpcore.Proxy(bare, auth=auth)
+    return httpcore.AsyncConnectionPool(
+        ssl_context=context,
+        proxy=proxy,
+        max_connections=None,  # the callers' limits bound it
+        max_keepalive_connections=_KEEP_IDLE,
+        keepalive_expiry=_KEEP_IDLE_S,
+        network_backend=Backend(ANYWHERE if route.proxy else route.reachable),
+    )
+
+
+def _tls_context(tls: Tls) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if tls.skip_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    name = ""
+    try:
+        for name in tls.ca:
+            context.load_verify_locations(name)
+        for name, key in tls.client:
+            context.load_cert_chain(name, key or None)
+    except (ssl.SSLError, OSError) as error:
+        reason = error.strerror or str(error)
+        raise InvalidArgument(f"certificate cannot be used: {printable(reason, 160)}", where=name, hint="a PEM file is expected") from error
+    return context
+
+
+def _stamp(name: str) -> tuple[int, int, int]:
+    try:
+        status = os.stat(name)
+    except OSError:
+        return (0, 0, 0)
+    return (status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def _check_literal_address(url: str, route: Route, phase: str) -> None:
+    """Through a proxy we do not see the address that is connected to, but the URL may say it."""
+    host = urlsplit(url).hostname or ""
+    if not route.proxy or route.reachable == ANYWHERE or not (":" in host or host.replace(".", "").isdigit()):
+        return
+    if (reach := reach_of(host)) not in route.reachable:
+        what = f"{host} is a {reach.value} address, where this registry may not send us"
+        raise RequestFailed(what, code="PERMISSION_DENIED", failure=Failure.DEFINITE, phase=phase, where=shown_url(url))
+
+
+def _request_headers(
+    url: str, headers: Sequence[tuple[str, str]], method: str, body: Body, length: int | None
+) -> list[tuple[bytes, bytes]]:
+    sent = [("Host", urlsplit(url).netloc), *headers]
+    if isinstance(body, bytes):
+        length = len(body) if body or method in ("PUT", "PATCH", "POST") else None
+    if length is not None:
+        sent.append(("Content-Length", str(length)))
+    elif not isinstance(body, bytes):
+        sent.append(("Transfer-Encoding", "chunked"))
+    return [(name.encode("ascii"), value.encode("latin-1")) for name, value in sent]
+
+
+_HINTS: Final[Mapping[str, str]] = {
+    "plain": "write http:// in the [host] table if that is meant",
+    "untrusted": 'add its CA with ca = "…" in hosts.toml',
+}
+
+
+def _mapped(error: Exception, url: str, phase: str) -> RequestFailed:
+    where, text = shown_url(url), printable(str(error), 200)
+    if isinstance(error, AddressRefused):
+        return RequestFailed(text, code="PERMISSION_DENIED", failure=Failure.DEFINITE, phase="connect", where=where)
+    if isinstance(error, TlsFailed):
+        untrusted = "not trusted" in text
+        hint = _HINTS["plain"] if error.plain else _HINTS["untrusted"] if untrusted else ""
+        failure = Failure.DEFINITE if untrusted or error.plain else Failure.UNREACHABLE
+        return RequestFailed(text, code="UNAVAILABLE", failure=failure, phase="tls", where=where, hint=hint)
+    if isinstance(error, httpcore.ConnectTimeout):
+        return RequestFailed(text, code="DEADLINE_EXCEEDED", failure=Failure.UNREACHABLE, phase="connect", where=where)
+    if isinstance(error, ConnectFailed | httpcore.ConnectError):
+        return RequestFailed(text, code="UNAVAILABLE", failure=Failure.UNREACHABLE, phase="connect", where=where)
+    if isinstance(error, httpcore.ProxyError):
+        return RequestFailed(f"proxy: {text}", code="UNAVAILABLE", failure=Failure.UNREACHABLE, phase="connect", where=where)
+    if isinstance(error, httpcore.TimeoutException):
+        return RequestFailed(text or "stalled", code="DEADLINE_EXCEEDED", failure=Failure.BROKEN, phase=phase, where=where)
+    return RequestFailed(f"connection lost: {text}", code="UNAVAILABLE", failure=Failure.BROKEN, phase=phase, where=where)
