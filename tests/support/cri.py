@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Final
+
+import grpc
+import pytest
 
 from imgsvc.api import cri_pb2
 from imgsvc.api.cri_pb2_grpc import ImageServiceStub, RuntimeServiceStub
@@ -36,6 +39,13 @@ def read_log(path: Path) -> list[LogLine]:
         assert match, f"not a CRI log line: {raw!r}"
         lines.append(LogLine(datetime.fromisoformat(match[1]), match[2], match[3], match[4]))
     return lines
+
+
+def refusal(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
+    """Code and text with which the daemon refuses a call. Raises: AssertionError when it does not."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value.code(), caught.value.details() or ""
 
 
 def pod_config(daemon: Daemon, name: str = "pod") -> cri_pb2.PodSandboxConfig:
