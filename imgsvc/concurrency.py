@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
@@ -124,6 +124,30 @@ class Threads:
     def close(self) -> None:
         """Wait for running calls and stop."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Shared(Generic[T]):
+    """Objects that exist while somebody uses them, one per key."""
+
+    def __init__(self, make: Callable[[], T], drop: Callable[[T], None] = lambda _: None) -> None:
+        self._make = make
+        self._drop = drop
+        self._used: dict[str, tuple[T, int]] = {}
+
+    @contextmanager
+    def use(self, key: str) -> Iterator[T]:
+        """The key's object for a `with` block; the last user's end drops it."""
+        value, users = self._used[key] if key in self._used else (self._make(), 0)
+        self._used[key] = (value, users + 1)
+        try:
+            yield value
+        finally:
+            value, users = self._used[key]
+            if users == 1:
+                del self._used[key]
+                self._drop(value)
+            else:
+                self._used[key] = (value, users - 1)
 
 
 class Coalesced:

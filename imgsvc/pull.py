@@ -21,16 +21,16 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from imgsvc.concurrency import Coalesced, SingleFlight, Threads, all_of, both
+from imgsvc.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both
 from imgsvc.content.interfaces import Store, Writer
 from imgsvc.content.verify import read_verified
-from imgsvc.decrypt.interfaces import Decryptor, LayerKey
-from imgsvc.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
+from imgsvc.decrypt.interfaces import ChainRun, Decryptor, LayerKey
+from imgsvc.errors import Aborted, DataLoss, Internal, InvalidArgument, NotFound, ResourceExhausted
 from imgsvc.failpoints import afailpoint
 from imgsvc.images import Image, ImageStore, build_image
 from imgsvc.leases import LeaseManager
@@ -48,7 +48,7 @@ from imgsvc.oci import (
 )
 from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import BlobSource, Credential, Fetcher, Registry
-from imgsvc.snapshot.interfaces import Key, LayerInput, Name, Snapshotter, Unpacker, UnpackJob
+from imgsvc.snapshot.interfaces import Applied, Key, LayerInput, Mount, Name, Snapshotter, Unpacker, UnpackJob, Usage
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,14 @@ class Pulled:
     timings: dict[str, float]
 
 
+class _Stage:
+    """How far a layer is: `key` is its active snapshot once `settled`, when its files are as they will be."""
+
+    def __init__(self) -> None:
+        self.key = Key("")
+        self.settled = asyncio.Event()
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """Everything known of one image before its layers move. names, keys: one per layer, base first."""
@@ -136,11 +144,9 @@ def layer_names(diff_ids: Sequence[Digest], secrets: Sequence[tuple[Digest, str]
 class GrowingBlob:
     """A blob on its way in: followers learn how many bytes, from the start and without a gap, can be read."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self) -> None:
         self.available = 0
         self.opened = asyncio.Event()
-        self.users = 0
         self._fd = -1
         self._followers: list[UnpackJob] = []
 
@@ -178,9 +184,9 @@ class GrowingBlob:
 class _Sink:
     """A download's way into the content store: one hop to a thread per chunk, then the followers are told."""
 
-    def __init__(self, writer: Writer, blob: GrowingBlob, threads: Threads, request: PullRequest, digest: Digest) -> None:
+    def __init__(self, writer: Writer, blob: GrowingBlob, threads: Threads, request: PullRequest, layer: Descriptor) -> None:
         self._writer, self._blob, self._threads = writer, blob, threads
-        self._request, self._digest = request, digest
+        self._request, self._layer = request, layer
 
     def missing(self) -> list[tuple[int, int]]:
         return self._writer.missing()
@@ -188,7 +194,7 @@ class _Sink:
     async def write_at(self, offset: int, data: bytes) -> None:
         available = await self._threads.run(self._write, offset, data)
         self._blob.grew(available)
-        self._request.reporter.layer(self._digest, self._blob.size, available, "downloading")
+        self._request.reporter.layer(self._layer.digest, self._layer.size, available, "downloading")
 
     def _write(self, offset: int, data: bytes) -> int:
         self._writer.write_at(offset, data)
@@ -220,7 +226,8 @@ class Puller:
         self._threads = threads
         self._layers: SingleFlight[None] = SingleFlight()
         self._blobs: SingleFlight[BlobSource] = SingleFlight()
-        self._growing: dict[str, GrowingBlob] = {}
+        self._growing: Shared[GrowingBlob] = Shared(GrowingBlob, GrowingBlob.close)
+        self._stages: Shared[_Stage] = Shared(_Stage)
         self._syncs = {name: _Sync(snapshotter, threads) for name, snapshotter in snapshotters.items()}
 
     async def pull(self, request: PullRequest) -> Pulled:
@@ -334,59 +341,121 @@ class Puller:
         if await self._threads.run(snapshotter.stat, name) is not None:
             return
         key = Key(f"unpack-{uuid.uuid4().hex}")
+        with self._stages.use(f"{snapshotter.name}/{name}") as stage:
+            try:
+                usage = await (self._beside if snapshotter.parallel else self._on_parent)(plan, position, key)
+                await afailpoint("layer.settled")
+                stage.key = key
+                stage.settled.set()
+                await both(self._syncs[snapshotter.name](key), self._committed(plan, position - 1))
+                await afailpoint("layer.synced")
+                await self._threads.run(snapshotter.commit, name, key, parent=parent, usage=usage)
+                await afailpoint("layer.committed")
+            except BaseException:
+                await asyncio.shield(self._threads.run(snapshotter.remove, key))
+                raise
+
+    async def _beside(self, plan: _Plan, position: int, key: Key) -> Usage | None:
+        """Unpack a layer while its parents are still on their way, then fit it to them."""
+        job, _ = await both(self._extract(plan, position, key, None), self._settled(plan, position - 1))
         try:
-            if snapshotter.parallel:
-                job, _ = await both(self._extract(plan, position, key, None), self._parent(plan, position))
-            else:
-                await all_of(self._fetch(plan, plan.manifest.layers[position]), self._parent(plan, position))
-                job = await self._extract(plan, position, key, parent)
             await afailpoint("layer.unpacked")
-            usage = await self._unpacker.settle(snapshotter, key, parent, job)
-            await afailpoint("layer.settled")
-            await self._syncs[snapshotter.name](key)
-            await afailpoint("layer.synced")
-            await self._threads.run(snapshotter.commit, name, key, parent=parent, usage=usage)
-            await afailpoint("layer.committed")
+            return await self._unpacker.settle(await self._mounts(plan, position, key), job)
+        except Aborted:
+            # It came through a pipe and needs its parents while it is unpacked.
+            await self._threads.run(plan.snapshotter.remove, key)
+            return await self._on_parent(plan, position, key)
         except BaseException:
-            await asyncio.shield(self._threads.run(snapshotter.remove, key))
+            await asyncio.shield(job.abort())
             raise
 
-    async def _parent(self, plan: _Plan, position: int) -> None:
-        if position:
-            await self._layer(plan, position - 1)
+    async def _on_parent(self, plan: _Plan, position: int, key: Key) -> Usage | None:
+        """Unpack a layer onto its committed parent."""
+        await both(self._fetch(plan, plan.manifest.layers[position]), self._committed(plan, position - 1))
+        job = await self._extract(plan, position, key, plan.names[position - 1] if position else None)
+        return await self._unpacker.settle([], job)
+
+    async def _committed(self, plan: _Plan, position: int) -> None:
+        if position >= 0:
+            await self._layer(plan, position)
+
+    async def _settled(self, plan: _Plan, position: int) -> None:
+        """Until a layer's files are as they will be, committed or not."""
+        if position < 0:
+            return
+        with self._stages.use(f"{plan.snapshotter.name}/{plan.names[position]}") as stage:
+            layer = asyncio.ensure_future(self._layer(plan, position))
+            try:
+                await _first_of(layer, stage.settled.wait())
+                if layer.done():
+                    layer.result()
+            finally:
+                layer.cancel()
+                await asyncio.wait([layer])
+
+    async def _mounts(self, plan: _Plan, position: int, key: Key) -> list[Mount]:
+        """The layer on its parents, of which some may be settled but not committed yet."""
+        for _ in plan.names:
+            below: list[str] = []
+            for name in reversed(plan.names[:position]):
+                if await self._threads.run(plan.snapshotter.stat, name) is not None:
+                    below.append(name)
+                    break
+                with self._stages.use(f"{plan.snapshotter.name}/{name}") as stage:
+                    below.append(stage.key)
+            try:
+                return await self._threads.run(plan.snapshotter.mounts, key, below=below)
+            except NotFound:
+                continue  # a parent was committed between the two looks: its key is gone, its name is there now
+        raise Internal("the parents of a layer keep changing", where=str(plan.request.reference))
 
     async def _extract(self, plan: _Plan, position: int, key: Key, parent: Name | None) -> UnpackJob:
-        """Unpack one layer into the active snapshot `key` while its blob arrives. Returns the finished job."""
+        """Unpack one layer into a new active snapshot while its blob arrives. Returns the finished job."""
         layer = plan.manifest.layers[position]
         mounts = await self._threads.run(plan.snapshotter.prepare, key, parent)
+        rebase = parent is None and plan.snapshotter.parallel
         await afailpoint("layer.prepared")
-        with self._following(layer) as blob:
-            fetch = asyncio.ensure_future(self._fetch(plan, layer))
-            job: UnpackJob | None = None
-            try:
-                await _first_of(fetch, blob.opened.wait())
-                if fetch.done():
+        with self._growing.use(layer.digest) as blob:
+            async with AsyncExitStack() as stack:
+                fetch = asyncio.ensure_future(self._fetch(plan, layer))
+                stack.push_async_callback(_end, fetch)
+                if self._decryptor.processed(layer):
                     await fetch
-                    source, available = await self._threads.run(_stored_fd, self._content, layer.digest), layer.size
+                    source, available, chain = await self._processed(plan, layer, stack)
                 else:
-                    source, available = blob.duplicate(), blob.available
+                    await _first_of(fetch, blob.opened.wait())
+                    source, available, chain = await self._source(layer, fetch, blob), blob.available, None
+                    stack.callback(os.close, source)
+                job = await self._unpacker.start(_layer_input(plan, position, source, chain), mounts, rebase=rebase)
                 try:
-                    job = await self._unpacker.start(_layer_input(plan, position, source), mounts)
-                finally:
-                    os.close(source)
-                plan.request.reporter.layer(layer.digest, layer.size, blob.available or layer.size, "unpacking")
-                job.advance(available)
-                blob.follow(job)
-                applied, _ = await both(job.finish(), _awaited(fetch))
+                    plan.request.reporter.layer(layer.digest, layer.size, available, "unpacking")
+                    blob.follow(job)
+                    if fetch.done():
+                        job.advance(layer.size)
+                    applied, _ = await both(_judged(job.finish(), chain), _awaited(fetch))
+                except BaseException:
+                    await asyncio.shield(job.abort())
+                    raise
                 for phase, seconds in applied.timings.items():
                     plan.timings[phase] = plan.timings.get(phase, 0.0) + seconds
                 return job
-            except BaseException:
-                fetch.cancel()
-                await asyncio.wait([fetch])
-                if job is not None:
-                    await asyncio.shield(job.abort())
-                raise
+
+    async def _source(self, layer: Descriptor, fetch: asyncio.Future[None], blob: GrowingBlob) -> int:
+        """A descriptor of the stored or of the growing blob; the caller closes it."""
+        if not fetch.done():
+            return blob.duplicate()
+        fetch.result()
+        return await self._threads.run(_stored_fd, self._content, layer.digest)
+
+    async def _processed(self, plan: _Plan, layer: Descriptor, stack: AsyncExitStack) -> tuple[int, int, ChainRun]:
+        """The output of the configured stream processors for a stored blob."""
+        stored = await self._threads.run(_stored_fd, self._content, layer.digest)
+        try:
+            chain = await self._decryptor.open_chain(layer, stored)
+        finally:
+            os.close(stored)
+        stack.push_async_callback(chain.kill)
+        return chain.output, layer.size, chain
 
     async def _fetch(self, plan: _Plan, layer: Descriptor) -> None:
         """Make one blob be in the content store, joining whoever fetches it already."""
@@ -397,10 +466,10 @@ class Puller:
     async def _download(self, plan: _Plan, layer: Descriptor) -> BlobSource:
         began = time.monotonic()
         writer = await self._threads.run(self._content.writer, f"layer-{layer.digest}", total=layer.size, expected=layer.digest)
-        with self._following(layer) as blob:
+        with self._growing.use(layer.digest) as blob:
             try:
                 blob.open(writer.fileno(), writer.status().offset)
-                sink = _Sink(writer, blob, self._threads, plan.request, layer.digest)
+                sink = _Sink(writer, blob, self._threads, plan.request, layer)
                 source = await plan.fetcher.download(layer, sink)
                 await afailpoint("layer.downloaded")
                 await self._threads.run(writer.commit, layer.size, layer.digest)
@@ -410,29 +479,17 @@ class Puller:
         plan.timings["download"] = plan.timings.get("download", 0.0) + time.monotonic() - began
         return source
 
-    @contextmanager
-    def _following(self, layer: Descriptor) -> Iterator[GrowingBlob]:
-        """The blob as it grows, shared by its download and everybody who unpacks from it."""
-        blob = self._growing.setdefault(layer.digest, GrowingBlob(layer.size))
-        blob.users += 1
-        try:
-            yield blob
-        finally:
-            blob.users -= 1
-            if not blob.users:
-                del self._growing[layer.digest]
-                blob.close()
 
-
-def _layer_input(plan: _Plan, position: int, source: int) -> LayerInput:
+def _layer_input(plan: _Plan, position: int, source: int, chain: ChainRun | None) -> LayerInput:
     layer, key = plan.manifest.layers[position], plan.keys[position]
+    media_type = key.media_type if key else layer.media_type
     return LayerInput(
-        media_type=key.media_type if key else layer.media_type,
+        media_type=chain.media_type if chain else media_type,
         digest=layer.digest,
         diff_id=plan.diff_ids[position],
         source=source,
         size=layer.size,
-        secret=key.secret if key else None,
+        secret=key.secret if key and not chain else None,
     )
 
 
@@ -470,6 +527,22 @@ def _store_small(content: Store, descriptor: Descriptor, data: bytes) -> None:
 def _stored_fd(content: Store, digest: Digest) -> int:
     with content.reader(digest) as reader:
         return os.dup(reader.fileno())
+
+
+async def _judged(verdict: Awaitable[Applied], chain: ChainRun | None) -> Applied:
+    """The worker's verdict; where stream processors feed it, theirs counts first, for the cause is usually there."""
+    if chain is None:
+        return await verdict
+    try:
+        return await verdict
+    finally:
+        await chain.wait()
+
+
+async def _end(task: asyncio.Future[None]) -> None:
+    """Stop a task that may be done already; its error, if any, has been told or no longer matters."""
+    task.cancel()
+    await asyncio.wait([task])
 
 
 async def _awaited(task: asyncio.Future[None]) -> None:
