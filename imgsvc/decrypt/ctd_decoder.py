@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,14 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ctd-decoder", description="Decrypt an image layer for containerd.")
     parser.add_argument("--decryption-keys-path", metavar="DIR", type=Path, help="directory of private keys")
     chosen = parser.parse_args(arguments)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as every filter: end when nobody reads any more
     try:
         options = _options(_read_payload(), chosen.decryption_keys_path, os.environ)
         _decode(options, sys.stdin.buffer, sys.stdout.buffer)
     except ImgsvcError as error:
         print(error, file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        return _reader_left()
     except OSError as error:
         print(from_os_error(error, "decode"), file=sys.stderr)
         return 1
@@ -104,13 +104,6 @@ def _decode(options: LayerOptions, source: BinaryIO, target: BinaryIO) -> None:
     transform.finalize()
     target.write(held)
     target.flush()
-
-
-def _reader_left() -> int:
-    """Nobody reads the plaintext any more; keep the interpreter from failing once more when it flushes at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    print("the reader of the plaintext left", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

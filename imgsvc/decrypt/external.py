@@ -26,6 +26,7 @@ MAX_STDERR: Final = 4 * KIB  # [bytes] kept of each processor, the last ones
 EXIT_GRACE_S: Final = 30.0  # for a processor to exit once its output ended
 _FIRST_FREE_FD: Final = 16  # sources of dup2 stay clear of its targets 0 to 3
 _PIPE_SIZE: Final = MIB
+_LOST_READER: Final = (-signal.SIGPIPE, 128 + signal.SIGPIPE)  # directly, and as a shell says it
 
 
 class ProcessorFailed(ImgsvcError):
@@ -52,6 +53,7 @@ class _Process:
         self._kept = bytearray()
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self._loop.create_future()
+        self.exited_at = 0.0
         self._loop.add_reader(self._pidfd, self._on_exit)
         self._loop.add_reader(stderr, self._on_stderr)
 
@@ -75,6 +77,7 @@ class _Process:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._close_stderr()
+        self.exited_at = self._loop.time()
         self.exited.set_result(os.waitstatus_to_exitcode(status))
 
     def _on_stderr(self) -> None:
@@ -121,10 +124,11 @@ class RunningChain:
         self._close_output()
         done, late = await asyncio.wait([p.exited for p in self._processes], timeout=EXIT_GRACE_S)
         failed = [p for p in self._processes if p.exited in done and p.exited.result()]
-        # Who only lost its reader is not the cause.
-        causes = [p for p in failed if p.exited.result() != -signal.SIGPIPE] or failed
+        # Who only lost its reader is not the cause; of the others, who failed first made the rest fail.
+        causes = [p for p in failed if p.exited.result() not in _LOST_READER] or failed
         if causes:
-            raise ProcessorFailed(causes[0].id, causes[0].exited.result(), causes[0].stderr, self._where)
+            first = min(causes, key=lambda p: p.exited_at)
+            raise ProcessorFailed(first.id, first.exited.result(), first.stderr, self._where)
         if late:
             names = ", ".join(p.id for p in self._processes if p.exited in late)
             raise DeadlineExceeded(f"stream processor {printable(names, 120)} did not exit within {EXIT_GRACE_S:g} s", where=self._where)

@@ -91,7 +91,8 @@ class KeyDirectory:
             mark = (file, password_state)
             parsed[file.path] = known if known and known[0] == mark else (mark, self._read(file))
         self._parsed = parsed
-        self._ring = KeyRing.join((ring for _, ring in parsed.values()), source=str(self._path or ""))
+        missing = " (which does not exist)" if self._path and not os.path.lexists(self._path) else ""
+        self._ring = KeyRing.join((ring for _, ring in parsed.values()), source=f"{self._path or ''}{missing}")
         self.generation += 1
 
     def _read(self, file: _File) -> KeyRing:
