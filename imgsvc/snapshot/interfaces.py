@@ -35,6 +35,14 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True)
+class IDMapping:
+    """Owners inside a user namespace, as (first inside, first on the host, count) each."""
+
+    uids: tuple[tuple[int, int, int], ...]
+    gids: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Disk use of one snapshot without its parents. size [bytes allocated], inodes [count]."""
 
@@ -71,11 +79,24 @@ class Snapshotter(Protocol):
     def usage(self, key_or_name: str) -> Usage:
         """Disk use; recorded for committed snapshots, measured for active ones. Raises: NotFound."""
 
-    def mounts(self, key: Key) -> list[Mount]:
-        """How to mount an active snapshot or view. Raises: NotFound."""
+    def total_usage(self) -> Usage:
+        """Disk use of all committed snapshots together, kept as a running total: no walking."""
 
-    def prepare(self, key: Key, parent: Name | None, labels: Mapping[str, str] | None = None) -> list[Mount]:
-        """Start a writable snapshot on a committed parent. Raises: AlreadyExists, NotFound (parent)."""
+    def mounts(self, key: Key, *, below: Sequence[str] = ()) -> list[Mount]:
+        """How to mount an active snapshot or view. Raises: NotFound.
+
+        Args:     below: only where `parallel` and for a key prepared without a parent: show it on top of these, nearest
+                  first. They are keys prepared likewise, the last one may be a committed name and brings its parents.
+        """
+
+    def prepare(
+        self, key: Key, parent: Name | None, labels: Mapping[str, str] | None = None, *, mapping: IDMapping | None = None
+    ) -> list[Mount]:
+        """Start a writable snapshot on a committed parent. Raises: AlreadyExists, NotFound (parent).
+
+        Args:     mapping: show the parent's files with owners shifted for a user namespace; by idmapped mounts where this
+                  kernel has them, else by a copy.
+        """
 
     def view(self, key: Key, parent: Name | None, labels: Mapping[str, str] | None = None) -> list[Mount]:
         """As prepare, read-only."""
@@ -124,14 +145,16 @@ class Limits:
     ratio: int  # unpacked / compressed, judged once more than 64 MiB came out
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class LayerInput:
     """What a worker needs to unpack one layer.
 
-    media_type: of the bytes in `source` after `stages`, plain or gzip or zstd; unknown gzip is sniffed.
-    source: readable descriptor of the (maybe still growing) blob file, or of a pipe when a stream processor feeds it.
-    size: total bytes of the blob. diff_id: expected digest of the uncompressed tar.
-    secret: opaque bytes for the built-in decryption stage, handed to the worker by pipe, never by argument.
+    media_type: of the layer once decrypted. The bytes decide about compression; a type that contradicts them is an error.
+    digest: of the blob, for error texts. diff_id: expected digest of the uncompressed tar.
+    source: readable descriptor of the (maybe still growing) blob file, or of a pipe when a stream processor feeds it;
+        duplicated by start(), the caller keeps its own.
+    size: total bytes of the blob file; ignored for pipes, which are read to their end.
+    secret: opaque bytes for the worker's transform; they travel by socket, never by argument or environment.
     """
 
     media_type: str
@@ -144,13 +167,18 @@ class LayerInput:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What came of a layer. unpacked [bytes of tar]; usage as laid on disk; timings [seconds] by phase."""
+    """What came of a layer. unpacked [bytes of tar]; timings [seconds]: "waited" for bytes, "unpacked".
+
+    usage: as laid on disk, or None where the snapshotter has to measure (commit does when it gets None).
+    warnings: what was left out of the layer, by reason [count].
+    """
 
     diff_id: Digest
     unpacked: int
     entries: int
-    usage: Usage
+    usage: Usage | None
     timings: Mapping[str, float] = field(default_factory=dict)
+    warnings: Mapping[str, int] = field(default_factory=dict)
 
 
 class UnpackJob(Protocol):
@@ -160,24 +188,38 @@ class UnpackJob(Protocol):
         """Bytes [0, available) of the source can be read now. Never blocks; not needed for pipes."""
 
     async def finish(self) -> Applied:
-        """All bytes are there; wait for the worker. Raises: DataLoss (diff ID differs, broken stream),
-        InvalidArgument (hostile entry), ResourceExhausted (limit or disk). The snapshot is not committed here.
+        """All bytes are there; wait for the worker. The snapshot is not committed here.
+
+        Raises: DataLoss (diff ID differs, broken stream), InvalidArgument (hostile entry), ResourceExhausted (limit or
+        disk). The worker is gone in every case; on an error the caller removes the snapshot.
         """
 
     async def abort(self) -> None:
-        """Kill the worker. Idempotent; the caller removes the snapshot."""
+        """Kill the worker, wait until it is gone, and forget the layer. Idempotent; the caller removes the snapshot."""
 
 
 class Unpacker(Protocol):
     """Starts jobs; bounds how many run at once (max_concurrent_unpacks)."""
 
-    async def start(self, layer: LayerInput, mounts: Sequence[Mount]) -> UnpackJob:
-        """Wait for a slot, then start unpacking `layer` into the active snapshot that `mounts` describes."""
+    async def start(self, layer: LayerInput, mounts: Sequence[Mount], *, rebase: bool) -> UnpackJob:
+        """Wait for a slot, then start unpacking `layer` into the active snapshot that `mounts` describes.
 
-    async def settle(self, mounts: Sequence[Mount], job: UnpackJob) -> Usage:
-        """After the parent is committed: give directories the layer did not carry their parent's metadata, make hard
-        links into lower layers. `mounts` are those of the snapshot on its real parent. Returns the usage afterwards.
+        Args:     rebase: the snapshot was prepared without its parent (snapshotter.parallel) and settle() will follow;
+                  else `mounts` show the parent's files already, and the layer is applied to them.
+        """
+
+    async def settle(self, mounts: Sequence[Mount], job: UnpackJob) -> Usage | None:
+        """Complete a layer with what only works once its parents are there: after finish, in layer order, before commit.
+
+        Directories the layer did not carry get their parent's metadata, links to files of lower layers are made, marks
+        that hide nothing go. Nothing to do for jobs without rebase. A layer that cannot be completed this way is
+        unpacked once more on its mounted parents, from the source.
+
+        Args:     mounts: of the snapshot on its real parents: snapshotter.mounts(key, below=…).
+        Returns:  usage to give to commit.
+        Raises:   as finish; Aborted when the layer has to be unpacked again but came through a pipe: then prepare it on
+                  its parent and start it with rebase=False.
         """
 
     async def close(self) -> None:
-        """Stop idle workers."""
+        """Kill what runs and stop the worker server."""

@@ -1,0 +1,64 @@
+"""Snapshots as full copies: no mounts needed beyond a bind, no kernel feature, and disk and time for every layer.
+
+For machines where overlayfs is not usable. Blocks are shared where the file system can (btrfs, xfs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from imgsvc.errors import InvalidArgument
+from imgsvc.metadb import MetaDB
+from imgsvc.snapshot.copying import copy_tree, shift_tree
+from imgsvc.snapshot.driver import DirectoryDriver, bind
+from imgsvc.snapshot.interfaces import IDMapping, Key, Kind, Mount, Name, Snapshotter
+
+NAME: Final = "native"
+
+
+class NativeSnapshotter(DirectoryDriver):
+    """A Snapshotter of plain directories."""
+
+    parallel = False
+
+    def __init__(self, root: Path, db: MetaDB, *, sync_remove: bool = False) -> None:
+        """root: ROOT/snapshots/native, created with mode 0700."""
+        super().__init__(NAME, root, db, sync_remove=sync_remove)
+
+    def mounts(self, key: Key, *, below: Sequence[str] = ()) -> list[Mount]:
+        """See Snapshotter."""
+        if below:
+            raise InvalidArgument("native snapshots always stand on their parent")
+        stored = self._active(key)
+        if stored.info.kind is Kind.VIEW:
+            return [bind((*self._parents(stored.info.parent), self._files(stored))[0], read_only=True)]
+        return [bind(self._files(stored))]
+
+    def prepare(
+        self, key: Key, parent: Name | None, labels: Mapping[str, str] | None = None, *, mapping: IDMapping | None = None
+    ) -> list[Mount]:
+        """See Snapshotter. Copies the parent."""
+        stored = self._records.create(key, Kind.ACTIVE, parent, labels, mapping)
+        try:
+            files = self._directories.make(stored.number, ("fs",)) / "fs"
+            if parent is not None:
+                copy_tree(self._parents(parent)[0], files)
+            if mapping is not None:
+                shift_tree(files, mapping)
+        except BaseException:
+            self.remove(key)
+            raise
+        return self.mounts(key)
+
+    def view(self, key: Key, parent: Name | None, labels: Mapping[str, str] | None = None) -> list[Mount]:
+        """See Snapshotter. Shows the parent's own directory."""
+        stored = self._records.create(key, Kind.VIEW, parent, labels)
+        self._directories.make(stored.number, ("fs",))
+        return self.mounts(key)
+
+
+def native(root: Path, db: MetaDB) -> Snapshotter:
+    """A NativeSnapshotter as the use cases see it."""
+    return NativeSnapshotter(root, db)

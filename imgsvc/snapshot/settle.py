@@ -1,0 +1,328 @@
+"""The part of unpacking a layer that needs its parents: done once they are complete, on what OverlayStyle recorded.
+
+Afterwards the upper directory is what a sequential unpack on a mounted overlay would have left:
+* a directory the layer only implies looks as it does in the lower layers;
+* a hard link to a lower layer's file brings that file up, under all its visible names;
+* opaque marks are set, whiteouts that hide nothing are gone (they would show up in directories that are not merged).
+
+One thing cannot be repaired afterwards: an entry whose path leads through a symbolic link of a lower layer has been put
+into a directory of that name. NeedsParents says so, and the layer is unpacked again on its mounted parents.
+
+Runs in a worker process with the journal of another, which is not trusted: every path is opened below the two roots.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Final
+
+from imgsvc.errors import Aborted
+from imgsvc.snapshot import kernel
+from imgsvc.snapshot.laying import IMPLIED_MODE, Journal
+from imgsvc.snapshot.tarheader import BadLayer
+from imgsvc.snapshot.tree import MissingDirectory, Tree, rounded
+
+_TEMPORARY: Final = b".wh..imgsvc"  # no layer can have a file of this name
+_COPY: Final = 1024**2  # [bytes] per sendfile call
+
+
+class NeedsParents(Aborted):
+    """The layer can only be unpacked on top of its mounted parents. path: where that became clear."""
+
+    def __init__(self, path: bytes) -> None:
+        self.path = path
+        super().__init__("an entry leads through a symbolic link of a lower layer", where=path[:200].decode("utf-8", "backslashreplace"))
+
+
+class Settler:
+    """Settles one upper directory. size, inodes: what that added [bytes, count]."""
+
+    def __init__(self, upper: Tree, lower: Tree | None, journal: Journal, *, opaque_xattr: str) -> None:
+        """lower: the merged view of all parents, None for a base layer. opaque_xattr: name as this kernel mounts overlays."""
+        self.size = self.inodes = 0
+        self._upper = upper
+        self._lower = lower
+        self._journal = journal
+        self._opaque_xattr = opaque_xattr
+        self._times: dict[bytes, tuple[int, int]] = {}
+        self._unit = os.fstatvfs(upper.root_fd).f_frsize or 4096
+
+    def run(self) -> None:
+        """Raises: NeedsParents (nothing changed yet), BadLayer, OSError."""
+        journal = self._journal
+        self._check_implied()
+        self._make_links()
+        for path in sorted(journal.whiteouts):
+            if self._lower_status(path) is None:
+                self._touch(path.rpartition(b"/")[0])
+                _unlink(self._upper, path)
+        for path in sorted(journal.fresh | journal.opaque):
+            if path == b"" or self._lower_status(path, itself=False) is not None:
+                self._mark_opaque(path)
+        self._drop_empty_implied()
+        for path, times in sorted(self._times.items(), reverse=True):
+            if path not in journal.implied:
+                fd = self._upper.open_exact(path)
+                os.utime(fd, ns=times)
+                os.close(fd)
+        for path in sorted(journal.implied, reverse=True):
+            self._inherit(path)
+
+    def _hidden(self, path: bytes, *, itself: bool = True) -> bool:
+        """Whether this layer hides what lower layers have at `path`; itself: consider a fresh mark on `path` too."""
+        if itself and path in self._journal.fresh:
+            return True
+        while path:
+            path = path.rpartition(b"/")[0]
+            if path in self._journal.fresh or path in self._journal.opaque:
+                return True
+        return False
+
+    def _lower_status(self, path: bytes, *, itself: bool = True) -> os.stat_result | None:
+        """What shines through at `path` (links not followed), or None."""
+        if self._lower is None or self._hidden(path, itself=itself):
+            return None
+        parent, _, name = path.rpartition(b"/")
+        try:
+            fd = self._lower.open_exact(parent)
+        except OSError:  # absent, a link or a file on the way: nothing of that path shines through
+            return None
+        try:
+            return os.lstat(name or b".", dir_fd=fd)
+        except FileNotFoundError:
+            return None
+        finally:
+            os.close(fd)
+
+    def _check_implied(self) -> None:
+        for path in sorted(self._journal.implied):
+            status = self._lower_status(path)
+            if status is not None and stat.S_ISLNK(status.st_mode):
+                raise NeedsParents(path)
+            if status is not None and not stat.S_ISDIR(status.st_mode):
+                raise BadLayer("a path leads through something that is not a directory", path)
+
+    def _make_links(self) -> None:
+        groups: dict[tuple[bytes, int], list[bytes]] = {}
+        for name, key in self._journal.links.items():
+            groups.setdefault(key, []).append(name)
+        found: dict[bytes, tuple[bytes, os.stat_result]] = {}
+        for target, _ in groups:
+            found[target] = self._find_target(target)
+        for (target, inode), names in groups.items():
+            canonical, status = found[target]
+            self._bring_up(canonical, status, inode, names)
+
+    def _find_target(self, target: bytes) -> tuple[bytes, os.stat_result]:
+        """Canonical path and status of a link's target in the lower layers. Raises: NeedsParents, BadLayer."""
+        missing = BadLayer("a hard link to a file that does not exist", target)
+        if self._lower is None:
+            raise missing
+        parent, _, name = target.rpartition(b"/")
+        try:
+            fd, where = self._lower.directory(parent)
+            status = os.lstat(name, dir_fd=fd)
+        except (MissingDirectory, FileNotFoundError):
+            raise missing from None
+        canonical = where + b"/" + name if where else name
+        for path in (target, canonical):
+            self._check_no_link_above(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise BadLayer("a hard link to a directory", target)
+        if self._hidden(canonical, itself=False):
+            raise missing
+        return canonical, status
+
+    def _check_no_link_above(self, path: bytes) -> None:
+        """Raises: NeedsParents when this layer has something else than a directory on the way to `path`."""
+        parent = path.rpartition(b"/")[0]
+        try:
+            self._upper.directory(parent, create=False)
+        except MissingDirectory:
+            return
+        except BadLayer:
+            raise NeedsParents(path) from None
+        try:
+            os.close(self._upper.open_exact(parent))
+        except OSError:
+            raise NeedsParents(path) from None
+
+    def _bring_up(self, canonical: bytes, status: os.stat_result, inode: int, names: list[bytes]) -> None:
+        """One lower file under its own names and as the links that stand for it."""
+        assert self._lower is not None
+        self._touch(b"")
+        root = self._upper.root_fd
+        parent, _, name = canonical.rpartition(b"/")
+        source = self._lower.open_exact(parent)
+        try:
+            _copy_up(source, name, status, root)
+        finally:
+            os.close(source)
+        self.size += rounded(status.st_size, self._unit) if stat.S_ISREG(status.st_mode) else 0
+        own = self._lower_names(canonical, status)
+        for path in own:
+            self._place(path, None)
+        for path in names:
+            self._place(path, inode)
+        os.unlink(_TEMPORARY, dir_fd=root)
+
+    def _lower_names(self, canonical: bytes, status: os.stat_result) -> list[bytes]:
+        """All names of a lower file. Overlayfs would keep the others apart; a plain file system would not."""
+        if status.st_nlink == 1:
+            return [canonical]
+        assert self._lower is not None
+        names = []
+        todo = [b""]
+        while todo:
+            path = todo.pop()
+            fd = self._lower.open_exact(path)
+            try:
+                with os.scandir(fd) as entries:
+                    for entry in entries:
+                        there = path + b"/" + os.fsencode(entry.name) if path else os.fsencode(entry.name)
+                        if entry.is_dir(follow_symlinks=False):
+                            todo.append(there)
+                        elif entry.inode() == status.st_ino and not self._hidden(there):
+                            names.append(there)
+            finally:
+                os.close(fd)
+        return names
+
+    def _place(self, path: bytes, inode: int | None) -> None:
+        """Link the copy to `path`: over its placeholder `inode`, or (None) where this layer has nothing of its own."""
+        parent, _, name = path.rpartition(b"/")
+        fd = self._upper_directory(parent)
+        try:
+            try:
+                present = os.lstat(name, dir_fd=fd).st_ino
+            except FileNotFoundError:
+                present = None
+            if present != inode:
+                return
+            self._touch(parent)
+            if present is not None:
+                os.unlink(name, dir_fd=fd)
+            os.link(_TEMPORARY, name, src_dir_fd=self._upper.root_fd, dst_dir_fd=fd, follow_symlinks=False)
+        finally:
+            os.close(fd)
+
+    def _upper_directory(self, path: bytes) -> int:
+        """Open a directory of the upper tree, bringing up what is missing of it."""
+        try:
+            return self._upper.open_exact(path)
+        except FileNotFoundError:
+            parent, _, name = path.rpartition(b"/")
+            fd = self._upper_directory(parent)
+            try:
+                self._touch(parent)
+                os.mkdir(name, IMPLIED_MODE, dir_fd=fd)
+                self.inodes, self.size = self.inodes + 1, self.size + self._unit
+                self._journal.implied.add(path)
+                return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            finally:
+                os.close(fd)
+
+    def _touch(self, path: bytes) -> None:
+        if path not in self._times:
+            try:
+                fd = self._upper.open_exact(path)
+            except FileNotFoundError:
+                return
+            status = os.fstat(fd)
+            os.close(fd)
+            self._times[path] = (status.st_atime_ns, status.st_mtime_ns)
+
+    def _mark_opaque(self, path: bytes) -> None:
+        fd = self._upper.open_exact(path)
+        try:
+            os.setxattr(fd, self._opaque_xattr, b"y")
+        finally:
+            os.close(fd)
+
+    def _drop_empty_implied(self) -> None:
+        """Directories that only existed to hold whiteouts of nothing were never there in a sequential unpack."""
+        for path in sorted(self._journal.implied, reverse=True):
+            if not path or self._lower_status(path) is not None:
+                continue
+            parent, _, name = path.rpartition(b"/")
+            self._touch(parent)
+            fd = self._upper.open_exact(parent)
+            try:
+                os.rmdir(name, dir_fd=fd)
+                self._journal.implied.discard(path)
+                self._times.pop(path, None)
+                self.inodes, self.size = self.inodes - 1, self.size - self._unit
+                if path in self._journal.fresh and self._lower_status(path, itself=False) is not None:
+                    os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=fd)
+            except OSError:
+                continue  # not empty: real entries are inside
+            finally:
+                os.close(fd)
+
+    def _inherit(self, path: bytes) -> None:
+        """Owner, mode, xattrs and times of the lower layers' directory."""
+        status = self._lower_status(path)
+        if status is None or self._lower is None:
+            return
+        source = self._lower.open_exact(path)
+        target = self._upper.open_exact(path)
+        try:
+            _copy_metadata(source, target, status)
+        finally:
+            os.close(source)
+            os.close(target)
+
+
+def _unlink(tree: Tree, path: bytes) -> None:
+    parent, _, name = path.rpartition(b"/")
+    fd = tree.open_exact(parent)
+    try:
+        os.unlink(name, dir_fd=fd)
+    finally:
+        os.close(fd)
+
+
+def _copy_metadata(source: int, target: int, status: os.stat_result) -> None:
+    os.fchown(target, status.st_uid, status.st_gid)
+    os.fchmod(target, stat.S_IMODE(status.st_mode))
+    for name in os.listxattr(source):
+        if not name.startswith(("trusted.", "user.overlay.", "security.selinux")):
+            os.setxattr(target, name, os.getxattr(source, name))
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _copy_up(source: int, name: bytes, status: os.stat_result, root: int) -> None:
+    """Copy a file that is not a directory to _TEMPORARY below `root`, with all its metadata."""
+    if stat.S_ISREG(status.st_mode):
+        reading = kernel.openat2(source, name, os.O_RDONLY | os.O_NOFOLLOW, kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS)
+        writing = os.open(_TEMPORARY, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root)
+        try:
+            _copy_data(reading, writing, status.st_size)
+            _copy_metadata(reading, writing, status)
+        finally:
+            os.close(reading)
+            os.close(writing)
+        return
+    if stat.S_ISLNK(status.st_mode):
+        os.symlink(os.readlink(name, dir_fd=source), _TEMPORARY, dir_fd=root)
+    else:
+        os.mknod(_TEMPORARY, status.st_mode, status.st_rdev, dir_fd=root)
+    os.chown(_TEMPORARY, status.st_uid, status.st_gid, dir_fd=root, follow_symlinks=False)
+    os.utime(_TEMPORARY, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=root, follow_symlinks=False)
+
+
+def _copy_data(reading: int, writing: int, size: int) -> None:
+    """All bytes, holes staying holes."""
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(reading, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: only a hole is left
+            break
+        end = os.lseek(reading, start, os.SEEK_HOLE)
+        os.lseek(writing, start, os.SEEK_SET)
+        while start < end:
+            start += os.sendfile(writing, reading, start, min(_COPY, end - start))
+        at = end
+    os.ftruncate(writing, size)

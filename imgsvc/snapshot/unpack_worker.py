@@ -1,0 +1,273 @@
+"""The process that unpacks: a small server that is started by exec, and the children it forks, one per job.
+
+The server holds no threads and reads no layer, so forking it is safe and takes a millisecond where starting Python and
+importing takes thirty; every job still gets a process that has never seen another layer. A job's process gives up what
+it does not need before it looks at a byte of the layer: namespaces, capabilities, resources, the daemon's descriptors.
+It may be killed at any time; the caller removes the snapshot then.
+
+Protocol (SOCK_SEQPACKET sockets, messages of one process to the other, in both directions in order):
+* to the server: b"job" with descriptors [job socket, journal, source]; answer: b"pid" with a pidfd.
+* on the job socket to the child: one JSON object (see unpacker.py), then 8-byte big-endian counts of readable bytes.
+* on the job socket from the child: one JSON object, its verdict. No verdict means that the process died.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import gc
+import importlib
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, Final
+
+from imgsvc.errors import ImgsvcError, Internal, from_os_error
+from imgsvc.snapshot import kernel
+from imgsvc.snapshot.extract import Extractor
+from imgsvc.snapshot.inflate import BlobReader, Reader, TarBytes, Transform, TransformReader, open_layer
+from imgsvc.snapshot.interfaces import Mount
+from imgsvc.snapshot.laying import InPlaceStyle, Journal, OverlayStyle
+from imgsvc.snapshot.mount import mount_all
+from imgsvc.snapshot.settle import NeedsParents, Settler
+from imgsvc.snapshot.tarheader import BadLayer
+from imgsvc.snapshot.tarstream import TarStream
+from imgsvc.snapshot.tree import Tree, remove_tree
+
+_UNPACK_CAPABILITIES: Final = sum(
+    1 << c for c in (kernel.CAP_CHOWN, kernel.CAP_DAC_OVERRIDE, kernel.CAP_FOWNER, kernel.CAP_FSETID, kernel.CAP_MKNOD, kernel.CAP_SETFCAP)
+)
+_SETTLE_CAPABILITIES: Final = _UNPACK_CAPABILITIES | 1 << kernel.CAP_SYS_ADMIN  # opaque marks are trusted.* xattrs
+_ADDRESS_SPACE: Final = 1024**3  # [bytes] per job: zstd may ask for a window of 128 MiB, nothing for more
+_OPEN_FILES: Final = 4096  # per job: a path of 2048 directories is walked with one descriptor each
+_NICE: Final = 10  # pods and the daemon itself come first
+_OOM_SCORE: Final = 500  # killing a worker costs a retry, killing a pod costs a user
+_OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+MAX_MESSAGE: Final = 160 * 1024  # [bytes] of a job description; 500 lower directories fit
+
+
+def serve(control: socket.socket, transform: str) -> None:
+    """Fork a child per job until the daemon closes its end."""
+    make_transform = _load(transform) if transform else None
+    _leave_the_network()
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.umask(0)
+    signal.signal(signal.SIGCHLD, _reap)
+    gc.disable()  # nothing here makes cycles; without it forked pages stay shared
+    gc.freeze()
+    while True:
+        _, fds, _, _ = socket.recv_fds(control, 16, 3)
+        if not fds:
+            return
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # the pid stays ours until its pidfd is open
+        pid = os.fork()
+        if not pid:
+            control.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+            kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+            _child(fds, make_transform)
+        pidfd = os.pidfd_open(pid)
+        for fd in fds:
+            os.close(fd)
+        control.sendmsg([b"pid"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pidfd]))])
+        os.close(pidfd)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+
+
+def _load(name: str) -> Callable[[bytes], Transform]:
+    module, _, attribute = name.partition(":")
+    factory: Callable[[bytes], Transform] = getattr(importlib.import_module(module), attribute)
+    return factory
+
+
+def _leave_the_network() -> None:
+    with contextlib.suppress(PermissionError):  # without CAP_SYS_ADMIN the network stays in reach; nothing here uses it
+        kernel.unshare(kernel.CLONE_NEWNET)
+
+
+def _reap(_signal: int, _frame: object) -> None:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def _child(fds: list[int], make_transform: Callable[[bytes], Transform] | None) -> None:
+    """One job, from its description to its verdict. Never returns."""
+    job = socket.socket(fileno=fds[0])
+    try:
+        verdict = _run(job, fds[1], fds[2], make_transform)
+    except ImgsvcError as error:
+        verdict = {"error": {"code": error.code, "what": error.what, "hint": error.hint, "needs_parents": isinstance(error, NeedsParents)}}
+    except RecursionError:
+        verdict = {"error": {"code": BadLayer.code, "what": "bad layer: directories nested too deeply", "hint": ""}}
+    except MemoryError:
+        verdict = {"error": {"code": "RESOURCE_EXHAUSTED", "what": "the layer needs more memory than a worker may use", "hint": ""}}
+    except OSError as error:
+        failed = from_os_error(error, "unpacking failed")
+        verdict = {"error": {"code": failed.code, "what": failed.what, "hint": failed.hint}}
+    except BaseException:  # noqa: BLE001  # the edge of the process
+        traceback.print_exc()
+        verdict = {"error": {"code": Internal.code, "what": "the unpack worker met a bug of ours; its trace is in the log", "hint": ""}}
+    try:
+        job.send(json.dumps(verdict).encode())
+    finally:
+        os._exit(0)
+
+
+def _run(job: socket.socket, journal: int, source: int, make_transform: Callable[[bytes], Transform] | None) -> dict[str, Any]:
+    message = job.recv(MAX_MESSAGE)
+    if not message:
+        os._exit(0)  # whoever wanted the job has left
+    order = json.loads(message)
+    _limit_resources()
+    if order["do"] == "settle":
+        return _settle(order, journal)
+    return _unpack(order, job, journal, source, make_transform)
+
+
+def _limit_resources() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, _OPEN_FILES),) * 2)
+    os.nice(_NICE)
+    sys.setrecursionlimit(_OPEN_FILES)
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as stream:
+            stream.write(str(_OOM_SCORE))
+    except OSError:
+        pass  # no /proc, or a container that forbids it: only a preference is lost
+
+
+def _unpack(
+    order: dict[str, Any], job: socket.socket, journal: int, source: int, make_transform: Callable[[bytes], Transform] | None
+) -> dict[str, Any]:
+    started = time.monotonic()
+    style = OverlayStyle() if order["rebase"] else InPlaceStyle()
+    root = _open_target(order)
+    privileged = kernel.effective_capabilities() & _UNPACK_CAPABILITIES == _UNPACK_CAPABILITIES
+    kernel.keep_capabilities(_UNPACK_CAPABILITIES)
+    waited = Waiting(job)
+    raw = BlobReader(source, order["size"], waited.wait_for)
+    reader: Reader = raw
+    if order["secret"] is not None:
+        if make_transform is None:
+            raise Internal("a layer with a key, but no transform is configured")
+        reader = TransformReader(raw, make_transform(bytes.fromhex(order["secret"])))
+    algorithm, _, expected = order["diff_id"].partition(":")
+    limits = order["limits"]
+    data = TarBytes(
+        open_layer(reader, order["media_type"]), raw, algorithm=algorithm, max_bytes=limits["unpacked_bytes"], max_ratio=limits["ratio"]
+    )
+    stream = TarStream(data.next_chunk)
+    tree = Tree(root, style.create_implied)
+    extractor = Extractor(tree, style, max_entries=limits["entries"], max_bytes=limits["unpacked_bytes"], privileged=privileged)
+    extractor.run(stream)
+    stream.drain()
+    if isinstance(style, OverlayStyle):
+        os.write(journal, style.journal.dump())
+    total = time.monotonic() - started
+    return {
+        "diff_id": f"{algorithm}:{data.hexdigest()}",
+        "matches": data.hexdigest() == expected,
+        "read": raw.offset,
+        "unpacked": data.total,
+        "entries": extractor.entries,
+        "size": extractor.size,
+        "inodes": extractor.inodes,
+        "warnings": dict(extractor.warnings.most_common(20)),
+        "timings": {"waited": waited.seconds, "unpacked": total - waited.seconds},
+        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+class Waiting:
+    """Waits for the daemon to say how far the blob may be read. seconds: spent on that."""
+
+    def __init__(self, job: socket.socket) -> None:
+        self.seconds = 0.0
+        self._job = job
+        self._available = 0
+
+    def wait_for(self, offset: int) -> int:
+        """Blocks until more than `offset` bytes may be read; returns how many. Ends the process when the daemon is gone."""
+        started = time.monotonic()
+        while self._available <= offset:
+            message = self._job.recv(8)
+            if not message:
+                os._exit(1)
+            while message:
+                self._available = int.from_bytes(message, "big")
+                try:
+                    message = self._job.recv(8, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    break
+        self.seconds += time.monotonic() - started
+        return self._available
+
+
+def _open_target(order: dict[str, Any]) -> int:
+    """The root to unpack into; mounted in a mount namespace of this process's own where it is more than a directory."""
+    mounts = [Mount(m[0], m[1], tuple(m[2])) for m in order["mounts"]]
+    if order["wipe"]:
+        wiped = _target_of(mounts)
+        fd = os.open(wiped, _OPEN_DIR)
+        for name in os.listdir(fd):
+            remove_tree(fd, os.fsencode(name))
+        os.close(fd)
+    if len(mounts) == 1 and mounts[0].type == "bind":
+        return os.open(mounts[0].source, _OPEN_DIR)
+    if order["rebase"]:
+        return os.open(_target_of(mounts), _OPEN_DIR)
+    return _mounted(mounts, os.path.dirname(_target_of(mounts)))
+
+
+def _target_of(mounts: list[Mount]) -> str:
+    """The directory an active snapshot's changes go to."""
+    for mount in mounts:
+        if mount.type == "bind":
+            return mount.source
+        for option in mount.options:
+            if option.startswith("upperdir="):
+                return option.removeprefix("upperdir=")
+    raise Internal("a snapshot without a writable directory")
+
+
+def _mounted(mounts: list[Mount], place: str) -> int:
+    """A descriptor of the root mounted on the directory `place`, which the mounts may be below of. Nobody else sees the mount; it is gone with this process."""
+    kernel.unshare(kernel.CLONE_NEWNS)
+    kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE, "")  # slave: unmounts of the host still reach us
+    mount_all(mounts, place)
+    return os.open(place, _OPEN_DIR)
+
+
+def _settle(order: dict[str, Any], journal: int) -> dict[str, Any]:
+    mounts = [Mount(m[0], m[1], tuple(m[2])) for m in order["mounts"]]
+    target = _target_of(mounts)
+    upper = Tree(os.open(target, _OPEN_DIR))
+    lower = None
+    options = [option for mount in mounts for option in mount.options]
+    lowers = [o.removeprefix("lowerdir=") for o in options if o.startswith("lowerdir=")]
+    if lowers and ":" in lowers[0]:
+        kept = tuple(o for o in options if not o.startswith(("upperdir=", "workdir=", "volatile")))
+        lower = Tree(_mounted([Mount("overlay", "overlay", ("ro", *kept))], os.path.dirname(target)))
+    elif lowers:
+        lower = Tree(os.open(lowers[0], _OPEN_DIR))
+    kernel.keep_capabilities(_SETTLE_CAPABILITIES)
+    xattr = "user.overlay.opaque" if "userxattr" in options else "trusted.overlay.opaque"
+    settler = Settler(upper, lower, Journal.load(os.pread(journal, os.fstat(journal).st_size, 0)), opaque_xattr=xattr)
+    settler.run()
+    return {"size": settler.size, "inodes": settler.inodes}
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])

@@ -1,0 +1,334 @@
+"""The daemon's side of unpacking: starts the worker server, hands out jobs, waits for verdicts. All on the event loop.
+
+A job's slot is held from start() to the end of finish() or abort(), so that max_concurrent_unpacks bounds processes.
+What a layer leaves to settle() is in a memfd that only workers write and read.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from imgsvc import errors
+from imgsvc.errors import Cancelled, DataLoss, ImgsvcError, Internal, Unavailable
+from imgsvc.oci import Digest
+from imgsvc.snapshot.interfaces import Applied, LayerInput, Limits, Mount, Unpacker, UnpackJob, Usage
+
+log = logging.getLogger(__name__)
+
+_VERDICT_LIMIT: Final = 64 * 1024  # [bytes]
+_CATEGORIES: Final = {c.code: c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, ImgsvcError)}
+
+
+class DiffIDMismatch(DataLoss):
+    """The layer is not the one its image's configuration names."""
+
+    def __init__(self, layer: Digest, expected: Digest, found: Digest) -> None:
+        super().__init__(f"the layer unpacks to {found}, its image says {expected}", where=str(layer))
+        self.expected = expected
+        self.found = found
+
+
+class _Worker:
+    """One child of the worker server: its job socket and its process."""
+
+    def __init__(self, job: socket.socket, pidfd: int) -> None:
+        self._job = job
+        self._pidfd = pidfd
+        self._unsent: int | None = None
+
+    def advance(self, available: int) -> None:
+        """Send a count; when the socket is full, only the newest one is sent later."""
+        if self._unsent is not None:
+            self._unsent = available
+            return
+        try:
+            self._job.send(available.to_bytes(8, "big"))
+        except BlockingIOError:
+            self._unsent = available
+            asyncio.get_running_loop().add_writer(self._job, self._send_later)
+        except OSError:
+            pass  # the worker has died; finish() reports it
+
+    def _send_later(self) -> None:
+        asyncio.get_running_loop().remove_writer(self._job)
+        available, self._unsent = self._unsent, None
+        if available is not None:
+            self.advance(available)
+
+    async def verdict(self) -> dict[str, Any]:
+        """Wait for the worker's answer. Raises: the error it carries, or Internal when it died without one."""
+        try:
+            data = await asyncio.get_running_loop().sock_recv(self._job, _VERDICT_LIMIT)
+        except ConnectionError:
+            data = b""
+        if not data:
+            raise Internal("the unpack worker was killed", hint="look for the out-of-memory killer in the kernel log")
+        verdict: dict[str, Any] = json.loads(data)
+        return verdict
+
+    async def end(self) -> None:
+        """Kill the process if it still runs, and wait until it is gone: nothing writes to the snapshot afterwards."""
+        if self._pidfd < 0:
+            return
+        pidfd, self._pidfd = self._pidfd, -1
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        loop = asyncio.get_running_loop()
+        gone = loop.create_future()
+        loop.add_reader(pidfd, _resolve, gone)
+        try:
+            await asyncio.shield(gone)
+        finally:
+            loop.remove_reader(pidfd)
+            loop.remove_writer(self._job)
+            os.close(pidfd)
+            self._job.close()
+
+
+class WorkerJob:
+    """An UnpackJob. journal: memfd with what is left to settle."""
+
+    def __init__(self, owner: WorkerUnpacker, layer: LayerInput, order: dict[str, Any], source: int) -> None:
+        self.layer = layer
+        self.order = order
+        self.source = source
+        self.journal = os.memfd_create("imgsvc-journal", os.MFD_CLOEXEC)
+        self.usage: Usage | None = None
+        self._owner = owner
+        self._worker: _Worker | None = None
+        self._available = 0
+
+    async def begin(self) -> None:
+        """Take a slot and a worker."""
+        await self._owner.slots.acquire()
+        try:
+            self._worker = await self._owner.spawn(self.order, self.journal, self.source)
+        except BaseException:
+            self._owner.slots.release()
+            raise
+        self._worker.advance(self._available)
+
+    def advance(self, available: int) -> None:
+        """Bytes [0, available) can be read now."""
+        self._available = available
+        if self._worker is not None:
+            self._worker.advance(available)
+
+    async def finish(self) -> Applied:
+        """Wait for the verdict on the layer."""
+        if self._worker is None:
+            raise Cancelled("unpacking was stopped", where=str(self.layer.digest))
+        self.advance(self.layer.size)
+        try:
+            verdict = _checked(await self._worker.verdict(), self.layer)
+        finally:
+            await self._release()
+        found = Digest(verdict["diff_id"])
+        if found != self.layer.diff_id:
+            raise DiffIDMismatch(self.layer.digest, self.layer.diff_id, found)
+        if verdict["warnings"]:
+            log.warning("layer %s: left out: %s", self.layer.digest, verdict["warnings"])
+        self.usage = Usage(verdict["size"], verdict["inodes"]) if self.order["rebase"] else None
+        return Applied(found, verdict["unpacked"], verdict["entries"], self.usage, verdict["timings"], verdict["warnings"])
+
+    async def abort(self) -> None:
+        """Kill the worker and give everything back."""
+        await self._release()
+        self.close()
+
+    def close(self) -> None:
+        """Give descriptors back. Idempotent."""
+        for fd in (self.journal, self.source):
+            if fd >= 0:
+                os.close(fd)
+        self.journal = self.source = -1
+
+    async def _release(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            try:
+                await worker.end()
+            finally:
+                self._owner.slots.release()
+
+
+class WorkerUnpacker:
+    """An Unpacker over one worker server, which is started on first use and again if it should die."""
+
+    def __init__(self, *, max_concurrent: int, limits: Limits, transform: str = "") -> None:
+        """transform: "module:function" giving a decrypting StreamTransform for LayerInput.secret, "" for none."""
+        self.slots = asyncio.Semaphore(max_concurrent)
+        self._settling = asyncio.Semaphore(max_concurrent)  # short and last: not queued behind layers waiting for bytes
+        self._limits = {"unpacked_bytes": limits.unpacked_bytes, "entries": limits.entries, "ratio": limits.ratio}
+        self._transform = transform
+        self._server: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._lock = asyncio.Lock()
+
+    async def start(self, layer: LayerInput, mounts: Sequence[Mount], *, rebase: bool) -> WorkerJob:
+        """See Unpacker."""
+        order = {
+            "do": "unpack",
+            "rebase": rebase,
+            "wipe": False,
+            "mounts": _plain(mounts),
+            "media_type": layer.media_type,
+            "diff_id": layer.diff_id,
+            "size": layer.size,
+            "secret": None if layer.secret is None else layer.secret.hex(),
+            "limits": self._limits,
+        }
+        job = WorkerJob(self, layer, order, os.dup(layer.source))
+        try:
+            await job.begin()
+        except BaseException:
+            job.close()
+            raise
+        return job
+
+    async def settle(self, mounts: Sequence[Mount], job: UnpackJob) -> Usage | None:
+        """See Unpacker."""
+        assert isinstance(job, WorkerJob)
+        try:
+            if not job.order["rebase"]:
+                return job.usage
+            async with self._settling:
+                worker = await self.spawn({"do": "settle", "mounts": _plain(mounts)}, job.journal, job.journal)
+                try:
+                    verdict = await worker.verdict()
+                finally:
+                    await worker.end()
+            if verdict.get("error", {}).get("needs_parents") and stat.S_ISREG(os.fstat(job.source).st_mode):
+                return await self._again(mounts, job)
+            added = _checked(verdict, job.layer)
+            assert job.usage is not None
+            return Usage(job.usage.size + added["size"], job.usage.inodes + added["inodes"])
+        finally:
+            job.close()
+
+    async def _again(self, mounts: Sequence[Mount], job: WorkerJob) -> Usage | None:
+        """Unpack the layer once more, in place on its mounted parents."""
+        order = {**job.order, "rebase": False, "wipe": True, "mounts": _plain(mounts)}
+        again = WorkerJob(self, job.layer, order, os.dup(job.source))
+        try:
+            await again.begin()
+            return (await again.finish()).usage
+        finally:
+            await again.abort()
+
+    async def close(self) -> None:
+        """Stop the server; its children die with it."""
+        async with self._lock:
+            self._stop()
+
+    async def spawn(self, order: Mapping[str, Any], journal: int, source: int) -> _Worker:
+        """A fresh worker process with an order. Raises: Unavailable when none can be started."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                ours.setblocking(False)
+                pidfd = await self._fork([theirs.fileno(), journal, source])
+            ours.send(json.dumps(order).encode())
+        except BaseException:
+            ours.close()
+            raise
+        return _Worker(ours, pidfd)
+
+    async def _fork(self, fds: list[int]) -> int:
+        # Shielded: an answer nobody waits for would be taken for that of the next request.
+        exchange = asyncio.ensure_future(self._exchange([os.dup(fd) for fd in fds]))
+        try:
+            return await asyncio.shield(exchange)
+        except asyncio.CancelledError:
+            exchange.add_done_callback(lambda done: None if done.exception() else os.close(done.result()))
+            raise
+
+    async def _exchange(self, fds: list[int]) -> int:
+        """Ask the server for a child that gets `fds`; its pidfd. Closes `fds`."""
+        try:
+            async with self._lock:
+                for last in (False, True):
+                    try:
+                        control = await self._connect()
+                        control.sendmsg([b"job"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+                        return await _receive_fd(control)
+                    except OSError as error:
+                        self._stop()
+                        if last:
+                            raise Unavailable("the unpack worker server does not answer", where=sys.executable) from error
+            raise AssertionError
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    async def _connect(self) -> socket.socket:
+        if self._control is None:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours.setblocking(False)
+            with theirs:
+                self._server = await asyncio.to_thread(_start_server, theirs.fileno(), self._transform)
+            self._control = ours
+        return self._control
+
+    def _stop(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._server is not None:
+            self._server.kill()
+            self._server.wait()
+            self._server = None
+
+
+def unpacker(max_concurrent: int, limits: Limits, transform: str = "") -> Unpacker:
+    """A WorkerUnpacker as the use cases see it."""
+    return WorkerUnpacker(max_concurrent=max_concurrent, limits=limits, transform=transform)
+
+
+def _start_server(control: int, transform: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-I", "-m", "imgsvc.snapshot.unpack_worker", str(control), transform]
+    null = subprocess.DEVNULL
+    return subprocess.Popen(command, pass_fds=(control,), stdin=null, stdout=null, env={}, cwd="/", start_new_session=True)
+
+
+async def _receive_fd(control: socket.socket) -> int:
+    loop = asyncio.get_running_loop()
+    readable = loop.create_future()
+    loop.add_reader(control, _resolve, readable)
+    try:
+        await readable
+    finally:
+        loop.remove_reader(control)
+    _, fds, _, _ = socket.recv_fds(control, 16, 1, socket.MSG_CMSG_CLOEXEC)
+    if not fds:
+        raise ConnectionResetError("the worker server has ended")
+    return fds[0]
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _plain(mounts: Sequence[Mount]) -> list[tuple[str, str, list[str]]]:
+    return [(m.type, m.source, list(m.options)) for m in mounts]
+
+
+def _checked(verdict: dict[str, Any], layer: LayerInput) -> dict[str, Any]:
+    """The verdict, or the error in it."""
+    error = verdict.get("error")
+    if error is not None:
+        raise _CATEGORIES[error["code"]](error["what"], where=str(layer.digest), hint=error["hint"])
+    return verdict
