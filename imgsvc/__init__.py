@@ -4,8 +4,9 @@ Start reading at docs/architecture.md. Imports point down only::
 
     edge        server, cli, image_service, admin_service, rpc, notify     the only code that names concrete classes
     use cases   pull, images, leases, gc, gc_sources, fsck, df, roots      see packages through their interfaces only
+    use cases   archive, verification, mirror, prepull, config_import
     packages    registry, content, snapshot, decrypt, runtime              never import one another
-    base        errors, oci, reference, config, tomlfile, fsutil, concurrency, metadb, failpoints
+    base        errors, oci, reference, config, tomlfile, fsutil, concurrency, metadb, failpoints, cosign, metrics, events, http1
     leaf        api                                 generated gRPC stubs
 
 tests/test_layering.py holds these lines.

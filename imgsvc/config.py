@@ -308,6 +308,17 @@ def load(path: Path | None, flags: Mapping[str, str] | None = None) -> Loaded:
     return Loaded(config, origins)
 
 
+def parse(text: str, name: str) -> Loaded:
+    """A configuration from text alone, without imports. `name` stands for the file. Raises: InvalidArgument."""
+    document = tomlfile.loads(text, name)
+    values: Raw = {}
+    origins: dict[str, str] = {}
+    _merge(values, document.data, document, (), origins)
+    config = _section(Config, values, (), origins)
+    _check(config, origins)
+    return Loaded(config, origins)
+
+
 def flatten(config: Config) -> Iterator[tuple[str, Any]]:
     """Every key with its value, dotted, in file order; tables whose keys are free stay whole."""
     yield from _flatten(config, ())
@@ -318,6 +329,14 @@ def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
     lines: list[str] = []
     _emit(config, (), lines, origins)
     return "\n".join(lines) + "\n"
+
+
+def table_to_toml(values: Raw, at: tuple[str, ...] = ()) -> str:
+    """Nested tables as TOML, plain keys before tables, nothing redacted."""
+    lines = [f"{_toml_key(key)} = {_toml_value(value)}\n" for key, value in values.items() if not isinstance(value, dict)]
+    header = f"\n[{'.'.join(map(_toml_key, at))}]\n" if at and (lines or not values) else ""
+    tables = [table_to_toml(value, (*at, key)) for key, value in values.items() if isinstance(value, dict)]
+    return header + "".join(lines) + "".join(tables)
 
 
 def parse_duration(value: object, where: str) -> float:

@@ -1,13 +1,16 @@
-"""config default|dump|check."""
+"""config default|dump|check|import."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from imgsvc import config
 from imgsvc.cli.client import add_address, connect
+from imgsvc.cli.output import print_json
+from imgsvc.fsutil import write_atomic
 
 
 def add_commands(commands: Any) -> None:
@@ -24,6 +27,11 @@ def add_commands(commands: Any) -> None:
     check = actions.add_parser("check", help="say whether a configuration is good")
     check.add_argument("--config", type=Path, help="file to read instead of the usual one")
     check.set_defaults(run=run_check)
+    convert = actions.add_parser("import", help="turn a containerd configuration into ours, naming every key that is not carried over")
+    convert.add_argument("file", type=Path, metavar="FILE", help="containerd's config.toml, version 2 or newer")
+    convert.add_argument("--output", type=Path, metavar="F", help="write there instead of printing; readable by its owner only")
+    convert.add_argument("--json", action="store_true", help="print what became of every key instead")
+    convert.set_defaults(run=run_import)
 
 
 def run_default(arguments: argparse.Namespace) -> int:
@@ -51,3 +59,19 @@ def run_check(arguments: argparse.Namespace) -> int:
     files = sorted({origin.split(":")[0] for origin in loaded.origins.values() if origin != "flag"})
     print(f"good: {', '.join(files)}" if files else "good: embedded defaults, no file")
     return 0
+
+
+def run_import(arguments: argparse.Namespace) -> int:
+    """`imgsvc config import`: 1 when a key was refused; the result is written all the same."""
+    from imgsvc.config_import import import_file
+
+    imported = import_file(arguments.file)
+    if arguments.output:
+        write_atomic(arguments.output, imported.toml.encode())
+    if arguments.json:
+        print_json([{"key": f.key, "where": f.where, "outcome": f.outcome, "note": f.note} for f in imported.findings])
+    elif not arguments.output:
+        print(imported.toml, end="")
+    for finding in imported.refused:
+        print(f"imgsvc: {finding.where}: {finding.key} refused: {finding.note}", file=sys.stderr)
+    return 1 if imported.refused else 0
