@@ -77,13 +77,18 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
+def free_space(path: Path) -> int:
+    """Space an ordinary user could still fill on the file system of `path` [bytes]. Raises: OSError."""
+    stats = os.statvfs(path)
+    return stats.f_bavail * stats.f_frsize
+
+
 def require_space(path: Path, need: int, *, reserve: int, doing: str) -> None:
     """Refuse work that would eat into the free-space reserve. Sizes in bytes.
 
     Raises: ResourceExhausted saying how much is needed and how much is there.
     """
-    stats = os.statvfs(path)
-    free = stats.f_bavail * stats.f_frsize
+    free = free_space(path)
     if need + reserve > free:
         raise ResourceExhausted(
             f"{doing} needs {need} bytes, {max(0, free - reserve)} are free beside the reserve of {reserve}",

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from typing import Any, Final, Protocol
 from imgsvc.concurrency import Threads
 from imgsvc.errors import ImgsvcError
 from imgsvc.failpoints import afailpoint, failpoint
+from imgsvc.fsutil import free_space
 from imgsvc.leases import Lease, LeaseManager, Node
 
 log = logging.getLogger(__name__)
@@ -272,7 +272,7 @@ class Collector:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SPACE_INTERVAL):
                     await self._triggered.wait()
-            low = self._free() < self._policy.min_free
+            low = free_space(self._root) < self._policy.min_free
             if not self._triggered.is_set() and (hopeless or not low):
                 hopeless &= low
                 continue
@@ -343,13 +343,8 @@ class Collector:
 
     def _evicted(self, cached: Iterable[Cached]) -> list[Node]:
         failpoint("gc.evict")
-        budget = 0 if self._free() < self._policy.min_free else self._policy.cache_budget
+        budget = 0 if free_space(self._root) < self._policy.min_free else self._policy.cache_budget
         return [] if budget < 0 else evict(cached, budget)
-
-    def _free(self) -> int:
-        """Free space [bytes]."""
-        stats = os.statvfs(self._root)
-        return stats.f_bavail * stats.f_frsize
 
 
 def _lease_roots(leases: Iterable[Lease]) -> Iterable[Root]:

@@ -36,7 +36,7 @@ import lmdb
 
 from imgsvc.errors import DataLoss, FailedPrecondition, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error
 from imgsvc.failpoints import failpoint
-from imgsvc.fsutil import boot_id, lock_exclusive, private_dir
+from imgsvc.fsutil import boot_id, free_space, lock_exclusive, private_dir
 from imgsvc.oci import GIB, MIB
 
 log = logging.getLogger(__name__)
@@ -282,6 +282,8 @@ class MetaDB:
             mapped = ResourceExhausted(f"{doing}: {error}", where=where, hint="free space there, then try again")
         elif isinstance(error, lmdb.Error):
             number = next((n for n in (errno.ENOSPC, errno.EDQUOT, errno.EIO) if os.strerror(n) in str(error)), 0)
+            if number == errno.EIO and free_space(self._path) < MIB:
+                number = errno.ENOSPC  # LMDB calls a short write, which is what a full disk gives, an I/O error
             if number:
                 mapped = from_os_error(OSError(number, os.strerror(number)), doing, where=where)
             else:
