@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,6 +122,35 @@ def fingerprint(room: str) -> str:
     return digest.hexdigest()
 
 
+def create_venv() -> None:
+    """Make .venv with pip in it. Debian keeps pip out of python3; without python3-venv it comes out of its package, unpacked."""
+    say(f"creating {VENV}")
+    made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
+    if made.returncode == 0:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = pip_wheel(Path(scratch)) if shutil.which("apt-get") and shutil.which("dpkg-deb") else None
+        if wheel is None:
+            shutil.rmtree(VENV, ignore_errors=True)
+            fail(f"no virtual environment, install Debian's python3-venv: {(made.stdout + made.stderr).strip()[-600:]}")
+        subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(VENV)], check=True)
+        subprocess.run([str(PYTHON), f"{wheel}/pip", "install", "--quiet", "--no-index", str(wheel)], check=True)
+
+
+def pip_wheel(scratch: Path) -> Path | None:
+    """Debian's pip, downloaded and unpacked into `scratch` with apt's own checks, which needs no root; None when that fails."""
+    own_lists = [f"-oDir::State={scratch}/state", f"-oDir::Cache={scratch}/cache"]
+    (scratch / "state" / "lists" / "partial").mkdir(parents=True)
+    # First with the machine's package lists; where it has none, with lists of our own.
+    for arguments in (["download"], [*own_lists, "update"], [*own_lists, "download"]):
+        wanted = ["python3-pip-whl"] if arguments[-1] == "download" else []
+        subprocess.run(["apt-get", "-qq", *arguments, *wanted], cwd=scratch, capture_output=True)
+        for package in scratch.glob("*.deb"):
+            subprocess.run(["dpkg-deb", "--extract", str(package), str(scratch)], check=True)
+            return next(scratch.glob("usr/share/python-wheels/pip-*.whl"), None)
+    return None
+
+
 def set_up_venv(room: str) -> None:
     """Make .venv and put imgsvc into it, editable; nothing to do when the stamp of an earlier run still fits."""
     stamps = {name: VENV / f".imgsvc-{name}" for name in ("run", "test")}
@@ -128,10 +158,7 @@ def set_up_venv(room: str) -> None:
     if any(s.exists() and s.read_text() == fingerprint(name) for name, s in stamps.items() if name in (room, "test")):
         return
     if not PYTHON.exists():
-        say(f"creating {VENV}")
-        made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
-        if made.returncode:
-            fail(f"no virtual environment: {(made.stdout + made.stderr).strip()[-600:]}")
+        create_venv()
     say("installing imgsvc and its Python packages into .venv")
     target = f"{ROOT}[test]" if room == "test" else str(ROOT)
     pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", str(LOCK), "--editable", target]
