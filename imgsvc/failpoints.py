@@ -81,6 +81,19 @@ POINTS: Final[dict[str, str]] = {
     "image.added": "an image's record is on disk",
     "image.remove": "about to remove an image's record",
     "image.removed": "an image's record is gone, its parts are there",
+    "sandbox.recorded": "a sandbox's record is on its way, nothing of it exists",
+    "sandbox.namespaces": "namespaces and files of a pod exist, its network does not",
+    "sandbox.network": "a pod is attached to its networks, its pause process does not run",
+    "sandbox.pause": "everything of a pod exists, its record does not say so",
+    "sandbox.stopped": "a pod's processes, network and files are gone, its record does not say so",
+    "sandbox.released": "nothing of a pod exists but its record",
+    "container.recorded": "a container's record is on its way, nothing of it exists",
+    "container.root": "a container's snapshot exists, it is not mounted",
+    "container.bundle": "a container's root is mounted, its configuration written",
+    "container.created": "a container's init waits to start, its record does not say so",
+    "container.started": "a container's init runs, its record does not say so",
+    "container.deleted": "a container's processes and cgroup are gone, its files are there",
+    "container.released": "nothing of a container exists but its record",
 }
 
 _TERM = re.compile(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import grpc.aio
@@ -21,7 +21,13 @@ log = logging.getLogger(__name__)
 _CODES = {code.name: code for code in grpc.StatusCode}
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+if TYPE_CHECKING:
+    _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
+else:
+    _Interceptor = grpc.aio.ServerInterceptor  # generic in the type stubs only
+
+
+class ErrorInterceptor(_Interceptor):
     """Turns exceptions of handlers into gRPC status."""
 
     async def intercept_service(

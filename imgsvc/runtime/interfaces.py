@@ -1,12 +1,15 @@
-"""Contracts of the runtime service: what it needs from the image side."""
+"""Contracts of the runtime service: what it needs from the image side, from runtime handlers and from the network."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+from imgsvc.errors import ImgsvcError
 from imgsvc.oci import Digest, ImageConfig
+from imgsvc.runtime.model import PodSandboxConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +48,122 @@ class Images(Protocol):
 
     async def root_usage(self, container_id: str) -> tuple[int, int]:
         """Writable layer: (bytes, inodes)."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerFeatures:
+    """What a runtime handler can do on this node; shown by Status."""
+
+    recursive_read_only_mounts: bool = False
+    user_namespaces: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NewTask:
+    """A container that is about to be created. `bundle` holds config.json and the mounted rootfs/.
+
+    log_path: absolute, "" for no log. stdin: keep a pipe open for attached clients; stdin_once: until the first leaves.
+    """
+
+    container_id: str
+    sandbox_id: str
+    bundle: Path
+    terminal: bool = False
+    stdin: bool = False
+    stdin_once: bool = False
+    log_path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a container ended. finished_at: ns since the epoch. known: False when nobody can tell the code (then 255)."""
+
+    code: int
+    finished_at: int
+    oom_killed: bool = False
+    known: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ExecResult:
+    """What a command printed (bounded) and how it ended."""
+
+    stdout: bytes
+    stderr: bytes
+    exit_code: int
+
+
+class OCIRuntime(Protocol):
+    """One runtime handler. Container IDs are ours; the bundle directory is STATE/containers/ID."""
+
+    @property
+    def features(self) -> HandlerFeatures:
+        """What it can do here; found by start()."""
+
+    async def start(self) -> None:
+        """Find the programs, test them. Raises: NotFound, FailedPrecondition."""
+
+    async def close(self) -> None:
+        """Let go; containers keep running."""
+
+    async def create(self, task: NewTask) -> int:
+        """Create the container's init process, stopped before its exec; its pid. On failure nothing stays.
+
+        Raises: FailedPrecondition carrying the runtime's own complaint, NotFound (no such runtime).
+        """
+
+    async def start_pause(self, sandbox_id: str, bundle: Path) -> int:
+        """Create and start the pause process of a pod from its own small bundle; its pid. delete() ends it."""
+
+    async def start_task(self, container_id: str) -> None:
+        """Let init exec. Raises: FailedPrecondition."""
+
+    async def kill(self, container_id: str, signal: int, *, everyone: bool = False) -> None:
+        """Send a signal to init, or to every process. Gone already is a success."""
+
+    async def wait(self, container_id: str, pid: int, pid_start: int) -> Exit:
+        """Until init has ended and its exit code is stored; also for a container of an earlier daemon."""
+
+    async def delete(self, container_id: str) -> None:
+        """Kill what still runs and remove the runtime's state, cgroup and monitor. Absent is a success."""
+
+    async def update(self, container_id: str, resources: Mapping[str, Any]) -> None:
+        """Change limits: an OCI `linux.resources` object. Raises: FailedPrecondition."""
+
+    async def reopen_log(self, container_id: str, log_path: str) -> None:
+        """Close the log and open its path anew, after a rotation; returns when the new file exists."""
+
+    async def exec_sync(self, container_id: str, command: Sequence[str], timeout_s: float) -> ExecResult:
+        """Run a command in the container. Raises: DeadlineExceeded (it was killed), FailedPrecondition."""
+
+
+class NetworkPlugin(Protocol):
+    """The pod network."""
+
+    async def setup(
+        self,
+        sandbox_id: str,
+        netns: str,
+        config: PodSandboxConfig,
+        *,
+        conf_dir: str = "",
+        max_conf_num: int | None = None,
+        cgroup_path: str = "",
+    ) -> tuple[str, ...]:
+        """Attach a pod; its addresses, the primary one first. After a failure teardown() is owed."""
+
+    async def teardown(self, sandbox_id: str, netns: str) -> None:
+        """Detach a pod. netns may be "" when it is gone. Idempotent; may be repeated after a failure."""
+
+    async def status(self) -> ImgsvcError | None:
+        """None when a pod could be attached now, else why not."""
+
+    async def collect(self, alive: set[str]) -> None:
+        """After a restart: detach whatever belongs to no living pod."""
+
+    def update_pod_cidr(self, pod_cidr: str) -> None:
+        """Tell the network the node's pod address ranges, comma-separated. Blocking. Raises: InvalidArgument."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """For Status(verbose)."""

@@ -1,0 +1,28 @@
+"""Pods and containers: the CRI RuntimeService.
+
+::
+
+    service, convert      the gRPC servicer: protobuf <-> the dataclasses of model; no decisions
+    sandboxes, containers the use cases: life of a pod, life of a container, rollback at every step
+    execs, stats, events  ExecSync and exec sessions; cgroup numbers; fan-out of container events
+    recovery              what a restarted daemon, or a rebooted node, does with what it finds
+    ---------------------------------------------------------------------------------------------
+    model, state, records what CRI asks for; what state a record is in (derived, never stored); versioned records
+    spec, users, security, mounts, devices
+                          CRI config + image config -> OCI runtime specification; hostile passwd files; mount sources
+    oci_runtime, monitor  handler kind 1: an OCI CLI (runc, crun) under one conmon per container
+    shim/                 handler kind 2: containerd shims (`io.containerd.NAME.vN`) over ttrpc
+    cni, network          the CNI protocol; the pod network on top of it
+    namespaces, kernel    namespaces pinned by bind mounts; system calls that Python 3.11 lacks
+    cgroups               drivers (cgroupfs, systemd), version 1 and 2, limits and statistics
+    interfaces            the seams: Images (from the edge), OCIRuntime, NetworkPlugin
+
+Decisions, and what they cost:
+
+* No pause container. Namespaces are pinned by bind mounts in STATE/sandboxes/ID/ns; only a shared PID namespace has a
+  process (pause.py, some 200 bytes). Cost: nothing tells a lost namespace but a check of the mount.
+* One conmon per container keeps stdio, log and exit code while the daemon is away. Cost: 0.3 MiB each.
+* A record is written before the first thing it describes is made, and deleted after the last is gone; so a crash leaves
+  a record too many, never a thing without a record.
+* States are derived from timestamps and the exit code. Nothing can disagree.
+"""

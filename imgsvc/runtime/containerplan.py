@@ -1,0 +1,243 @@
+"""Looks up everything a container's specification needs, mounts its root and its image volumes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, printable
+from imgsvc.runtime import cgroups, devices, kernel, podfiles, security, spec, volumes
+from imgsvc.runtime.core import Core
+from imgsvc.runtime.interfaces import RootMount, RunnableImage
+from imgsvc.runtime.model import Mount, NamespaceMode, User, UserNamespace
+from imgsvc.runtime.namespaces import userns_fd
+from imgsvc.runtime.records import ContainerRecord, SandboxRecord
+from imgsvc.runtime.users import resolve_user
+
+_APPARMOR_DEFAULT: Final = "imgsvc-default"
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltContainer:
+    """The specification, and what of it the record keeps."""
+
+    spec: dict[str, Any]
+    user: User
+    cgroups_path: str
+
+
+class ContainerBuilder:
+    """Everything between a CRI request and config.json that needs I/O."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def image_volumes(self, record: ContainerRecord) -> list[Sequence[RootMount]]:
+        """Mounts of every volume, [] for those that are not images. Raises: NotFound."""
+        found: list[Sequence[RootMount]] = []
+        for number, mount in enumerate(record.config.mounts):
+            if mount.image is None or not mount.image.image:
+                found.append(())
+                continue
+            if mount.host_path:
+                raise InvalidArgument("a mount has both an image and a host path", where=mount.container_path)
+            image = await self._core.images.runnable(mount.image.image)
+            if image is None:
+                raise NotFound(
+                    f'no image "{printable(mount.image.image, 200)}" on this node', where=mount.container_path, hint="pull it first"
+                )
+            settings = self._core.handler_settings(record.handler)
+            key = f"{record.id}-volume-{number}"
+            found.append(await self._core.images.prepare_root(key, image.image_id, handler=settings.snapshotter, readonly=True))
+        return found
+
+    def mount_root(self, bundle: Path, mounts: Sequence[RootMount], sandbox: SandboxRecord) -> None:
+        """Mount a container's root at BUNDLE/rootfs. Blocking."""
+        rootfs = bundle / "rootfs"
+        rootfs.mkdir(mode=0o711)
+        user = sandbox.config.namespaces.user
+        if user is None:
+            mount_all(mounts, rootfs)
+            return
+        os.chown(bundle, user.uids[0].host_id, user.gids[0].host_id)
+        with _mapping(user) as fd:
+            mount_idmapped(mounts, rootfs, bundle / "lower", fd, user)
+
+    def build(
+        self,
+        record: ContainerRecord,
+        sandbox: SandboxRecord,
+        image: RunnableImage,
+        image_volumes: Sequence[Sequence[RootMount]],
+        pid_path: str,
+    ) -> BuiltContainer:
+        """The specification of a container whose root is mounted. Blocking. Raises: InvalidArgument, NotFound, FailedPrecondition."""
+        core, config, pod = self._core, record.config, sandbox.config
+        settings, handler = core.settings, core.handler_settings(record.handler)
+        requested = config.security
+        bundle = core.paths.bundle(record.id)
+        if requested.privileged and not pod.linux.security_context.privileged:
+            raise InvalidArgument("a privileged container in a pod that is not")
+        user = resolve_user(requested, image.config.user, bundle / "rootfs")
+        granted = security.capability_set(requested.capabilities, privileged=requested.privileged, host=core.host)
+        host_devices = requested.privileged and not handler.privileged_without_host_devices and pod.namespaces.user is None
+        cgroups_path = cgroups.runtime_path(
+            pod.linux.cgroup_parent, sandbox.id, record.id, systemd=core.settings.cgroup_driver == "systemd"
+        )
+        directory = core.paths.sandbox(sandbox.id)
+        plan = spec.ContainerPlan(
+            container_id=record.id,
+            sandbox_id=sandbox.id,
+            config=config,
+            pod=pod,
+            image=image.config,
+            image_name=record.image_name,
+            handler=record.handler,
+            user=user,
+            host=core.host,
+            rootfs=bundle / "rootfs",
+            namespaces=spec.namespaces(config, pod, core.paths.pins(sandbox.id), pid_path),
+            user_namespace=pod.namespaces.user,
+            cgroups_path=cgroups_path,
+            shm=podfiles.shm_source(directory, pod) if requested.namespace_options.ipc != NamespaceMode.CONTAINER else "",
+            files=podfiles.provided(directory),
+            mounts=self._mounts(record, sandbox, image, image_volumes),
+            devices=devices.all_of_host() if host_devices else devices.requested(config.devices),
+            all_devices=host_devices or (requested.privileged and handler.privileged_without_host_devices_all_devices_allowed),
+            granted=granted,
+            ambient=security.ambient_set(requested.capabilities, granted),
+            profile=security.seccomp(requested, granted, core.host, settings),
+            apparmor=security.apparmor(requested, core.host, settings, _APPARMOR_DEFAULT),
+            selinux=security.selinux_label(requested, core.host, settings),
+            hidden=security.hidden_paths(requested, settings),
+            root_propagation=volumes.root_propagation(config.mounts),
+            device_owner=user if settings.device_ownership_from_security_context else None,
+            restrict_oom_score_adj=settings.restrict_oom_score_adj,
+            tolerate_missing_hugetlb=settings.tolerate_missing_hugetlb_controller,
+            annotation_globs=(handler.pod_annotations, handler.container_annotations),
+            base=_base_spec(handler.base_runtime_spec),
+        )
+        return BuiltContainer(spec.build(plan), user, cgroups_path)
+
+    def _mounts(
+        self, record: ContainerRecord, sandbox: SandboxRecord, image: RunnableImage, image_volumes: Sequence[Sequence[RootMount]]
+    ) -> list[volumes.BoundMount]:
+        core, bundle = self._core, self._core.paths.bundle(record.id)
+        rro = core.handler(record.handler).features.recursive_read_only_mounts
+        found: list[volumes.BoundMount] = []
+        for number, (mount, roots) in enumerate(zip(record.config.mounts, image_volumes, strict=True)):
+            if roots:
+                found.append(self._image_volume(bundle, number, mount, roots, sandbox))
+            else:
+                found.append(self._host_volume(bundle, number, mount, rro=rro))
+        taken = {m.destination.rstrip("/") for m in found}
+        if not core.settings.ignore_image_defined_volumes:
+            for number, path in enumerate(sorted(image.config.volumes)):
+                if path.rstrip("/") not in taken:
+                    storage = core.paths.volumes(record.id) / str(number)
+                    found.append(self._declared_volume(bundle, number, path, storage, sandbox))
+        return found
+
+    def _host_volume(self, bundle: Path, number: int, mount: Mount, *, rro: bool) -> volumes.BoundMount:
+        bound = volumes.host_mount(mount, rro=rro)
+        if not mount.uidMappings and not mount.gidMappings:
+            return bound
+        user = UserNamespace(NamespaceMode.POD, mount.uidMappings, mount.gidMappings)
+        return _idmapped(bound, bundle / f"volume-{number}", user)
+
+    def _image_volume(
+        self, bundle: Path, number: int, mount: Mount, roots: Sequence[RootMount], sandbox: SandboxRecord
+    ) -> volumes.BoundMount:
+        base = bundle / f"image-{number}"
+        root = base / "root"
+        root.mkdir(mode=0o711, parents=True)
+        user = sandbox.config.namespaces.user
+        if user:
+            with _mapping(user) as fd:
+                mount_idmapped(roots, root, base / "lower", fd, user)
+        else:
+            mount_all(roots, root)
+        volumes.sub_path_of_image(root, mount.image_sub_path, base / "view")
+        options = ("rbind", "rprivate", "ro", "noexec", "nosuid", "nodev", *mount.mount_options)
+        return volumes.BoundMount(mount.container_path, str(base / "view"), options)
+
+    def _declared_volume(self, bundle: Path, number: int, path: str, storage: Path, sandbox: SandboxRecord) -> volumes.BoundMount:
+        destination = os.path.normpath("/" + path)
+        if destination == "/":
+            raise InvalidArgument("the image declares its root a volume")
+        bound = volumes.declared_volume(bundle / "rootfs", path, storage)
+        if user := sandbox.config.namespaces.user:
+            bound = _idmapped(bound, bundle / f"declared-{number}", user)
+        return volumes.BoundMount(destination, bound.source, bound.options)
+
+
+def _base_spec(path: str) -> Mapping[str, Any]:
+    if not path:
+        return {}
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise FailedPrecondition(f"base_runtime_spec cannot be read: {error}", where=path) from error
+    return value if isinstance(value, dict) else {}
+
+
+@contextmanager
+def _mapping(user: UserNamespace) -> Iterator[int]:
+    fd = userns_fd(user)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def mount_all(mounts: Sequence[RootMount], target: Path) -> None:
+    """Mount a snapshot, in order, onto one directory."""
+    for m in mounts:
+        kernel.mount_with_options(m.source, str(target), m.type, m.options)
+
+
+def mount_idmapped(mounts: Sequence[RootMount], target: Path, scratch: Path, fd: int, user: UserNamespace) -> None:
+    """Mount a snapshot so that the pod's user namespace sees the image's owners.
+
+    An overlay cannot be mapped itself: its lower layers are, and what is written goes to an upper directory that belongs
+    to the pod's root. A plain bind mount is mapped directly. Source: facts of the kernel, mount_setattr(2).
+    """
+    for m in mounts:
+        if m.type != "overlay":
+            kernel.idmapped_clone(m.source, str(target), fd)
+            continue
+        options = []
+        for option in m.options:
+            key, _, value = option.partition("=")
+            if key == "lowerdir":
+                lowers = [_mapped_lower(layer, scratch / str(n), fd) for n, layer in enumerate(value.split(":"))]
+                option = "lowerdir=" + ":".join(lowers)
+            elif key == "upperdir":
+                os.chown(value, user.uids[0].host_id, user.gids[0].host_id)
+            options.append(option)
+        kernel.mount_with_options(m.source, str(target), m.type, options)
+
+
+def _mapped_lower(layer: str, place: Path, fd: int) -> str:
+    place.mkdir(mode=0o711, parents=True)
+    kernel.idmapped_clone(layer, str(place), fd)
+    return str(place)
+
+
+def _idmapped(bound: volumes.BoundMount, place: Path, user: UserNamespace) -> volumes.BoundMount:
+    """The same volume seen through the pod's ID mapping. Runtimes differ in what they can; a mount of ours works with all."""
+    if os.path.isdir(bound.source):
+        place.mkdir(mode=0o711)
+    else:
+        place.touch()
+    with _mapping(user) as fd:
+        try:
+            kernel.idmapped_clone(bound.source, str(place), fd, recursive="rbind" in bound.options)
+        except OSError as error:
+            raise FailedPrecondition(f"the volume's file system cannot be ID-mapped: {error.strerror}", where=bound.source) from error
+    return volumes.BoundMount(bound.destination, str(place), bound.options)

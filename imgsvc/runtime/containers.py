@@ -1,0 +1,418 @@
+"""The life of a container.
+
+Create makes the root file system, the specification and, through the handler, the stopped init process; start lets it
+exec; a watcher per container notes its end; stop signals, waits and kills; remove takes everything away. Create rolls
+back step by step; stop and remove may be repeated at any time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import stat
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, from_os_error, printable
+from imgsvc.failpoints import afailpoint
+from imgsvc.runtime import kernel, spec, validate
+from imgsvc.runtime.containerplan import BuiltContainer, ContainerBuilder
+from imgsvc.runtime.core import Core
+from imgsvc.runtime.events import EventType
+from imgsvc.runtime.exits import UNKNOWN_EXIT, alive, now_ns, start_time
+from imgsvc.runtime.interfaces import Exit, NewTask, RootMount, RunnableImage
+from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, NamespaceMode
+from imgsvc.runtime.records import ContainerRecord, SandboxRecord, container_name, durable
+from imgsvc.runtime.signals import stop_signal_name, to_number
+from imgsvc.runtime.state import (
+    ContainerState,
+    container_state,
+    require_alive,
+    require_ready,
+    require_running,
+    require_startable,
+)
+
+log = logging.getLogger(__name__)
+
+KILL_WAIT_S: Final = 10.0  # after SIGKILL; longer means a process in uninterruptible sleep
+_START_FAILED: Final = 128  # exit code when init never ran, as containerd reports it
+
+
+class Containers:
+    """CreateContainer, StartContainer, StopContainer, RemoveContainer and what recovery needs of them."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._builder = ContainerBuilder(core)
+        self._ended: dict[str, asyncio.Event] = {}
+        self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._signalled: set[str] = set()
+
+    async def create(self, sandbox_id: str, config: ContainerConfig) -> ContainerRecord:
+        """A created container in a ready pod. On failure nothing of it stays.
+
+        Raises: NotFound (pod, image), InvalidArgument, AlreadyExists (name taken), FailedPrecondition.
+        """
+        core = self._core
+        sandbox = core.records.sandbox(sandbox_id)
+        self._require_open(sandbox)
+        validate.container(config)
+        image = await core.images.runnable(config.image.image)
+        if image is None:
+            raise NotFound(f'no image "{printable(config.image.image, 200)}" on this node', hint="pull it first")
+        record = self._new_record(sandbox, config, image)
+        core.records.reserve(container_name(sandbox.id, config), record.id)
+        try:
+            async with AsyncExitStack() as undo, core.locks.hold(record.id):
+                made = await self._make(record, sandbox, image, undo)
+                self._require_open(core.records.sandbox(sandbox.id))
+                undo.pop_all()
+        except OSError as error:
+            raise from_os_error(error, "making a container", where=str(error.filename or "")) from error
+        finally:
+            if record.id not in core.records.containers:
+                core.records.release(container_name(sandbox.id, config), record.id)
+        core.events.emit(EventType.CREATED, made.id, sandbox.id)
+        return made
+
+    def _require_open(self, sandbox: SandboxRecord) -> None:
+        require_ready(sandbox, self._core.boot_id)
+        if sandbox.id in self._core.stopping:
+            raise FailedPrecondition(f"pod sandbox {sandbox.id} is being stopped")
+
+    def _new_record(self, sandbox: SandboxRecord, config: ContainerConfig, image: RunnableImage) -> ContainerRecord:
+        log_path = ""
+        if config.log_path:
+            if not sandbox.config.log_directory:
+                raise InvalidArgument("log_path without the pod's log_directory")
+            log_path = os.path.join(sandbox.config.log_directory, config.log_path)
+        return ContainerRecord(
+            id=os.urandom(32).hex(),
+            sandbox_id=sandbox.id,
+            config=config,
+            handler=sandbox.handler,
+            image_id=str(image.image_id),
+            image_ref=image.repo_digests[0] if image.repo_digests else str(image.image_id),
+            image_name=image.repo_tags[0] if image.repo_tags else config.image.user_specified_image or config.image.image,
+            boot_id=self._core.boot_id,
+            created_at=now_ns(),
+            log_path=log_path,
+            stop_signal=stop_signal_name(config.stop_signal, image.config.stop_signal),
+            resources=config.linux.resources,
+        )
+
+    async def _make(self, record: ContainerRecord, sandbox: SandboxRecord, image: RunnableImage, undo: AsyncExitStack) -> ContainerRecord:
+        core = self._core
+        handler = core.handler(record.handler)
+        undo.push_async_callback(core.records.drop_container, record)
+        written = core.records.put_container(record)
+        await afailpoint("container.recorded")
+        undo.push_async_callback(self._release, record)
+        core.paths.bundle(record.id).mkdir(mode=0o711)
+        mounts = await core.images.prepare_root(
+            record.id, image.image_id, handler=core.handler_settings(record.handler).snapshotter, readonly=False
+        )
+        await afailpoint("container.root")
+        built = await self._build(record, sandbox, image, mounts)
+        await afailpoint("container.bundle")
+        undo.push_async_callback(handler.delete, record.id)
+        config = record.config
+        pid = await handler.create(
+            NewTask(
+                container_id=record.id,
+                sandbox_id=sandbox.id,
+                bundle=core.paths.bundle(record.id),
+                terminal=config.tty,
+                stdin=config.stdin,
+                stdin_once=config.stdin_once,
+                log_path=record.log_path,
+            )
+        )
+        await afailpoint("container.created")
+        made = replace(record, pid=pid, pid_start=start_time(pid), user=built.user, cgroup=built.cgroups_path, made_at=now_ns())
+        await durable(written)
+        await durable(core.records.put_container(made))
+        self.watch(made)
+        return made
+
+    async def _build(
+        self, record: ContainerRecord, sandbox: SandboxRecord, image: RunnableImage, mounts: Sequence[RootMount]
+    ) -> BuiltContainer:
+        volumes = await self._builder.image_volumes(record)
+        return await asyncio.to_thread(self._build_blocking, record, sandbox, image, mounts, volumes)
+
+    def _build_blocking(
+        self,
+        record: ContainerRecord,
+        sandbox: SandboxRecord,
+        image: RunnableImage,
+        mounts: Sequence[RootMount],
+        volumes: Sequence[Sequence[RootMount]],
+    ) -> BuiltContainer:
+        bundle = self._core.paths.bundle(record.id)
+        self._builder.mount_root(bundle, mounts, sandbox)
+        if record.log_path:
+            prepare_log(sandbox.config.log_directory, record.config.log_path)
+        target = self._target_pid(record, sandbox)
+        built = self._builder.build(record, sandbox, image, volumes, target)
+        (bundle / "config.json").write_text(json.dumps(built.spec))
+        return built
+
+    def _target_pid(self, record: ContainerRecord, sandbox: SandboxRecord) -> str:
+        """The PID namespace to join: of the pod's pause process, or of a container (for debugging)."""
+        options = record.config.security.namespace_options
+        if options.pid == NamespaceMode.POD:
+            if not alive(sandbox.pause_pid, sandbox.pause_start):
+                raise FailedPrecondition("the pod has no shared PID namespace")
+            return f"/proc/{sandbox.pause_pid}/ns/pid"
+        if options.pid != NamespaceMode.TARGET:
+            return ""
+        target = self._core.records.container(options.target_id)
+        if target.sandbox_id != sandbox.id:
+            raise InvalidArgument(f"the target container {target.id} belongs to another pod")
+        require_running(target, self._core.boot_id)
+        return f"/proc/{target.pid}/ns/pid"
+
+    async def start(self, container_id: str) -> None:
+        """Let a created container run. Raises: NotFound, FailedPrecondition."""
+        core = self._core
+        full_id = core.records.container(container_id).id
+        async with core.locks.hold(full_id):
+            record = core.records.container(full_id)
+            require_startable(record, core.boot_id)
+            self._require_open(core.records.sandbox(record.sandbox_id))
+            started = replace(record, started_at=now_ns())
+            try:
+                await core.handler(record.handler).start_task(record.id)
+            except ImgsvcError as error:
+                await self._start_failed(record, str(error))
+                raise
+            await afailpoint("container.started")
+            current = core.records.container(full_id)  # it may have ended already
+            await durable(core.records.put_container(replace(current, started_at=started.started_at)))
+        core.events.emit(EventType.STARTED, full_id, record.sandbox_id)
+
+    async def _start_failed(self, record: ContainerRecord, message: str) -> None:
+        core = self._core
+        with contextlib.suppress(ImgsvcError):
+            await core.handler(record.handler).kill(record.id, signal.SIGKILL)
+        current = core.records.container(record.id)
+        failed = replace(current, finished_at=now_ns(), exit_code=_START_FAILED, reason="StartError", message=message)
+        await durable(core.records.put_container(failed))
+
+    def watch(self, record: ContainerRecord) -> None:
+        """Note the container's end when it comes."""
+        self._ended[record.id] = asyncio.Event()
+        self._watchers[record.id] = asyncio.create_task(self._watch(record), name=f"watch-{record.id[:12]}")
+
+    async def _watch(self, record: ContainerRecord) -> None:
+        try:
+            handler = self._core.handler(record.handler)
+            end = await handler.wait(record.id, record.pid, record.pid_start)
+            if record.config.security.namespace_options.pid != NamespaceMode.CONTAINER:
+                # Without a PID namespace of its own, init's death does not take the others with it.
+                with contextlib.suppress(ImgsvcError):
+                    await handler.kill(record.id, signal.SIGKILL, everyone=True)
+            await self.finish(record.id, end)
+        except ImgsvcError as error:
+            log.error("the end of container %s cannot be awaited: %s", record.id, error)
+            await self.finish(record.id, Exit(UNKNOWN_EXIT, now_ns(), known=False))
+        finally:
+            self._ended[record.id].set()
+
+    async def finish(self, container_id: str, end: Exit) -> None:
+        """Record how a container ended, once."""
+        core = self._core
+        record = core.records.containers.get(container_id)
+        if record is None or record.finished_at:
+            return
+        reason = "OOMKilled" if end.oom_killed else "Unknown" if not end.known else "Completed" if end.code == 0 else "Error"
+        message = "" if end.known else "the exit code was lost"
+        finished = replace(record, finished_at=end.finished_at, exit_code=end.code, reason=reason, message=message)
+        await durable(core.records.put_container(finished))
+        core.events.emit(EventType.STOPPED, container_id, record.sandbox_id)
+
+    async def stop(self, container_id: str, timeout_s: float) -> None:
+        """Stop signal, then SIGKILL after `timeout_s`. Unknown and ended already are successes.
+
+        Raises: FailedPrecondition when it does not die.
+        """
+        core = self._core
+        try:
+            record = core.records.container(container_id)
+        except ImgsvcError:
+            return
+        async with core.locks.hold(record.id):  # behind a create or start that is under way
+            current = core.records.containers.get(record.id)
+        if current is None or container_state(current, core.boot_id) not in (ContainerState.CREATED, ContainerState.RUNNING):
+            return
+        handler = core.handler(current.handler)
+        if timeout_s > 0 and current.started_at:
+            if current.id not in self._signalled:  # a second stop only waits: many signals are not more graceful than one
+                self._signalled.add(current.id)
+                await handler.kill(current.id, to_number(current.stop_signal))
+            if await self._wait_end(current.id, timeout_s):
+                return
+        await handler.kill(current.id, signal.SIGKILL, everyone=current.config.security.namespace_options.pid != NamespaceMode.CONTAINER)
+        if not await self._wait_end(current.id, KILL_WAIT_S):
+            raise FailedPrecondition(f"container {current.id} does not die", hint="a process of it hangs in the kernel")
+
+    async def _wait_end(self, container_id: str, timeout_s: float) -> bool:
+        ended = self._ended.get(container_id)
+        if ended is None:
+            return True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await ended.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def end_all(self, sandbox_id: str) -> None:
+        """Kill whatever runs in a pod. Raises: the first failure, after all were tried."""
+        ids = [c.id for c in self._core.records.containers_of(sandbox_id)]
+        results = await asyncio.gather(*(self.stop(i, 0) for i in ids), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def remove(self, container_id: str) -> None:
+        """Kill if need be and take everything away but the log. Unknown is a success."""
+        core = self._core
+        try:
+            full_id = core.records.container(container_id).id
+        except ImgsvcError:
+            return
+        await self.stop(full_id, 0)
+        async with core.locks.hold(full_id):
+            record = core.records.containers.get(full_id)
+            if record is None:
+                return
+            await self.discard(record)
+        core.events.emit(EventType.DELETED, full_id, record.sandbox_id)
+
+    async def discard(self, record: ContainerRecord) -> None:
+        """Remove every trace of a container, in whatever state it is; the record last."""
+        core = self._core
+        if record.handler in core.handlers:
+            await core.handler(record.handler).delete(record.id)
+        await afailpoint("container.deleted")
+        await self._release(record)
+        await afailpoint("container.released")
+        if (watcher := self._watchers.pop(record.id, None)) is not None:
+            watcher.cancel()
+            await asyncio.wait([watcher])
+        self._ended.pop(record.id, None)
+        self._signalled.discard(record.id)
+        await core.records.drop_container(record)
+
+    async def _release(self, record: ContainerRecord) -> None:
+        await asyncio.to_thread(self._release_blocking, record.id)
+        for number, mount in enumerate(record.config.mounts):
+            if mount.image and mount.image.image:
+                await self._core.images.remove_root(volume_key(record.id, number))
+        await self._core.images.remove_root(record.id)
+
+    def _release_blocking(self, container_id: str) -> None:
+        bundle = self._core.paths.bundle(container_id)
+        unmount_below(bundle)
+        shutil.rmtree(bundle, ignore_errors=True)
+        shutil.rmtree(self._core.paths.volumes(container_id), ignore_errors=True)
+
+    async def update(self, container_id: str, resources: LinuxContainerResources | None) -> None:
+        """Change a container's limits in place. Raises: NotFound, FailedPrecondition."""
+        core = self._core
+        if resources is None:
+            return
+        full_id = core.records.container(container_id).id
+        async with core.locks.hold(full_id):
+            record = core.records.container(full_id)
+            require_alive(record, core.boot_id)
+            limits = spec.resources(resources, core.host, tolerate=core.settings.tolerate_missing_hugetlb_controller)
+            if limits:
+                await core.handler(record.handler).update(record.id, limits)
+            merged = merge_resources(record.resources, resources)
+            await durable(core.records.put_container(replace(core.records.container(full_id), resources=merged)))
+
+    async def reopen_log(self, container_id: str) -> None:
+        """After a rotation. Raises: NotFound, FailedPrecondition (not running: then no file is made)."""
+        core = self._core
+        record = core.records.container(container_id)
+        require_running(record, core.boot_id)
+        if record.log_path:
+            sandbox = core.records.sandbox(record.sandbox_id)
+            check_log_directory(sandbox.config.log_directory, record.config.log_path)
+            await core.handler(record.handler).reopen_log(record.id, record.log_path)
+
+    async def close(self) -> None:
+        """Stop watching; containers keep running."""
+        for watcher in self._watchers.values():
+            watcher.cancel()
+        if self._watchers:
+            await asyncio.wait(self._watchers.values())
+
+
+def volume_key(container_id: str, number: int) -> str:
+    """Key under which the image side keeps the root of an image volume."""
+    return f"{container_id}-volume-{number}"
+
+
+def merge_resources(old: LinuxContainerResources | None, new: LinuxContainerResources) -> LinuxContainerResources:
+    """What is in force after an update: 0 and "" in `new` mean unchanged."""
+    if old is None:
+        return new
+    values = {name: getattr(new, name) or getattr(old, name) for name in LinuxContainerResources.__dataclass_fields__}
+    return LinuxContainerResources(**values)
+
+
+def check_log_directory(directory: str, log_path: str) -> None:
+    """Every directory between the log directory and the log is one, not a symlink (CVE-2025-0750). Blocking."""
+    path = Path(directory)
+    for part in Path(log_path).parent.parts:
+        path /= part
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise InvalidArgument("a log directory is not a directory", where=str(path))
+
+
+def prepare_log(directory: str, log_path: str) -> None:
+    """Make the log file, following no symlink below the log directory, so that conmon opens just this. Blocking."""
+    base = Path(directory)
+    base.mkdir(mode=0o755, parents=True, exist_ok=True)
+    parent = os.open(base, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        *directories, name = log_path.split("/")
+        for part in directories:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(part, 0o755, dir_fd=parent)
+            below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+            os.close(parent)
+            parent = below
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(name, flags, 0o640, dir_fd=parent)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise InvalidArgument("the log is not a regular file", where=os.path.join(directory, log_path))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise InvalidArgument(f"the log cannot be opened: {error.strerror}", where=os.path.join(directory, log_path)) from error
+    finally:
+        os.close(parent)
+
+
+def unmount_below(directory: Path) -> None:
+    """Unmount everything at or below a directory of ours, deepest first. Blocking."""
+    prefix = str(directory)
+    with open("/proc/self/mountinfo") as stream:
+        points = [line.split(" ")[4].encode().decode("unicode_escape") for line in stream]
+    for point in sorted((p for p in points if p == prefix or p.startswith(prefix + "/")), key=len, reverse=True):
+        kernel.umount(point)

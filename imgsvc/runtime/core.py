@@ -1,0 +1,93 @@
+"""What the use cases share: settings, records, seams, paths. Built once by the service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from imgsvc.concurrency import KeyedLock
+from imgsvc.errors import FailedPrecondition, InvalidArgument, printable
+from imgsvc.runtime.events import Events
+from imgsvc.runtime.host import Host
+from imgsvc.runtime.interfaces import Images, NetworkPlugin, OCIRuntime
+from imgsvc.runtime.records import Records
+from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Directories of the runtime. State is on tmpfs and dies with the node; root is on disk."""
+
+    state: Path
+    root: Path
+
+    def sandbox(self, sandbox_id: str) -> Path:
+        """Generated files and pinned namespaces of a pod."""
+        return self.state / "sandboxes" / sandbox_id
+
+    def pins(self, sandbox_id: str) -> Path:
+        """Where a pod's namespaces are bound."""
+        return self.sandbox(sandbox_id) / "ns"
+
+    @property
+    def bundles(self) -> Path:
+        """Parent of all bundles."""
+        return self.state / "containers"
+
+    def bundle(self, container_id: str) -> Path:
+        """OCI bundle of a container."""
+        return self.bundles / container_id
+
+    def volumes(self, container_id: str) -> Path:
+        """Volumes that images declare, on disk."""
+        return self.root / "volumes" / container_id
+
+    @property
+    def exits(self) -> Path:
+        """Exit codes of monitored containers."""
+        return self.state / "exits"
+
+    @property
+    def sockets(self) -> Path:
+        """Attach sockets; short, because a socket's path may have 107 bytes."""
+        return self.state / "a"
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """Shared by the use cases; never changed after the start."""
+
+    settings: RuntimeSettings
+    paths: Paths
+    records: Records
+    images: Images
+    handlers: Mapping[str, OCIRuntime]
+    broken_handlers: Mapping[str, str]
+    network: NetworkPlugin
+    host: Host
+    boot_id: str
+    events: Events
+    locks: KeyedLock
+    stopping: set[str]
+
+    def resolve_handler(self, name: str) -> str:
+        """The configured handler a RuntimeClass asks for. Raises: InvalidArgument (unknown), FailedPrecondition (broken)."""
+        wanted = name or self.settings.default_runtime_name
+        if wanted in self.handlers:
+            return wanted
+        if wanted in self.broken_handlers:
+            raise FailedPrecondition(f'runtime handler "{wanted}" is not usable: {self.broken_handlers[wanted]}')
+        known = ", ".join(sorted(self.settings.handlers))
+        raise InvalidArgument(f'no runtime handler "{printable(wanted, 80)}"', hint=f"configured are: {known}")
+
+    def handler(self, name: str) -> OCIRuntime:
+        """A handler by its resolved name. Raises: FailedPrecondition when it has left the configuration."""
+        if name not in self.handlers:
+            reason = self.broken_handlers.get(name, "it is no longer configured")
+            raise FailedPrecondition(f'runtime handler "{name}" is not usable: {reason}')
+        return self.handlers[name]
+
+    def handler_settings(self, name: str) -> HandlerSettings:
+        """Configuration of a handler by its resolved name."""
+        return self.settings.handlers[name]

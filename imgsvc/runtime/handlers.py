@@ -1,0 +1,34 @@
+"""Builds and starts the configured runtime handlers; one that does not work does not stop the others."""
+
+from __future__ import annotations
+
+import logging
+
+from imgsvc.errors import ImgsvcError
+from imgsvc.runtime.interfaces import OCIRuntime
+from imgsvc.runtime.monitor import MonitorPaths
+from imgsvc.runtime.oci_runtime import OCICommand
+from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
+
+log = logging.getLogger(__name__)
+
+
+async def start_handlers(settings: RuntimeSettings, paths: MonitorPaths) -> tuple[dict[str, OCIRuntime], dict[str, str]]:
+    """Working handlers by name, and why the others do not work."""
+    working: dict[str, OCIRuntime] = {}
+    broken: dict[str, str] = {}
+    for name, handler in settings.handlers.items():
+        try:
+            runtime = build_handler(handler, settings, paths)
+            await runtime.start()
+        except ImgsvcError as error:
+            log.error("runtime handler %s is not usable: %s", name, error)
+            broken[name] = str(error)
+        else:
+            working[name] = runtime
+    return working, broken
+
+
+def build_handler(handler: HandlerSettings, settings: RuntimeSettings, paths: MonitorPaths) -> OCIRuntime:
+    """The implementation for a handler's type. Raises: InvalidArgument."""
+    return OCICommand(handler, settings, paths)

@@ -1,0 +1,144 @@
+"""The runtime as one object: built from settings, started, closed. The edge makes one; service.py talks to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from imgsvc.concurrency import KeyedLock
+from imgsvc.fsutil import private_dir
+from imgsvc.metadb import MetaDB
+from imgsvc.runtime import host
+from imgsvc.runtime.containers import Containers
+from imgsvc.runtime.core import Core, Paths
+from imgsvc.runtime.events import Events
+from imgsvc.runtime.exits import boot_id, now_ns
+from imgsvc.runtime.handlers import start_handlers
+from imgsvc.runtime.interfaces import Images
+from imgsvc.runtime.model import NamespaceMode
+from imgsvc.runtime.monitor import MonitorPaths
+from imgsvc.runtime.network import PodNetwork
+from imgsvc.runtime.reaper import Reaper
+from imgsvc.runtime.records import ContainerRecord, Records, SandboxRecord
+from imgsvc.runtime.recovery import recover
+from imgsvc.runtime.sandboxes import Sandboxes
+from imgsvc.runtime.settings import RuntimeSettings
+from imgsvc.runtime.state import require_ready
+import contextlib
+
+log = logging.getLogger(__name__)
+
+
+class RuntimeNode:
+    """Use start(); the constructor is for it."""
+
+    def __init__(self, core: Core, reaper: Reaper) -> None:
+        self.core = core
+        self.containers = Containers(core)
+        self.sandboxes = Sandboxes(core, self.containers)
+        self._reaper = reaper
+
+    @classmethod
+    async def start(cls, settings: RuntimeSettings, database: MetaDB, images: Images) -> RuntimeNode:
+        """Make directories, test the handlers, read the records, recover. Call it once, as root, on the serving loop.
+
+        Raises: FailedPrecondition (records of a newer version), OSError.
+        """
+        reaper = Reaper()
+        reaper.start()
+        paths = Paths(settings.state_dir, settings.root_dir)
+        await asyncio.to_thread(_make_directories, paths)
+        records = Records(database)
+        records.load()
+        working, broken = await start_handlers(settings, MonitorPaths(paths.bundles, paths.exits, paths.sockets))
+        core = Core(
+            settings=settings,
+            paths=paths,
+            records=records,
+            images=images,
+            handlers=working,
+            broken_handlers=broken,
+            network=PodNetwork(settings.cni),
+            host=host.look(),
+            boot_id=boot_id(),
+            events=Events(records),
+            locks=KeyedLock(),
+            stopping=set(),
+        )
+        node = cls(core, reaper)
+        await recover(core, node.sandboxes, node.containers)
+        return node
+
+    async def close(self) -> None:
+        """Stop watching. Pods keep running."""
+        await self.containers.close()
+        for handler in self.core.handlers.values():
+            await handler.close()
+        await self._reaper.stop()
+
+    def now(self) -> int:
+        """Nanoseconds since the epoch."""
+        return now_ns()
+
+    async def update_pod_cidr(self, pod_cidr: str) -> None:
+        """See NetworkPlugin."""
+        await asyncio.to_thread(self.core.network.update_pod_cidr, pod_cidr)
+
+    def pod_netns(self, sandbox_id: str) -> Path | None:
+        """The pinned network namespace of a ready pod; None for the host's. Raises: NotFound, FailedPrecondition."""
+        record = self.core.records.sandbox(sandbox_id)
+        require_ready(record, self.core.boot_id)
+        if record.config.namespaces.network == NamespaceMode.NODE:
+            return None
+        return self.core.paths.pins(record.id) / "net"
+
+    def describe(self) -> dict[str, Any]:
+        """For Status(verbose)."""
+        core = self.core
+        return {
+            "config": {
+                "stateDir": str(core.paths.state),
+                "rootDir": str(core.paths.root),
+                "cgroupDriver": core.settings.cgroup_driver,
+                "defaultRuntimeName": core.settings.default_runtime_name,
+            },
+            "host": {
+                "unifiedCgroups": core.host.unified,
+                "controllers": sorted(core.host.controllers),
+                "apparmor": core.host.apparmor,
+                "selinux": core.host.selinux,
+                "seccomp": core.host.seccomp,
+            },
+            "handlers": {name: {"warnings": list(h.features.warnings)} for name, h in core.handlers.items()}
+            | {k: {"problem": v} for k, v in core.broken_handlers.items()},
+            "cni": dict(core.network.describe()),
+        }
+
+    def describe_sandbox(self, record: SandboxRecord) -> dict[str, str]:
+        """For PodSandboxStatus(verbose)."""
+        pins = self.core.paths.pins(record.id)
+        info = {
+            "pid": record.pause_pid,
+            "handler": record.handler,
+            "namespaces": str(pins),
+            "cgroupParent": record.config.linux.cgroup_parent,
+        }
+        return {"info": json.dumps(info)}
+
+    def describe_container(self, record: ContainerRecord) -> dict[str, str]:
+        """For ContainerStatus(verbose). The specification is left out of nothing: it is the pod's owner who asks."""
+        info: dict[str, Any] = {"pid": record.pid, "sandboxID": record.sandbox_id, "handler": record.handler, "cgroup": record.cgroup}
+        with contextlib.suppress(OSError, ValueError):
+            info["runtimeSpec"] = json.loads((self.core.paths.bundle(record.id) / "config.json").read_bytes())
+        return {"info": json.dumps(info)}
+
+
+def _make_directories(paths: Paths) -> None:
+    # 0711: a process in a user namespace must be able to walk to its root file system.
+    for directory in (paths.state, paths.state / "sandboxes", paths.bundles):
+        private_dir(directory, 0o711)
+    for directory in (paths.exits, paths.sockets, paths.root / "volumes"):
+        private_dir(directory)

@@ -1,0 +1,237 @@
+"""Handler kind 1: an OCI runtime CLI (runc, crun, youki …) with one conmon per container. Satisfies OCIRuntime."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from imgsvc.errors import FailedPrecondition, ImgsvcError, NotFound
+from imgsvc.fsutil import private_dir
+from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask, OCIRuntime
+from imgsvc.runtime.monitor import Conmon, MonitorPaths, runtime_message
+from imgsvc.runtime.pause import write_pause
+from imgsvc.runtime.process import Finished, run
+from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
+from imgsvc.runtime.streaming.exec_target import exec_sync
+from imgsvc.runtime.streaming.interfaces import ContainerProcess
+
+log = logging.getLogger(__name__)
+
+CANDIDATES: Final = ("crun", "runc")  # best first; crun creates about three times as fast
+# First releases without the known container escapes (CVE-2024-21626, CVE-2025-31133, -52565, -52881), by branch.
+_FIXED: Final[Mapping[str, tuple[tuple[int, ...], ...]]] = {"runc": ((1, 2, 8), (1, 3, 3), (1, 4, 0)), "crun": ((1, 24),)}
+_VERSION = re.compile(r"version\s+v?(\d+)\.(\d+)(?:\.(\d+))?(-\w+)?")
+
+
+class OCICommand:
+    """One handler of type "oci"."""
+
+    def __init__(self, handler: HandlerSettings, settings: RuntimeSettings, paths: MonitorPaths) -> None:
+        self._handler = handler
+        self._settings = settings
+        self._paths = paths
+        self._root = str(handler.options.get("Root") or settings.state_dir / "oci" / handler.name)
+        self._monitor = Conmon(settings.conmon, paths)
+        self._systemd = bool(handler.options.get("SystemdCgroup", settings.cgroup_driver == "systemd"))
+        self._program = ""
+        self._features = HandlerFeatures()
+
+    @property
+    def features(self) -> HandlerFeatures:
+        """Found by start()."""
+        return self._features
+
+    @property
+    def program(self) -> str:
+        """Path of the runtime CLI."""
+        return self._program
+
+    async def start(self) -> None:
+        """Choose and test the runtime. Raises: NotFound, FailedPrecondition."""
+        private_dir(Path(self._root))
+        wanted = self._handler.path or str(self._handler.options.get("BinaryName") or "")
+        self._program = await self._choose([wanted] if wanted else list(CANDIDATES))
+        self._features = await self._find_features()
+        for warning in self._features.warnings:
+            log.warning("%s", warning)
+
+    async def close(self) -> None:
+        """Nothing to let go: conmon stands on its own."""
+
+    async def _choose(self, names: Sequence[str]) -> str:
+        problem: ImgsvcError | None = None
+        for name in names:
+            program = shutil.which(name)
+            if program is None:
+                problem = problem or NotFound(f"no OCI runtime {name}", hint="install runc or crun, or set the handler's path")
+                continue
+            try:
+                await self._self_test(program)
+            except ImgsvcError as error:
+                log.info("OCI runtime %s is not usable here: %s", program, error)
+                problem = error
+                continue
+            return program
+        raise problem or NotFound("no OCI runtime")
+
+    async def _self_test(self, program: str) -> None:
+        """Create and delete a container that does nothing. Raises: FailedPrecondition."""
+        with tempfile.TemporaryDirectory(prefix="selftest-", dir=self._settings.state_dir) as scratch:
+            bundle = Path(scratch)
+            write_pause(bundle / "rootfs")
+            name = bundle.name
+            (bundle / "config.json").write_text(json.dumps(_self_test_spec(f"/imgsvc-selftest/{name}")))
+            prefix = [program, "--root", str(bundle / "state")]
+            created = await self._detached([*prefix, "create", "--bundle", str(bundle), name])
+            await run([*prefix, "delete", "--force", name], cwd=bundle)
+            if created.status:
+                raise FailedPrecondition(
+                    f"{program} cannot create containers here: {runtime_message(created.stderr.decode(errors='replace'))}"
+                )
+
+    async def _detached(self, argv: Sequence[str]) -> Finished:
+        """Run a command whose child keeps its standard streams: they must be files, or we would wait for the child."""
+        with tempfile.TemporaryFile(dir=self._settings.state_dir) as errors:
+            process = await asyncio.create_subprocess_exec(
+                *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=errors, start_new_session=True
+            )
+            status = await process.wait()
+            errors.seek(0)
+            return Finished(status, b"", errors.read(65536))
+
+    async def _find_features(self) -> HandlerFeatures:
+        text = (await run([self._program, "--version"])).stdout.decode(errors="replace")
+        kind = os.path.basename(self._program)
+        options: Sequence[str] = ()
+        described = await run([self._program, "features"])
+        if described.status == 0:
+            with contextlib.suppress(ValueError, AttributeError):
+                options = json.loads(described.stdout).get("mountOptions") or ()
+        return HandlerFeatures(
+            # crun 1.8 has no `features`, but knows both.
+            recursive_read_only_mounts="rro" in options or kind == "crun",
+            user_namespaces=os.path.exists("/proc/self/ns/user"),
+            warnings=tuple(_escape_warnings(kind, text)),
+        )
+
+    def _argv(self, *arguments: str) -> list[str]:
+        flags = ["--systemd-cgroup"] if self._systemd else []
+        return [self._program, "--root", self._root, *flags, *arguments]
+
+    async def create(self, task: NewTask) -> int:
+        """See OCIRuntime."""
+        options = self._handler.options
+        flags = ["-s"] if self._systemd else []
+        flags += ["--no-new-keyring"] if options.get("NoNewKeyring") else []
+        flags += ["--no-pivot"] if options.get("NoPivotRoot") else []
+        try:
+            return await self._monitor.create(task, self._program, ["--root=" + self._root], flags)
+        except BaseException:
+            with contextlib.suppress(ImgsvcError):
+                await self.delete(task.container_id)
+            raise
+
+    async def start_pause(self, sandbox_id: str, bundle: Path) -> int:
+        """See OCIRuntime. Without a monitor: it has no streams, no log, and its end is noticed by its pid."""
+        pid_file = bundle / "init.pid"
+        done = await self._detached(self._argv("run", "--detach", "--bundle", str(bundle), "--pid-file", str(pid_file), sandbox_id))
+        if done.status:
+            raise FailedPrecondition(f"the OCI runtime refused the pause process: {runtime_message(done.stderr.decode(errors='replace'))}")
+        return int(pid_file.read_text())
+
+    async def start_task(self, container_id: str) -> None:
+        """See OCIRuntime."""
+        self._require(await run(self._argv("start", container_id)), "start")
+
+    def _require(self, done: Finished, verb: str) -> None:
+        if done.status:
+            raise FailedPrecondition(
+                f"the OCI runtime could not {verb} the container: {runtime_message(done.stderr.decode(errors='replace'))}"
+            )
+
+    async def kill(self, container_id: str, signal: int, *, everyone: bool = False) -> None:
+        """See OCIRuntime."""
+        flags = ["--all"] if everyone else []
+        done = await run(self._argv("kill", *flags, container_id, str(signal)))
+        complaint = done.stderr.decode(errors="replace")
+        if done.status and not any(
+            gone in complaint for gone in ("not running", "does not exist", "process already finished", "no such process")
+        ):
+            self._require(done, "signal")
+
+    async def wait(self, container_id: str, pid: int, pid_start: int) -> Exit:
+        """See OCIRuntime."""
+        return await self._monitor.wait(container_id, pid, pid_start)
+
+    async def delete(self, container_id: str) -> None:
+        """See OCIRuntime."""
+        done = await run(self._argv("delete", "--force", container_id))
+        if done.status and "does not exist" not in done.stderr.decode(errors="replace"):
+            self._require(done, "delete")
+        await self._monitor.gone(container_id)
+
+    async def update(self, container_id: str, resources: Mapping[str, Any]) -> None:
+        """See OCIRuntime."""
+        self._require(await run(self._argv("update", "--resources", "-", container_id), stdin=json.dumps(resources).encode()), "update")
+
+    async def reopen_log(self, container_id: str, log_path: str) -> None:
+        """See OCIRuntime."""
+        await self._monitor.reopen_log(container_id, log_path)
+
+    def process_of(self, container_id: str) -> ContainerProcess:
+        """What the streaming server needs to exec into, or attach to, a container."""
+        bundle = self._paths.bundle(container_id)
+        spec = json.loads((bundle / "config.json").read_bytes())
+        return ContainerProcess(
+            container_id=container_id,
+            runtime=tuple(self._argv()),
+            process=spec["process"],
+            attach_socket=self._paths.sockets / container_id / "attach",
+            ctl_fifo=bundle / "ctl",
+        )
+
+    async def exec_sync(self, container_id: str, command: Sequence[str], timeout_s: float) -> ExecResult:
+        """See OCIRuntime."""
+        scratch = self._paths.bundle(container_id)
+        result = await exec_sync(self.process_of(container_id), tuple(command), timeout_s=timeout_s, scratch=scratch)
+        return ExecResult(result.stdout, result.stderr, result.exit_code)
+
+
+def as_oci_runtime(command: OCICommand) -> OCIRuntime:
+    """Typed as its Protocol, for mypy."""
+    return command
+
+
+def _escape_warnings(kind: str, version_text: str) -> list[str]:
+    match = _VERSION.search(version_text)
+    if match is None or kind not in _FIXED:
+        return []
+    version = tuple(int(part or 0) for part in match.groups()[:3])
+    if any(_fixed_on_branch(version, fixed, last=fixed == _FIXED[kind][-1]) for fixed in _FIXED[kind]):
+        return []
+    shown = ".".join(str(part) for part in version)
+    first = " or ".join(".".join(str(part) for part in fixed) for fixed in _FIXED[kind])
+    return [f"{kind} {shown} is older than {first}: known container escapes may apply unless your distribution patched them"]
+
+
+def _fixed_on_branch(version: tuple[int, ...], fixed: tuple[int, ...], *, last: bool) -> bool:
+    return version >= fixed if last else version[:2] == fixed[:2] and version >= fixed
+
+
+def _self_test_spec(cgroup: str) -> dict[str, Any]:
+    return {
+        "ociVersion": "1.0.2",
+        "process": {"args": ["/pause"], "cwd": "/", "user": {"uid": 65534, "gid": 65534}, "noNewPrivileges": True},
+        "root": {"path": "rootfs", "readonly": True},
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "linux": {"cgroupsPath": cgroup, "namespaces": [{"type": t} for t in ("pid", "mount", "ipc", "uts", "network")]},
+    }

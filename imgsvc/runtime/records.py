@@ -1,0 +1,213 @@
+"""Records of sandboxes and containers: versioned JSON in the metadata database, with a copy in memory to read from.
+
+A record says what is or was there; it never says a state. Writers replace the whole record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+from imgsvc.errors import AlreadyExists, FailedPrecondition, NotFound, printable
+from imgsvc.metadb import MetaDB, WriteTxn
+from imgsvc.runtime.codec import from_json, to_json
+from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, PodSandboxConfig, User
+
+log = logging.getLogger(__name__)
+
+VERSION: Final = 1
+SANDBOXES: Final = "sandboxes"
+CONTAINERS: Final = "containers"
+
+R = TypeVar("R", "SandboxRecord", "ContainerRecord")
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxRecord:
+    """A pod. Times in ns since the epoch, 0 = not yet. handler: the resolved name of its runtime handler.
+
+    Attributes:
+        started_at: when everything was made; 0 means half-made, to be rolled back.
+        stopped_at: when its network, namespaces and processes were taken away.
+        network: CNI networks were asked for it, so a DEL is owed.
+        owned_cgroup: the pod's cgroup when we made it and so remove it; "" when it is the kubelet's.
+        pause_pid, pause_start: the process that keeps a shared PID namespace, and its start time [clock ticks].
+    """
+
+    id: str
+    config: PodSandboxConfig = field(default_factory=PodSandboxConfig)
+    handler: str = ""
+    runtime_handler: str = ""
+    boot_id: str = ""
+    created_at: int = 0
+    started_at: int = 0
+    stopped_at: int = 0
+    network: bool = False
+    owned_cgroup: str = ""
+    ips: tuple[str, ...] = ()
+    pause_pid: int = 0
+    pause_start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerRecord:
+    """A container. Times in ns since the epoch, 0 = not yet.
+
+    Attributes:
+        made_at: when its create was complete; 0 means half-made, to be rolled back.
+        pid, pid_start: init process on the host and its start time [clock ticks], so that a reused pid is noticed.
+        log_path: absolute, "" when nothing is logged.
+        cgroup: path below the cgroup root, as given to the OCI runtime.
+        resources: as updated last, for ContainerStatus.
+    """
+
+    id: str
+    sandbox_id: str = ""
+    config: ContainerConfig = field(default_factory=ContainerConfig)
+    handler: str = ""
+    image_id: str = ""
+    image_ref: str = ""
+    image_name: str = ""
+    boot_id: str = ""
+    created_at: int = 0
+    made_at: int = 0
+    started_at: int = 0
+    finished_at: int = 0
+    exit_code: int = 0
+    reason: str = ""
+    message: str = ""
+    pid: int = 0
+    pid_start: int = 0
+    log_path: str = ""
+    cgroup: str = ""
+    stop_signal: str = "SIGTERM"
+    user: User | None = None
+    resources: LinuxContainerResources | None = None
+
+
+def sandbox_name(config: PodSandboxConfig) -> str:
+    """What must be unique among pods: name, namespace, uid and attempt."""
+    m = config.metadata
+    return f"{m.name}_{m.namespace}_{m.uid}_{m.attempt}"
+
+
+def container_name(sandbox_id: str, config: ContainerConfig) -> str:
+    """What must be unique among containers: name and attempt within a pod."""
+    return f"{config.metadata.name}_{sandbox_id}_{config.metadata.attempt}"
+
+
+class Records:
+    """All records. Reads come from memory; writes return when they are durable. Belongs to the event loop."""
+
+    def __init__(self, database: MetaDB) -> None:
+        self._db = database
+        self.sandboxes: dict[str, SandboxRecord] = {}
+        self.containers: dict[str, ContainerRecord] = {}
+        self._of_sandbox: dict[str, set[str]] = {}
+        self._names: dict[str, str] = {}
+
+    def load(self) -> None:
+        """Read everything. A record of a newer version is refused, a broken one is logged and left alone."""
+        with self._db.read() as txn:
+            for key, raw in txn.items(SANDBOXES):
+                if (sandbox := _decode(SandboxRecord, key, raw)) is not None:
+                    self._keep_sandbox(sandbox)
+            for key, raw in txn.items(CONTAINERS):
+                if (container := _decode(ContainerRecord, key, raw)) is not None:
+                    self._keep_container(container)
+
+    def _keep_sandbox(self, record: SandboxRecord) -> None:
+        self.sandboxes[record.id] = record
+        self._names[sandbox_name(record.config)] = record.id
+
+    def _keep_container(self, record: ContainerRecord) -> None:
+        self.containers[record.id] = record
+        self._of_sandbox.setdefault(record.sandbox_id, set()).add(record.id)
+        self._names[container_name(record.sandbox_id, record.config)] = record.id
+
+    def reserve(self, name: str, owner: str) -> None:
+        """Take a name for a record that is about to exist. Raises: AlreadyExists naming the holder."""
+        holder = self._names.setdefault(name, owner)
+        if holder != owner:
+            raise AlreadyExists(
+                f'the name "{printable(name, 200)}" is taken by {holder}', hint="remove that one, or raise the attempt number"
+            )
+
+    def release(self, name: str, owner: str) -> None:
+        """Give a name back. Idempotent."""
+        if self._names.get(name) == owner:
+            del self._names[name]
+
+    def sandbox(self, sandbox_id: str) -> SandboxRecord:
+        """One sandbox by its ID or a unique beginning of it. Raises: NotFound."""
+        return _resolve(self.sandboxes, sandbox_id, "pod sandbox")
+
+    def container(self, container_id: str) -> ContainerRecord:
+        """One container by its ID or a unique beginning of it. Raises: NotFound."""
+        return _resolve(self.containers, container_id, "container")
+
+    def containers_of(self, sandbox_id: str) -> list[ContainerRecord]:
+        """Containers of a pod, oldest first."""
+        return sorted((self.containers[c] for c in self._of_sandbox.get(sandbox_id, ())), key=lambda c: (c.created_at, c.id))
+
+    def put_sandbox(self, record: SandboxRecord) -> Future[None]:
+        """Replace a record in memory at once; the future ends when it is durable."""
+        self._keep_sandbox(record)
+        return self._put(SANDBOXES, record.id, to_json(record))
+
+    def put_container(self, record: ContainerRecord) -> Future[None]:
+        """Replace a record in memory at once; the future ends when it is durable."""
+        self._keep_container(record)
+        return self._put(CONTAINERS, record.id, to_json(record))
+
+    def _put(self, table: str, key: str, value: dict[str, Any]) -> Future[None]:
+        def change(txn: WriteTxn) -> None:
+            txn.put(table, key, {"version": VERSION, **value})
+
+        return self._db.submit(change)
+
+    async def drop_sandbox(self, record: SandboxRecord) -> None:
+        """Forget a sandbox, on disk first."""
+        await self._drop(SANDBOXES, record.id)
+        self.sandboxes.pop(record.id, None)
+        self.release(sandbox_name(record.config), record.id)
+
+    async def drop_container(self, record: ContainerRecord) -> None:
+        """Forget a container, on disk first."""
+        await self._drop(CONTAINERS, record.id)
+        self.containers.pop(record.id, None)
+        siblings = self._of_sandbox.get(record.sandbox_id, set())
+        siblings.discard(record.id)
+        if not siblings:
+            self._of_sandbox.pop(record.sandbox_id, None)
+        self.release(container_name(record.sandbox_id, record.config), record.id)
+
+    async def _drop(self, table: str, key: str) -> None:
+        await self._db.awrite(lambda txn: txn.delete(table, key))
+
+
+async def durable(write: Future[None]) -> None:
+    """Wait for a submitted write from the event loop."""
+    await asyncio.wrap_future(write)
+
+
+def _resolve(records: dict[str, R], key: str, what: str) -> R:
+    if key in records:
+        return records[key]
+    found = [name for name in records if name.startswith(key)] if key else []
+    if len(found) != 1:
+        raise NotFound(f'no {what} "{printable(key, 80)}"' if not found else f'"{key}" is the beginning of several {what} IDs')
+    return records[found[0]]
+
+
+def _decode(cls: type[R], key: str, raw: dict[str, Any]) -> R | None:
+    if raw.get("version", 0) > VERSION:
+        raise FailedPrecondition(f"{cls.__name__} {key} has version {raw['version']}, this imgsvc knows {VERSION}")
+    try:
+        return from_json(cls, raw)
+    except (KeyError, TypeError, ValueError) as error:
+        log.error("record %s of %s cannot be read and is left alone: %s", key, cls.__name__, error)
+        return None

@@ -1,0 +1,95 @@
+"""What a restarted daemon does with what it finds.
+
+Records tell what may exist. Half-made sandboxes and containers are rolled back; containers that ran are watched again,
+and if they ended meanwhile their stored exit code is taken; an undo that failed before is tried again. After a reboot
+nothing in STATE exists any more: containers are finished with an unknown code, pods are not ready, networks are detached
+(an address manager on disk would keep their addresses for ever).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from dataclasses import replace
+
+from imgsvc.errors import ImgsvcError
+from imgsvc.runtime.containers import Containers, unmount_below
+from imgsvc.runtime.core import Core
+from imgsvc.runtime.exits import UNKNOWN_EXIT, now_ns
+from imgsvc.runtime.interfaces import Exit
+from imgsvc.runtime.model import NamespaceMode
+from imgsvc.runtime.namespaces import pinned
+from imgsvc.runtime.records import ContainerRecord, SandboxRecord, durable
+from imgsvc.runtime.sandboxes import Sandboxes
+
+log = logging.getLogger(__name__)
+
+
+async def recover(core: Core, sandboxes: Sandboxes, containers: Containers) -> None:
+    """Bring records and node into agreement. Failures are logged and tried again at the next start."""
+    for container in list(core.records.containers.values()):
+        await _tolerate(_container(core, containers, container), f"container {container.id}")
+    sandboxes.watch_pauses()
+    for sandbox in list(core.records.sandboxes.values()):
+        await _tolerate(_sandbox(core, sandboxes, sandbox), f"pod sandbox {sandbox.id}")
+    await asyncio.to_thread(_sweep_directories, core)
+    attached = {s.id for s in core.records.sandboxes.values() if s.network and not s.stopped_at}
+    await _tolerate(core.network.collect(attached), "the network")
+
+
+async def _tolerate(step: object, what: str) -> None:
+    try:
+        await step  # type: ignore[misc]
+    except (ImgsvcError, OSError) as error:
+        log.error("recovering %s: %s", what, error)
+
+
+async def _container(core: Core, containers: Containers, record: ContainerRecord) -> None:
+    if not record.made_at or record.sandbox_id not in core.records.sandboxes:
+        log.warning("container %s was half-made when the daemon died; it is removed", record.id)
+        await containers.discard(record)
+    elif record.finished_at:
+        return
+    elif record.boot_id != core.boot_id:
+        await containers.finish(record.id, Exit(UNKNOWN_EXIT, now_ns(), known=False))
+    elif record.handler not in core.handlers:
+        log.error("container %s needs runtime handler %s, which is not usable", record.id, record.handler)
+    else:
+        containers.watch(record)
+
+
+async def _sandbox(core: Core, sandboxes: Sandboxes, record: SandboxRecord) -> None:
+    if not record.started_at:
+        log.warning("pod sandbox %s was half-made when the daemon died; it is removed", record.id)
+        await sandboxes.roll_back(record)
+        return
+    lost = record.boot_id != core.boot_id or not _pins_there(core, record)
+    if not record.stopped_at and lost:
+        log.warning("pod sandbox %s did not survive; it is not ready any more", record.id)
+        await durable(core.records.put_sandbox(replace(record, stopped_at=now_ns())))
+        await sandboxes.stop(record.id)
+    elif record.stopped_at and record.network:
+        await sandboxes.stop(record.id)
+
+
+def _pins_there(core: Core, record: SandboxRecord) -> bool:
+    pins = core.paths.pins(record.id)
+    options = record.config.namespaces
+    wanted = ["net"] if options.network != NamespaceMode.NODE else []
+    wanted += ["ipc"] if options.ipc != NamespaceMode.NODE else []
+    return all(pinned(pins, kind) for kind in wanted)
+
+
+def _sweep_directories(core: Core) -> None:
+    """Directories that no record names: left by a removal that was interrupted after its last step."""
+    known = set(core.records.sandboxes) | set(core.records.containers)
+    for parent in (core.paths.state / "sandboxes", core.paths.bundles, core.paths.root / "volumes"):
+        for directory in list(parent.iterdir()):
+            if directory.name not in known:
+                log.warning("removing %s, which belongs to nothing", directory)
+                unmount_below(directory)
+                shutil.rmtree(directory, ignore_errors=True)
+    for left in list(core.paths.exits.iterdir()) + list(core.paths.sockets.iterdir()):
+        if left.name not in known:
+            left.unlink(missing_ok=True)

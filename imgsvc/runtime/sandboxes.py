@@ -1,0 +1,308 @@
+"""The life of a pod sandbox.
+
+Run: record, namespaces, files, network, pause process (only for a shared PID namespace), done. Each step that has
+succeeded leaves its undoing on a stack; a failure or a caller that leaves runs the stack backwards.
+Stop and remove go on where an earlier, interrupted one ended; both may be repeated, and are, by recovery.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import signal
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from imgsvc.errors import FailedPrecondition, ImgsvcError, from_os_error
+from imgsvc.failpoints import afailpoint
+from imgsvc.runtime import cgroups, kernel, podfiles, spec, validate
+from imgsvc.runtime.containers import Containers
+from imgsvc.runtime.core import Core
+from imgsvc.runtime.events import EventType
+from imgsvc.runtime.exits import alive, now_ns, process_gone, start_time
+from imgsvc.runtime.model import LinuxContainerResources, NamespaceMode, PodSandboxConfig
+from imgsvc.runtime.namespaces import NamespacePlan, pin, pinned, unpin
+from imgsvc.runtime.pause import write_pause
+from imgsvc.runtime.records import SandboxRecord, durable, sandbox_name
+from imgsvc.runtime.seccomp_profile import default_profile
+
+log = logging.getLogger(__name__)
+
+_PAUSE_OOM_SCORE: Final = -998  # the last of the pod to be killed
+_PAUSE_USER: Final = 65535
+
+
+class Sandboxes:
+    """RunPodSandbox, StopPodSandbox, RemovePodSandbox and what recovery needs of them."""
+
+    def __init__(self, core: Core, containers: Containers) -> None:
+        self._core = core
+        self._containers = containers
+
+    async def run(self, config: PodSandboxConfig, runtime_handler: str) -> SandboxRecord:
+        """A new, ready sandbox. On failure nothing of it stays.
+
+        Raises: InvalidArgument, AlreadyExists (name taken), FailedPrecondition (the node cannot), Unavailable (network).
+        """
+        core = self._core
+        validate.pod(config)
+        handler = core.resolve_handler(runtime_handler)
+        if config.namespaces.user and not core.handler(handler).features.user_namespaces:
+            raise FailedPrecondition(f'runtime handler "{handler}" has no user namespaces on this node')
+        record = SandboxRecord(
+            id=os.urandom(32).hex(),
+            config=config,
+            handler=handler,
+            runtime_handler=runtime_handler,
+            boot_id=core.boot_id,
+            created_at=now_ns(),
+            network=config.namespaces.network != NamespaceMode.NODE,
+        )
+        core.records.reserve(sandbox_name(config), record.id)
+        try:
+            async with AsyncExitStack() as undo, core.locks.hold(record.id):
+                ready = await self._make(record, undo)
+                undo.pop_all()
+        except OSError as error:
+            raise from_os_error(error, "making a pod sandbox", where=str(error.filename or "")) from error
+        finally:
+            if record.id not in core.records.sandboxes:
+                core.records.release(sandbox_name(config), record.id)
+        core.events.emit(EventType.CREATED, ready.id, ready.id)
+        core.events.emit(EventType.STARTED, ready.id, ready.id)
+        return ready
+
+    async def _make(self, record: SandboxRecord, undo: AsyncExitStack) -> SandboxRecord:
+        core, config = self._core, record.config
+        parent = cgroups.pod_cgroup(config.linux.cgroup_parent, record.id)
+        if not cgroups.exists(core.host, cgroups.tree_path(parent)):
+            record = replace(record, owned_cgroup=parent)
+        undo.push_async_callback(self._forget, record)
+        written = core.records.put_sandbox(record)
+        await afailpoint("sandbox.recorded")
+        undo.push_async_callback(self._release, record)
+        await asyncio.to_thread(self._prepare, record)
+        await durable(written)  # before the network: a DEL is owed from here on
+        await afailpoint("sandbox.namespaces")
+        ips: tuple[str, ...] = ()
+        if record.network:
+            settings = core.handler_settings(record.handler)
+            undo.push_async_callback(self._detach, record)
+            ips = await core.network.setup(
+                record.id,
+                str(core.paths.pins(record.id) / "net"),
+                config,
+                conf_dir=settings.cni_conf_dir,
+                max_conf_num=settings.cni_max_conf_num if settings.cni_conf_dir else None,
+                cgroup_path=parent,
+            )
+        await afailpoint("sandbox.network")
+        pause = 0
+        if config.namespaces.pid == NamespaceMode.POD:
+            undo.push_async_callback(self._end_pause, record)
+            pause = await self._start_pause(record)
+        await afailpoint("sandbox.pause")
+        ready = replace(record, ips=ips, pause_pid=pause, pause_start=start_time(pause) if pause else 0, started_at=now_ns())
+        await durable(core.records.put_sandbox(ready))
+        return ready
+
+    def _prepare(self, record: SandboxRecord) -> None:
+        """Directory, namespaces, generated files, log directory. Blocking."""
+        config = record.config
+        directory = self._core.paths.sandbox(record.id)
+        directory.mkdir(mode=0o711, parents=True)
+        pin(self._core.paths.pins(record.id), namespace_plan(config, self._default_sysctls(config)))
+        podfiles.write(directory, config)
+        podfiles.mount_shm(directory, config)
+        if config.log_directory:
+            os.makedirs(config.log_directory, 0o755, exist_ok=True)
+
+    def _default_sysctls(self, config: PodSandboxConfig) -> dict[str, str]:
+        """What containerd sets, too: ports below 1024 and ping without privileges."""
+        if config.namespaces.network == NamespaceMode.NODE:
+            return dict(config.linux.sysctls)
+        defaults = {}
+        if self._core.settings.enable_unprivileged_ports:
+            defaults["net.ipv4.ip_unprivileged_port_start"] = "0"
+        if self._core.settings.enable_unprivileged_icmp and config.namespaces.user is None:
+            defaults["net.ipv4.ping_group_range"] = "0 2147483647"
+        return defaults | {k.replace("/", "."): v for k, v in config.linux.sysctls.items()}
+
+    async def _start_pause(self, record: SandboxRecord) -> int:
+        core = self._core
+        bundle = core.paths.sandbox(record.id) / "pause"
+        await asyncio.to_thread(self._write_pause_bundle, record, bundle)
+        return await core.handler(record.handler).start_pause(record.id, bundle)
+
+    def _write_pause_bundle(self, record: SandboxRecord, bundle: Path) -> None:
+        write_pause(bundle / "rootfs")
+        if record.config.namespaces.user:
+            owner = record.config.namespaces.user.uids[0].host_id
+            os.chown(bundle / "rootfs", owner, owner)
+        (bundle / "config.json").write_text(json.dumps(self._pause_spec(record)))
+
+    def _pause_spec(self, record: SandboxRecord) -> dict[str, Any]:
+        core, config = self._core, record.config
+        systemd = core.settings.cgroup_driver == "systemd"
+        pins = core.paths.pins(record.id)
+        joined = {"network": "net", "uts": "uts", "ipc": "ipc", "user": "user"}
+        namespaces = [{"type": "pid"}, {"type": "mount"}]
+        namespaces += [{"type": kind, "path": str(pins / name)} for kind, name in joined.items() if pinned(pins, name)]
+        linux: dict[str, Any] = {
+            "namespaces": namespaces,
+            "cgroupsPath": cgroups.runtime_path(config.linux.cgroup_parent, record.id, record.id, systemd=systemd),
+        }
+        if core.host.seccomp:
+            linux["seccomp"] = default_profile(frozenset())
+        if user := config.namespaces.user:
+            for name, mappings in (("uidMappings", user.uids), ("gidMappings", user.gids)):
+                linux[name] = [{"containerID": m.container_id, "hostID": m.host_id, "size": m.length} for m in mappings]
+        nobody = _PAUSE_USER if not config.namespaces.user else min(_PAUSE_USER, config.namespaces.user.uids[0].length - 1)
+        return {
+            "ociVersion": spec.OCI_VERSION,
+            "process": {
+                "args": ["/pause"],
+                "cwd": "/",
+                "user": {"uid": nobody, "gid": nobody},
+                "noNewPrivileges": True,
+                "oomScoreAdj": spec.oom_score(_PAUSE_OOM_SCORE, core.host, restrict=False),
+            },
+            "root": {"path": "rootfs", "readonly": True},
+            "mounts": [{"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]}],
+            "annotations": {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": record.id},
+            "linux": linux,
+        }
+
+    async def stop(self, sandbox_id: str) -> None:
+        """End everything of a pod; its record stays, NOTREADY. Unknown and stopped already are successes.
+
+        Raises: what the network said when it could not detach; then the rest is stopped and the call may be repeated.
+        """
+        core = self._core
+        try:
+            full_id = core.records.sandbox(sandbox_id).id
+        except ImgsvcError:
+            return
+        core.stopping.add(full_id)
+        try:
+            async with core.locks.hold(full_id):
+                await self._stop_locked(full_id)
+        finally:
+            core.stopping.discard(full_id)
+
+    async def _stop_locked(self, sandbox_id: str) -> None:
+        record = self._core.records.sandboxes.get(sandbox_id)
+        if record is None or (record.stopped_at and not record.network):
+            return
+        await self._containers.end_all(sandbox_id)
+        await self._end_pause(record)
+        problem: ImgsvcError | None = None
+        try:
+            await self._detach(record)
+            record = replace(record, network=False)
+        except ImgsvcError as error:
+            problem = error
+        if problem is None:
+            await self._release(record)
+        await afailpoint("sandbox.stopped")
+        if not record.stopped_at or problem is None:
+            first = not record.stopped_at
+            record = replace(record, stopped_at=record.stopped_at or now_ns(), pause_pid=0, pause_start=0)
+            await durable(self._core.records.put_sandbox(record))
+            if first:
+                self._core.events.emit(EventType.STOPPED, sandbox_id, sandbox_id)
+        if problem:
+            raise problem
+
+    async def remove(self, sandbox_id: str) -> None:
+        """Stop, then remove its containers and every trace. Unknown is a success."""
+        core = self._core
+        try:
+            full_id = core.records.sandbox(sandbox_id).id
+        except ImgsvcError:
+            return
+        core.stopping.add(full_id)
+        try:
+            async with core.locks.hold(full_id):
+                await self._remove_locked(full_id)
+        finally:
+            core.stopping.discard(full_id)
+
+    async def _remove_locked(self, sandbox_id: str) -> None:
+        core = self._core
+        await self._stop_locked(sandbox_id)
+        for container in core.records.containers_of(sandbox_id):
+            await self._containers.remove(container.id)
+        record = core.records.sandboxes.get(sandbox_id)
+        if record is None:
+            return
+        await self._release(record)
+        await afailpoint("sandbox.released")
+        await core.records.drop_sandbox(record)
+        core.events.emit(EventType.DELETED, sandbox_id, sandbox_id)
+
+    async def roll_back(self, record: SandboxRecord) -> None:
+        """Undo a sandbox that never became ready (recovery)."""
+        await self._end_pause(record)
+        await self._detach(record)
+        await self._release(record)
+        await self._forget(record)
+
+    async def _end_pause(self, record: SandboxRecord) -> None:
+        if record.config.namespaces.pid != NamespaceMode.POD:
+            return
+        if alive(record.pause_pid, record.pause_start):
+            os.kill(record.pause_pid, signal.SIGKILL)
+            await process_gone(record.pause_pid, record.pause_start)
+        if (self._core.paths.sandbox(record.id) / "pause").exists():
+            await self._core.handler(record.handler).delete(record.id)
+
+    async def _detach(self, record: SandboxRecord) -> None:
+        if record.network:
+            pins = self._core.paths.pins(record.id)
+            await self._core.network.teardown(record.id, str(pins / "net") if pinned(pins, "net") else "")
+
+    async def _release(self, record: SandboxRecord) -> None:
+        await asyncio.to_thread(self._release_blocking, record)
+
+    def _release_blocking(self, record: SandboxRecord) -> None:
+        directory = self._core.paths.sandbox(record.id)
+        unpin(self._core.paths.pins(record.id))
+        kernel.umount_all(directory / "shm")
+        shutil.rmtree(directory, ignore_errors=True)
+        if record.owned_cgroup:
+            cgroups.remove(self._core.host, record.owned_cgroup)
+
+    async def _forget(self, record: SandboxRecord) -> None:
+        await self._core.records.drop_sandbox(record)
+
+    async def update_resources(
+        self, sandbox_id: str, overhead: LinuxContainerResources | None, resources: LinuxContainerResources | None
+    ) -> None:
+        """Note new pod resources. The pod's cgroup is the kubelet's, who has changed it already. Raises: NotFound, FailedPrecondition."""
+        record = self._core.records.sandbox(sandbox_id)
+        linux = replace(record.config.linux, overhead=overhead, resources=resources)
+        await durable(self._core.records.put_sandbox(replace(record, config=replace(record.config, linux=linux))))
+
+    def watch_pauses(self) -> None:
+        """After a restart: a pod whose pause process has died has lost its PID namespace and is not ready any more."""
+        for record in list(self._core.records.sandboxes.values()):
+            shared = record.config.namespaces.pid == NamespaceMode.POD and record.started_at and not record.stopped_at
+            if shared and not alive(record.pause_pid, record.pause_start):
+                log.warning("the pause process of pod sandbox %s is gone", record.id)
+                self._core.records.put_sandbox(replace(record, stopped_at=now_ns()))
+
+
+def namespace_plan(config: PodSandboxConfig, sysctls: dict[str, str]) -> NamespacePlan:
+    """Which namespaces to pin. The UTS namespace goes with the network, as containerd and the kubelet see it."""
+    kinds = []
+    if config.namespaces.network != NamespaceMode.NODE:
+        kinds += ["net", "uts"]
+    if config.namespaces.ipc != NamespaceMode.NODE:
+        kinds.append("ipc")
+    return NamespacePlan(tuple(kinds), config.namespaces.user, config.hostname, sysctls)

@@ -1,0 +1,83 @@
+"""What the edge tells the runtime: plain data, filled from [runtime], [cni] and the paths of the daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from imgsvc.oci import MIB
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerSettings:
+    """One RuntimeClass handler ([runtime.runtimes.NAME]).
+
+    Attributes:
+        type: "oci", or a containerd runtime name such as "io.containerd.kata.v2".
+        path: the OCI CLI, or the shim binary; "" finds it: crun when its self-test passes, else runc.
+        options: containerd's option names: BinaryName, Root, SystemdCgroup, NoNewKeyring, NoPivotRoot, ConfigPath, TypeUrl …
+        pod_annotations, container_annotations: globs; annotations that match reach the OCI specification (C-C22).
+    """
+
+    name: str
+    type: str = "oci"
+    path: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    pod_annotations: tuple[str, ...] = ()
+    container_annotations: tuple[str, ...] = ()
+    privileged_without_host_devices: bool = False
+    privileged_without_host_devices_all_devices_allowed: bool = False
+    base_runtime_spec: str = ""
+    cni_conf_dir: str = ""
+    cni_max_conf_num: int = 0
+    snapshotter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CNISettings:
+    """[cni]. max_conf_num 0 takes every file."""
+
+    bin_dirs: tuple[str, ...] = ("/opt/cni/bin", "/usr/lib/cni")
+    conf_dir: str = "/etc/cni/net.d"
+    max_conf_num: int = 1
+    conf_template: str = ""
+    ip_pref: str = ""
+    setup_serially: bool = False
+    use_internal_loopback: bool = True
+    cache_dir: str = "/var/lib/imgsvc/cni"
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeSettings:
+    """Everything the runtime service is configured with.
+
+    state_dir is on tmpfs (dies with a reboot); root_dir is on disk.
+    """
+
+    state_dir: Path
+    root_dir: Path
+    handlers: Mapping[str, HandlerSettings] = field(default_factory=lambda: {"default": HandlerSettings("default")})
+    default_runtime_name: str = "default"
+    cni: CNISettings = field(default_factory=CNISettings)
+    cgroup_driver: str = "cgroupfs"
+    conmon: str = "conmon"
+    max_container_log_line_size: int = 16384
+    restrict_oom_score_adj: bool = False
+    unset_seccomp_profile: str = ""
+    disable_apparmor: bool = False
+    enable_selinux: bool = False
+    disable_proc_mount: bool = False
+    tolerate_missing_hugetlb_controller: bool = True
+    disable_hugetlb_controller: bool = False
+    device_ownership_from_security_context: bool = False
+    ignore_image_defined_volumes: bool = False
+    enable_unprivileged_ports: bool = True
+    enable_unprivileged_icmp: bool = True
+    enable_cdi: bool = True
+    cdi_spec_dirs: tuple[str, ...] = ("/etc/cdi", "/var/run/cdi")
+    drain_exec_sync_io_timeout_s: float = 0.0
+    seccomp_profile_root: str = "/var/lib/kubelet/seccomp"
+    exec_sync_output_limit: int = 16 * MIB
+    allowed_unsafe_sysctls: tuple[str, ...] = ()

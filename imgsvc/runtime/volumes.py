@@ -1,0 +1,178 @@
+"""Where a container's mounts come from: host paths, image volumes, volumes an image declares. Blocking, with I/O.
+
+Everything that is looked up inside an image or a container root goes through kernel.open_in_root, so that no symlink in
+it can point the daemon at the host (CVE-2022-23648, CVE-2024-5154).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, from_os_error, printable
+from imgsvc.runtime import kernel
+from imgsvc.runtime.model import Mount, Propagation
+
+_PROPAGATION: Final[Mapping[Propagation, str]] = {
+    Propagation.PRIVATE: "rprivate",
+    Propagation.HOST_TO_CONTAINER: "rslave",
+    Propagation.BIDIRECTIONAL: "rshared",
+}
+_ALLOWED_OPTIONS: Final = frozenset({"noexec", "nodev", "nosuid", "exec", "dev", "suid", "noatime", "relatime", "nodiratime"})
+
+
+@dataclass(frozen=True, slots=True)
+class BoundMount:
+    """A mount of the OCI specification whose source is settled."""
+
+    destination: str
+    source: str
+    options: tuple[str, ...]
+
+    def to_spec(self) -> dict[str, Any]:
+        """An entry of `mounts`."""
+        return {"destination": self.destination, "type": "bind", "source": self.source, "options": list(self.options)}
+
+
+def host_mount(mount: Mount, *, rro: bool) -> BoundMount:
+    """A host path volume. A path that does not exist becomes a directory, as Docker and containerd do.
+
+    Raises: InvalidArgument, FailedPrecondition (propagation the node's mount does not have; no recursive read-only).
+    """
+    if not mount.host_path.startswith("/"):
+        raise InvalidArgument(f'host path "{printable(mount.host_path, 120)}" is not absolute', where=mount.container_path)
+    try:
+        if not os.path.lexists(mount.host_path):
+            os.makedirs(mount.host_path, 0o755, exist_ok=True)
+        source = os.path.realpath(mount.host_path, strict=True)
+    except OSError as error:
+        raise from_os_error(error, "looking up a host path volume", where=mount.host_path) from error
+    _require_propagation(source, mount.propagation)
+    return BoundMount(mount.container_path, source, mount_options(mount, rro=rro))
+
+
+def mount_options(mount: Mount, *, rro: bool) -> tuple[str, ...]:
+    """Options of a bind mount. rro: the runtime knows recursive read-only mounts."""
+    unknown = set(mount.mount_options) - _ALLOWED_OPTIONS
+    if unknown:
+        raise InvalidArgument(f"mount option {printable(sorted(unknown)[0], 40)} is not supported", where=mount.container_path)
+    if mount.recursive_read_only:
+        if not mount.readonly:
+            raise InvalidArgument("recursive_read_only without readonly", where=mount.container_path)
+        if mount.propagation != Propagation.PRIVATE:
+            raise InvalidArgument("recursive_read_only needs private propagation", where=mount.container_path)
+        if not rro:
+            raise FailedPrecondition("this runtime has no recursive read-only mounts", where=mount.container_path)
+    access = "rro" if mount.recursive_read_only else "ro" if mount.readonly else "rw"
+    return ("rbind", _PROPAGATION[mount.propagation], access, *mount.mount_options)
+
+
+def _require_propagation(source: str, propagation: Propagation) -> None:
+    if propagation == Propagation.PRIVATE:
+        return
+    optional = mount_fields(source)
+    shared = any(field.startswith("shared:") for field in optional)
+    if propagation == Propagation.BIDIRECTIONAL and not shared:
+        raise FailedPrecondition("bidirectional propagation needs a shared mount on the node", where=source)
+    if propagation == Propagation.HOST_TO_CONTAINER and not shared and not any(f.startswith("master:") for f in optional):
+        raise FailedPrecondition("propagation from the host needs a shared or slave mount on the node", where=source)
+
+
+def mount_fields(path: str) -> list[str]:
+    """The propagation fields ("shared:N", "master:N") of the mount a path is on. Source: proc(5) mountinfo."""
+    best: tuple[int, list[str]] = (-1, [])
+    with open("/proc/self/mountinfo") as stream:
+        for line in stream:
+            fields = line.split(" ")
+            point = fields[4].encode().decode("unicode_escape")
+            inside = path == point or path.startswith(point.rstrip("/") + "/")
+            if inside and len(point) >= best[0]:
+                best = (len(point), fields[6 : fields.index("-")])
+    return best[1]
+
+
+def root_propagation(mounts: Iterable[Mount]) -> str:
+    """Propagation of the container's root: what its most open volume needs."""
+    return "rshared" if any(m.propagation == Propagation.BIDIRECTIONAL for m in mounts) else "rslave"
+
+
+def sub_path_of_image(root: Path, sub_path: str, target: Path) -> None:
+    """Bind a directory of a mounted image at `target`, chosen inside the image whatever its symlinks say (C-C6).
+
+    Raises: InvalidArgument (leads out, or not a directory), NotFound.
+    """
+    if sub_path.startswith("/") or ".." in sub_path.split("/"):
+        raise InvalidArgument(f'image_sub_path "{printable(sub_path, 120)}" must be relative and without ".."')
+    try:
+        fd = kernel.open_in_root(root, sub_path or ".", os.O_PATH)
+    except OSError as error:
+        raise NotFound(f"the image volume has no such sub-path: {error.strerror}", where=printable(sub_path, 120)) from error
+    try:
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise InvalidArgument("the sub-path of an image volume is not a directory", where=printable(sub_path, 120))
+        target.mkdir(mode=0o755, parents=True, exist_ok=True)
+        kernel.bind_fd(fd, str(target))
+    finally:
+        os.close(fd)
+    flags = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOEXEC | kernel.MS_NOSUID | kernel.MS_NODEV
+    kernel.mount("", str(target), "", flags)
+
+
+def declared_volume(rootfs: Path, path: str, storage: Path) -> BoundMount:
+    """A volume the image declares: a directory of the container's own, filled with what the image has there (C-C5).
+
+    Raises: InvalidArgument (the image has something there that is not a directory), ImgsvcError.
+    """
+    storage.mkdir(mode=0o755, parents=True, exist_ok=True)
+    try:
+        fd = kernel.open_in_root(rootfs, path, os.O_PATH)
+    except (FileNotFoundError, NotADirectoryError):
+        return BoundMount(path, str(storage), ("rbind", "rprivate", "rw"))
+    except OSError as error:
+        raise InvalidArgument(f"the image's volume cannot be opened: {error.strerror}", where=printable(path, 120)) from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISDIR(status.st_mode):
+            raise InvalidArgument("the image declares a volume that is not a directory", where=printable(path, 120))
+        _copy_directory(f"/proc/self/fd/{fd}/.", storage)
+    except OSError as error:
+        raise from_os_error(error, "copying an image's volume", where=path) from error
+    finally:
+        os.close(fd)
+    return BoundMount(path, str(storage), ("rbind", "rprivate", "rw"))
+
+
+def _copy_directory(source: str, target: Path) -> None:
+    """Copy without following a symlink or opening anything but regular files; owners, modes, times and xattrs included."""
+    with os.scandir(source) as entries:
+        for entry in entries:
+            destination = target / entry.name
+            status = entry.stat(follow_symlinks=False)
+            if entry.is_symlink():
+                os.symlink(os.readlink(entry.path), destination)
+            elif entry.is_dir(follow_symlinks=False):
+                destination.mkdir()
+                _copy_directory(entry.path, destination)
+            elif entry.is_file(follow_symlinks=False):
+                shutil.copyfile(entry.path, destination, follow_symlinks=False)
+            else:
+                os.mknod(destination, status.st_mode, status.st_rdev)
+            _copy_status(entry.path, destination, status)
+    _copy_status(source, target, os.stat(source))
+
+
+def _copy_status(source: str, target: Path, status: os.stat_result) -> None:
+    os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
+    if not stat.S_ISLNK(status.st_mode):
+        shutil.copystat(source, target, follow_symlinks=False)
+        os.chmod(target, stat.S_IMODE(status.st_mode))
+
+
+def in_mount_order(mounts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parents before children; order among equals is kept."""
+    return sorted(mounts, key=lambda m: os.path.normpath(m["destination"]).count("/") if m["destination"] != "/" else 0)
