@@ -15,10 +15,12 @@ from imgsvc.registry.auth import Authorizer
 from imgsvc.registry.documents import ACCEPT_HEADER, MANIFESTS, read_document, verify
 from imgsvc.registry.download import ConnectionBudget, Download, Pace
 from imgsvc.registry.endpoint import Ask, CredentialSource, Endpoint, NoCredentials, Session
-from imgsvc.registry.failover import Failover, HealthBook
+from imgsvc.registry.failover import HealthBook
 from imgsvc.registry.hostdirs import HostDirectories
 from imgsvc.registry.hosts import Capability, HostsConfig
-from imgsvc.registry.interfaces import BlobSink, BlobSource, Credential, Fetcher, Registry, Resolved
+from imgsvc.registry.interfaces import BlobSink, BlobSource, Credential, Fetcher, Registry, Repository, Resolved
+from imgsvc.registry.operation import Operation
+from imgsvc.registry.push import RemoteRepository
 from imgsvc.registry.resolver import resolve_at
 from imgsvc.registry.retry import Failure
 from imgsvc.registry.slots import FairSlots
@@ -71,15 +73,21 @@ class RegistryClient:
 
     async def _resolve(self, reference: Reference, credential: Credential | None) -> Resolved:
         operation = await self.operation(reference, credential)
-        capability = Capability.PULL if reference.digest else Capability.RESOLVE
-        endpoints = operation.endpoints(capability, str(reference.digest or ""))
-        failover = Failover(endpoints, self.book, operation.session.attempts)
-        resolved = await failover.run(lambda endpoint: resolve_at(endpoint, reference, self.book), f"{reference} not resolved")
+        resolved = await operation.run(
+            Capability.PULL if reference.digest else Capability.RESOLVE,
+            lambda endpoint: resolve_at(endpoint, reference, self.book),
+            f"{reference} not resolved",
+            str(reference.digest or ""),
+        )
         return replace(resolved, attempts=tuple(operation.session.attempts))
 
     def fetcher(self, reference: Reference, credential: Credential | None = None) -> Fetcher:
         """As Registry.fetcher."""
         return RepositoryFetcher(self, reference, credential)
+
+    def repository(self, reference: Reference, credential: Credential | None = None) -> Repository:
+        """As Registry.repository."""
+        return RemoteRepository(self, reference, credential)
 
     async def operation(self, reference: Reference, credential: Credential | None) -> Operation:
         """A new session for the reference's repository, with its configuration as the files are now."""
@@ -102,20 +110,6 @@ class RegistryClient:
         await self._transport.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """The endpoints of one namespace with one caller's session."""
-
-    config: HostsConfig
-    session: Session
-    book: HealthBook
-
-    def endpoints(self, capability: Capability, digest: str = "") -> list[Endpoint]:
-        """Those that may be asked, in order, without any that lied about this digest."""
-        found = [Endpoint(host, self.session) for host in self.config.able(capability)]
-        return [endpoint for endpoint in found if not digest or digest not in self.book.of(endpoint).bad_digests]
-
-
 class RepositoryFetcher:
     """Implements Fetcher for one repository and one credential."""
 
@@ -133,9 +127,12 @@ class RepositoryFetcher:
                 f"{descriptor.digest} has {descriptor.size} bytes; at most {limit} are accepted", where=self._reference.name
             )
         operation = await self._client.operation(self._reference, self._credential)
-        endpoints = operation.endpoints(Capability.PULL, descriptor.digest)
-        failover = Failover(endpoints, self._client.book, operation.session.attempts)
-        return await failover.run(lambda endpoint: self._document_at(endpoint, descriptor), f"{descriptor.digest} not fetched")
+        return await operation.run(
+            Capability.PULL,
+            lambda endpoint: self._document_at(endpoint, descriptor),
+            f"{descriptor.digest} not fetched",
+            descriptor.digest,
+        )
 
     async def _document_at(self, endpoint: Endpoint, descriptor: Descriptor) -> bytes:
         kind = "manifests" if descriptor.media_type in MANIFESTS else "blobs"
@@ -160,14 +157,13 @@ class RepositoryFetcher:
             return BlobSource(reused=reused)
         operation = await self._client.operation(self._reference, self._credential)
         endpoints = operation.endpoints(Capability.PULL, descriptor.digest)
-        failover = Failover(endpoints, self._client.book, operation.session.attempts)
         async with self._client.slots.slot(str(self._reference)):
             run = Download(
                 descriptor,
                 self._reference.repository,
                 endpoints,
                 sink,
-                failover=failover,
+                failover=operation.failover(endpoints),
                 book=self._client.book,
                 pace=self._client.pace,
                 extra=self._client.extra,

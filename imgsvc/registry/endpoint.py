@@ -56,7 +56,7 @@ class NoCredentials:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request. path: below the endpoint's base, with a leading slash, or an absolute URL of the same endpoint.
+    """One request. path: below the endpoint's base, with a leading slash, or an absolute URL the endpoint named.
 
     scopes: what a token must allow. ok: statuses that are answers. body: bytes, or a stream with its `length` [bytes].
     """
@@ -163,8 +163,7 @@ class Endpoint:
         session = self._session
         if self._credential is None or self._credential is session.caller or self.host.credential_policy not in (FROM_NAMESPACE, ""):
             return None
-        registry = session.namespace if self.host.credential_policy == FROM_NAMESPACE else canonical_name(self.host.authority)
-        fresh = await session.stored.find(registry, session.repository, directory=session.directory, renew=True)
+        fresh = await self._stored(renew=True)
         if fresh is None or session.authorizer.identity(fresh) == session.authorizer.identity(self._credential):
             return None
         self._credential = fresh
@@ -195,14 +194,21 @@ class Endpoint:
             note = f"withheld: {session.caller.source} is bound to {printable(bound, 80)}"
         try:
             if policy in (FROM_NAMESPACE, ""):
-                registry = session.namespace if policy == FROM_NAMESPACE else own
-                found = await session.stored.find(registry, session.repository, directory=session.directory)
+                found = await self._stored()
             else:
                 found = await session.stored.named(policy, session.directory)
         except ImgsvcError as error:
             # Another registry's secret is no substitute, and a private image will be refused with this reason beside it.
             return None, f"none ({printable(str(error), 200)})"
         return found, "" if found else note
+
+    async def _stored(self, *, renew: bool = False) -> Credential | None:
+        session = self._session
+        if self.host.credential_policy == FROM_NAMESPACE:
+            return await session.stored.find(session.namespace, session.repository, directory=session.directory, renew=renew)
+        # The directory's file is about the namespace; a mirror gets from it only what names it.
+        own = canonical_name(self.host.authority)
+        return await session.stored.find(own, session.repository, directory="", renew=renew)
 
     def _cleartext_problem(self) -> str:
         if not self.base.startswith("http://") or self.host.insecure_credentials:
@@ -231,7 +237,7 @@ class Endpoint:
 
     async def _follow(self, ask: Ask, answer: Answer | None) -> Response:
         url = self._url(ask)
-        is_foreign = False
+        is_foreign = _origin(url) != _origin(self.base)
         for _ in range(MAX_REDIRECTS + 1):
             response = await self._send(ask, url, answer, is_foreign)
             location = response.headers.get("location")
@@ -240,12 +246,13 @@ class Endpoint:
             if not is_foreign:
                 self._reach = response.reach()
             await response.close()
-            target = self._redirect_target(url, location, ask.phase)
+            target = self.target(url, location, ask.phase)
             is_foreign = is_foreign or _origin(target) != _origin(url)
             url = target
         raise self._refused(f"more than {MAX_REDIRECTS} redirects", ask.phase, url)
 
-    def _redirect_target(self, url: str, location: str, phase: str) -> str:
+    def target(self, url: str, location: str, phase: str) -> str:
+        """Where a Location header of `url` leads. Raises: RequestFailed for what is not followed."""
         try:
             target = urljoin(url, location)
             parts = urlsplit(target)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, from_os_error
 from imgsvc.registry.hosts import HostsConfig, default_host, directory_names, docker_certificates, parse_hosts
+from imgsvc.registry.legacy import for_namespace
 from imgsvc.tomlfile import load
 
 
@@ -60,7 +61,7 @@ class HostDirectories:
             return self._load(namespace, directory), searched
         for name in (namespace, "*"):
             if name in self._inline:
-                return self._inline[name], searched
+                return for_namespace(self._inline[name], namespace), searched
         host = default_host(namespace, "built-in default: the registry itself")
         return HostsConfig(namespace, (host,), "built-in default"), searched
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from imgsvc.errors import ImgsvcError
-from imgsvc.oci import Descriptor
+from imgsvc.oci import Descriptor, Digest
 from imgsvc.reference import Reference
 
 
@@ -105,6 +105,45 @@ class Fetcher(Protocol):
         """The digest of a downloaded blob was wrong: those who served it are not asked for it again. Then download anew."""
 
 
+class BlobReader(Protocol):
+    """Where an upload takes its bytes from."""
+
+    async def read_at(self, offset: int, count: int) -> bytes:
+        """Up to `count` bytes from `offset`; b"" at the end."""
+
+
+class Repository(Protocol):
+    """Everything but pulling, for one repository with one credential. Raises: PullFailed, and NotFound where said.
+
+    Writes go to the first configured host with the capability `push`, like containerd's.
+    """
+
+    async def has_blob(self, digest: Digest) -> bool:
+        """Whether the registry we would push to has it."""
+
+    async def push_blob(self, descriptor: Descriptor, reader: BlobReader, *, mount_from: str = "", chunk_size: int = 0) -> bool:
+        """Upload unless it is there. Returns whether bytes were sent.
+
+        mount_from: a repository of the same registry to take it from.  chunk_size [bytes]: upload in pieces that can be
+        resumed, 0 in one request.
+        """
+
+    async def push_manifest(self, data: bytes, media_type: str, target: str) -> Descriptor:
+        """Put a manifest or index under a tag or its digest."""
+
+    async def tags(self) -> list[str]:
+        """All tags, as the registry sorts them."""
+
+    async def referrers(self, digest: Digest, artifact_type: str = "") -> list[Descriptor]:
+        """Manifests whose subject is `digest`; from the tag schema where the registry has no referrers API."""
+
+    async def delete(self, target: str) -> None:
+        """Remove a manifest by digest, or a tag. Raises: PullFailed with NOT_FOUND or UNIMPLEMENTED as the case may be."""
+
+    async def delete_blob(self, digest: Digest) -> None:
+        """Remove a blob."""
+
+
 class Registry(Protocol):
     """The client as the use cases see it."""
 
@@ -113,6 +152,9 @@ class Registry(Protocol):
 
     def fetcher(self, reference: Reference, credential: Credential | None = None) -> Fetcher:
         """For the repository of `reference`. No I/O."""
+
+    def repository(self, reference: Reference, credential: Credential | None = None) -> Repository:
+        """Push, list and delete in the repository of `reference`. No I/O."""
 
     async def close(self) -> None:
         """Close connections."""

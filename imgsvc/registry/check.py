@@ -1,0 +1,142 @@
+"""`hosts check`: really ask every endpoint of a reference, one by one, and report what was found."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Final
+
+from imgsvc.errors import ImgsvcError
+from imgsvc.oci import MAX_DOCUMENT, MIB, Descriptor, Index, Platform, parse_document
+from imgsvc.reference import Reference
+from imgsvc.registry.documents import ACCEPT_HEADER, read_document
+from imgsvc.registry.endpoint import Ask, Endpoint
+from imgsvc.registry.hosts import Capability
+from imgsvc.registry.interfaces import Credential
+from imgsvc.registry.operation import Operations
+from imgsvc.registry.transport import Response
+
+_SAMPLE: Final = 16 * MIB  # [bytes] read at most to measure the speed
+_SAMPLE_S: Final = 5.0
+_SKEW_NOTED_S: Final = 60.0  # tokens and certificates start to fail about there
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One endpoint. latency [seconds] of the first answer; speed [bytes/s], 0 = not measured; clock_skew: server minus us [s]."""
+
+    endpoint: str
+    origin: str
+    ok: bool
+    status: int
+    credential: str
+    tls: str
+    latency: float
+    speed: float
+    clock_skew: float | None
+    error: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Stable keys for --json."""
+        return asdict(self)
+
+
+async def check(operations: Operations, reference: Reference, credential: Credential | None = None) -> list[Checked]:
+    """Ask all endpoints, in their order. Raises: what a pull would raise before it asks anybody."""
+    operation = await operations.operation(reference, credential)
+    return [await _check(Endpoint(host, operation.session), reference) for host in operation.config.hosts]
+
+
+def render(results: list[Checked]) -> Iterator[str]:
+    """Lines for people."""
+    for result in results:
+        yield f"{result.endpoint}: {'ok' if result.ok else 'FAILED'} (status {result.status or 'none'}, from {result.origin})"
+        if result.error:
+            yield f"  {result.error}"
+        yield f"  TLS {result.tls}; credential {result.credential}; answer after {result.latency * 1000:.0f} ms"
+        if result.speed:
+            yield f"  speed {result.speed / MIB:.1f} MiB/s"
+        if result.clock_skew is not None and abs(result.clock_skew) > _SKEW_NOTED_S:
+            yield f"  its clock differs from ours by {result.clock_skew:+.0f} s"
+
+
+async def _check(endpoint: Endpoint, reference: Reference) -> Checked:
+    may_resolve = Capability.RESOLVE in endpoint.host.capabilities
+    path = f"/{reference.repository}/manifests/{reference.target}"
+    ask = Ask("HEAD" if may_resolve else "GET", path, "resolve", (f"repository:{reference.repository}:pull",), headers=(ACCEPT_HEADER,))
+    started = time.monotonic()
+    status, tls, skew, speed, error = 0, "not reached", None, 0.0, ""
+    latency = 0.0
+    try:
+        async with await endpoint.ask(ask) as response:
+            latency = time.monotonic() - started
+            status, tls, skew = response.status, _tls(response), _skew(response)
+        if Capability.PULL in endpoint.host.capabilities:
+            speed = await _speed(endpoint, reference)
+    except ImgsvcError as failure:
+        latency = latency or time.monotonic() - started
+        error, status = str(failure), getattr(failure, "status", 0)
+    return Checked(endpoint.base, endpoint.host.origin, not error, status, endpoint.credential_name, tls, latency, speed, skew, error)
+
+
+async def _speed(endpoint: Endpoint, reference: Reference) -> float:
+    """Read the start of the largest layer."""
+    layer = await _largest_layer(endpoint, reference)
+    if layer is None:
+        return 0.0
+    ask = Ask("GET", f"/{reference.repository}/blobs/{layer.digest}", "fetch", (f"repository:{reference.repository}:pull",))
+    received, started = 0, time.monotonic()
+    async with await endpoint.ask(ask) as response:
+        async for chunk in response.chunks():
+            received += len(chunk)
+            if received >= _SAMPLE or time.monotonic() - started > _SAMPLE_S:
+                break
+    return received / max(time.monotonic() - started, 1e-6)
+
+
+async def _largest_layer(endpoint: Endpoint, reference: Reference) -> Descriptor | None:
+    target = reference.target
+    for _ in range(2):  # an index, then a manifest
+        ask = Ask(
+            "GET",
+            f"/{reference.repository}/manifests/{target}",
+            "fetch",
+            (f"repository:{reference.repository}:pull",),
+            headers=(ACCEPT_HEADER,),
+        )
+        async with await endpoint.ask(ask) as response:
+            document = parse_document(await read_document(response, MAX_DOCUMENT), "", str(reference))
+        if not isinstance(document, Index):
+            return max(document.layers, key=lambda layer: layer.size, default=None)
+        candidates = document.candidates(Platform.host())
+        if not candidates:
+            return None
+        target = candidates[0].digest
+    return None
+
+
+def _tls(response: Response) -> str:
+    found = response.stream.get_extra_info("ssl_object") if response.stream else None
+    if not isinstance(found, ssl.SSLObject):
+        return "off"
+    cipher = found.cipher()
+    words = [
+        str(found.version()),
+        cipher[0] if cipher else "",
+        "verified" if found.context.verify_mode == ssl.CERT_REQUIRED else "NOT verified",
+    ]
+    if until := (found.getpeercert() or {}).get("notAfter"):
+        words.append(f"certificate until {until}")
+    return ", ".join(word for word in words if word)
+
+
+def _skew(response: Response) -> float | None:
+    try:
+        at = parsedate_to_datetime(response.headers.get("date"))
+    except (ValueError, TypeError):
+        return None
+    return (at - datetime.now(UTC)).total_seconds() if at.tzinfo else None

@@ -1,0 +1,139 @@
+"""`hosts explain`: which endpoints would be asked, in which order, and why. Reads files, never the network, runs no program."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+from urllib.parse import urlencode
+
+from imgsvc.errors import ImgsvcError
+from imgsvc.reference import Reference
+from imgsvc.registry.credentials import FILE_NAME, NodeCredentials
+from imgsvc.registry.hostdirs import HostDirectories, Searched
+from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, Capability, Host, HostsConfig, canonical_name, is_local, trusted_token_hosts
+from imgsvc.registry.proxies import proxy_for
+from imgsvc.registry.redact import shown_url
+
+_OPERATIONS: Final = tuple(capability.value for capability in Capability)
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedEndpoint:
+    """One endpoint. url: what a resolve would request. credential: where it would come from, in words, never its value."""
+
+    url: str
+    origin: str
+    capabilities: tuple[str, ...]
+    tls: str
+    credential: str
+    proxy: str
+    headers: tuple[str, ...]
+    token_hosts: tuple[str, ...]
+    connect_timeout: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The whole answer. problem: why a pull would fail before anything is asked, "" otherwise."""
+
+    reference: str
+    namespace: str
+    origin: str
+    endpoints: tuple[ExplainedEndpoint, ...]
+    searched: tuple[Searched, ...]
+    warnings: tuple[str, ...]
+    problem: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Stable keys for --json."""
+        return asdict(self)
+
+
+def explain(directories: HostDirectories, credentials: NodeCredentials, reference: Reference, environ: Mapping[str, str]) -> Explanation:
+    """Explain one reference. Blocking: small files."""
+    searched: list[Searched] = []
+    try:
+        config, searched = directories.search(reference.host)
+    except ImgsvcError as error:
+        return Explanation(str(reference), reference.host, error.where, (), tuple(searched), (), str(error))
+    endpoints = tuple(_endpoint(host, config, credentials, reference, environ) for host in config.hosts)
+    missing = tuple(f"{root}: configured in config_path, but there is no such directory" for root in directories.missing_roots())
+    problem = f"pulling is blocked ({config.blocked})" if config.blocked else ""
+    if not problem and not config.able(Capability.PULL):
+        problem = "no endpoint has the capability pull"
+    elif not problem and not reference.digest and not config.able(Capability.RESOLVE):
+        problem = "no endpoint has the capability resolve, so only references with a digest can be pulled"
+    return Explanation(str(reference), reference.host, config.origin, endpoints, tuple(searched), (*config.warnings, *missing), problem)
+
+
+def render(explanation: Explanation) -> Iterator[str]:
+    """Lines for people."""
+    yield f"{explanation.reference}: registry {explanation.namespace}, configured by {explanation.origin or 'nothing'}"
+    if explanation.problem:
+        yield f"  PROBLEM: {explanation.problem}"
+    for number, endpoint in enumerate(explanation.endpoints, start=1):
+        yield f"  {number}. {endpoint.url}"
+        yield f"     from         {endpoint.origin}"
+        yield f"     asked for    {', '.join(endpoint.capabilities)}"
+        yield f"     TLS          {endpoint.tls}"
+        yield f"     credential   {endpoint.credential}"
+        yield f"     proxy        {endpoint.proxy}"
+        if endpoint.headers:
+            yield f"     headers      {', '.join(endpoint.headers)}"
+    for warning in explanation.warnings:
+        yield f"  warning: {warning}"
+    if explanation.searched:
+        yield "  looked for configuration in"
+    for place in explanation.searched:
+        yield f"     {place.path}: {place.outcome}"
+
+
+def _endpoint(
+    host: Host, config: HostsConfig, credentials: NodeCredentials, reference: Reference, environ: Mapping[str, str]
+) -> ExplainedEndpoint:
+    url = f"{host.url}/{reference.repository}/manifests/{reference.target}"
+    if host.sends_ns and not host.canonical:
+        url += "?" + urlencode({"ns": config.namespace}, safe=":/")
+    proxy = proxy_for(host.url, host.proxy, environ)
+    return ExplainedEndpoint(
+        url=url,
+        origin=host.origin,
+        capabilities=tuple(name for name in _OPERATIONS if Capability(name) in host.capabilities),
+        tls=_tls(host),
+        credential=_credential(host, config, credentials, reference),
+        proxy=f"{shown_url(proxy)} ({'hosts.toml' if host.proxy else 'environment'})" if proxy else "none",
+        headers=tuple(dict.fromkeys(name for name, _ in host.headers)),
+        token_hosts=tuple(sorted(trusted_token_hosts(host))),
+        connect_timeout=host.dial_timeout,
+    )
+
+
+def _tls(host: Host) -> str:
+    if host.url.startswith("http://") and not host.try_tls_first:
+        return "off (plain HTTP)"
+    words = ["HTTPS first, then plain HTTP"] if host.try_tls_first else []
+    words.append("certificate NOT verified" if host.tls.skip_verify else "certificate verified")
+    words += [f"extra CA {name}" for name in host.tls.ca]
+    words += [f"client certificate {name}" for name, _ in host.tls.client]
+    return ", ".join(words)
+
+
+def _credential(host: Host, config: HostsConfig, credentials: NodeCredentials, reference: Reference) -> str:
+    policy = host.credential_policy
+    if policy == FROM_NOBODY:
+        return "none (configured)"
+    is_clear = host.url.startswith("http://") and not host.try_tls_first and not host.insecure_credentials
+    if is_clear and not is_local(host.authority):
+        return "withheld: plain HTTP (insecure_credentials = true allows it)"
+    if policy not in (FROM_NAMESPACE, ""):
+        return f"table [{policy}] of {os.path.join(config.directory, FILE_NAME)}"
+    registry = config.namespace if policy == FROM_NAMESPACE else canonical_name(host.authority)
+    directory = config.directory if policy == FROM_NAMESPACE else ""
+    try:
+        places = [located.source for located in credentials.locate(registry, reference.repository, directory)]
+    except ImgsvcError as error:
+        return f"none ({error})"
+    stored = " else ".join(places) or "none stored"
+    return f"the caller's, else {stored}" if policy == FROM_NAMESPACE else stored

@@ -1,0 +1,171 @@
+"""Programs that hand out credentials: docker-credential-NAME and kubelet credential-provider plugins.
+
+Source: docker/docker-credential-helpers protocol; Kubernetes credentialprovider.kubelet.k8s.io/v1. The kubelet's
+CredentialProviderConfig is read as JSON, which the kubelet accepts too; a YAML parser would be a dependency for one file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from imgsvc.errors import InvalidArgument, Unavailable
+from imgsvc.oci import MIB, load_json_object
+from imgsvc.registry.dockerconfig import helper_server, parse_helper_answer
+from imgsvc.registry.interfaces import Credential
+from imgsvc.tomlfile import parse_duration
+
+_MAX_OUTPUT: Final = MIB  # [bytes]
+_PROGRAM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+_NOT_FOUND: Final = b"credentials not found"  # what helpers print, on stdout or stderr, when they have none
+_API: Final = "credentialprovider.kubelet.k8s.io/"
+
+
+async def run(argv: Sequence[str], data: bytes, *, env: Mapping[str, str], timeout_s: float) -> tuple[int, bytes, bytes]:
+    """Run a program with `data` on its stdin. Returns (exit status, stdout, stderr), both bounded.
+
+    Raises: Unavailable when it cannot be started, takes too long, or prints too much. The program does not survive.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=dict(env)
+        )
+    except OSError as error:
+        raise Unavailable(
+            f"credential program not started: {error.strerror}", where=argv[0], hint="install it where the daemon finds it"
+        ) from error
+    try:
+        async with asyncio.timeout(timeout_s):
+            stdout, stderr, _ = await asyncio.gather(_bounded(process.stdout), _bounded(process.stderr), _feed(process, data))
+            status = await process.wait()
+    except TimeoutError as error:
+        raise Unavailable(f"credential program gave no answer within {timeout_s:g} s", where=argv[0]) from error
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if len(stdout) > _MAX_OUTPUT:
+        raise Unavailable(f"credential program printed more than {_MAX_OUTPUT} bytes", where=argv[0])
+    return status, stdout, stderr
+
+
+async def _bounded(stream: asyncio.StreamReader | None) -> bytes:
+    """Everything up to a byte more than allowed; the rest is read and dropped so that the program can end."""
+    kept = bytearray()
+    while stream and (chunk := await stream.read(64 * 1024)):
+        kept += chunk[: _MAX_OUTPUT + 1 - len(kept)]
+    return bytes(kept)
+
+
+async def _feed(process: asyncio.subprocess.Process, data: bytes) -> None:
+    if process.stdin is None:
+        return
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        process.stdin.write(data)
+        await process.stdin.drain()
+    process.stdin.close()
+
+
+async def ask_docker_helper(name: str, registry: str, *, env: Mapping[str, str], timeout_s: float) -> Credential | None:
+    """`docker-credential-NAME get`. None when the helper knows nothing. Raises: Unavailable, InvalidArgument."""
+    if not _PROGRAM.fullmatch(name):
+        raise InvalidArgument("the name of a credential helper may have letters, digits, dots, dashes", where="credHelpers")
+    program = f"docker-credential-{name}"
+    status, stdout, stderr = await run([program, "get"], helper_server(registry).encode(), env=env, timeout_s=timeout_s)
+    if status:
+        if _NOT_FOUND in stdout + stderr:
+            return None
+        # Its words stay with it: some helpers print what they were given.
+        raise Unavailable(f"credential helper failed with status {status} for {registry}", where=program)
+    return parse_helper_answer(stdout, program, registry)
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """One plugin of a CredentialProviderConfig. cache_s: its defaultCacheDuration [seconds]."""
+
+    name: str
+    match_images: tuple[str, ...]
+    cache_s: float
+    api_version: str
+    args: tuple[str, ...]
+    env: tuple[tuple[str, str], ...]
+
+
+def parse_providers(data: bytes, where: str) -> list[Provider]:
+    """A CredentialProviderConfig in JSON. Raises: InvalidArgument."""
+    if not data.lstrip().startswith(b"{"):
+        raise InvalidArgument("not JSON", where=where, hint="write the CredentialProviderConfig as JSON; the kubelet reads that too")
+    value = load_json_object(data, where, limit=_MAX_OUTPUT)
+    providers = value.get("providers")
+    if value.get("kind") != "CredentialProviderConfig" or not isinstance(providers, list):
+        raise InvalidArgument("not a CredentialProviderConfig", where=where)
+    return [_provider(entry, f"{where}: providers[{index}]") for index, entry in enumerate(providers)]
+
+
+def _provider(entry: object, where: str) -> Provider:
+    try:
+        if not isinstance(entry, dict):
+            raise TypeError
+        return Provider(
+            name=str(entry["name"]),
+            match_images=tuple(str(pattern) for pattern in entry["matchImages"]),
+            cache_s=parse_duration(entry["defaultCacheDuration"]),
+            api_version=str(entry["apiVersion"]),
+            args=tuple(str(arg) for arg in entry.get("args") or ()),
+            env=tuple((str(pair["name"]), str(pair["value"])) for pair in entry.get("env") or ()),
+        )
+    except (KeyError, TypeError, InvalidArgument) as error:
+        raise InvalidArgument("name, matchImages, defaultCacheDuration and apiVersion are needed", where=where) from error
+
+
+def image_matches(pattern: str, image: str) -> bool:
+    """The kubelet's rule: host labels one by one with globs, the same port, and the pattern's path as a prefix."""
+    host, _, path = pattern.rpartition("://")[2].partition("/")
+    image_host, _, image_path = image.partition("/")
+    name, _, port = host.partition(":")
+    image_name, _, image_port = image_host.partition(":")
+    labels, image_labels = name.split("."), image_name.split(".")
+    return (
+        port == image_port
+        and len(labels) == len(image_labels)
+        and all(fnmatch.fnmatchcase(have, want) for have, want in zip(image_labels, labels, strict=True))
+        and image_path.startswith(path)
+    )
+
+
+async def ask_provider(
+    provider: Provider, directory: str, image: str, *, env: Mapping[str, str], timeout_s: float
+) -> tuple[str, float, list[tuple[str, Credential]]]:
+    """Run a plugin. Returns (cache key type, cache duration [s], credentials by image pattern, longest pattern first).
+
+    Raises: Unavailable, InvalidArgument.
+    """
+    if not _PROGRAM.fullmatch(provider.name) or not provider.api_version.startswith(_API):
+        raise InvalidArgument(f'credential provider "{provider.name}" has an unusable name or apiVersion', where=directory)
+    program = os.path.join(directory, provider.name)
+    request = {"kind": "CredentialProviderRequest", "apiVersion": provider.api_version, "image": image}
+    status, stdout, _ = await run(
+        [program, *provider.args], json.dumps(request).encode(), env={**env, **dict(provider.env)}, timeout_s=timeout_s
+    )
+    if status:
+        raise Unavailable(f"credential provider failed with status {status}", where=program)
+    answer = load_json_object(stdout, program, limit=_MAX_OUTPUT)
+    auths: Any = answer.get("auth") or {}
+    if answer.get("kind") != "CredentialProviderResponse" or not isinstance(auths, dict):
+        raise InvalidArgument("not a CredentialProviderResponse", where=program)
+    found = []
+    for pattern, entry in sorted(auths.items(), key=lambda item: -len(item[0])):
+        if isinstance(entry, dict) and isinstance(entry.get("username"), str) and isinstance(entry.get("password"), str):
+            found.append((pattern, Credential(f"credential provider {provider.name}", entry["username"], entry["password"])))
+    duration = answer.get("cacheDuration")
+    seconds = parse_duration(duration) if isinstance(duration, str) else provider.cache_s
+    return str(answer.get("cacheKeyType") or "Image"), seconds, found
