@@ -1,0 +1,46 @@
+"""What the project's own files promise one another."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from scripts import setup
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCKED = dict(line.split("==") for line in (ROOT / "requirements-lock.txt").read_text().split())
+GROUPS = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+WANTED = [Requirement(text) for group in GROUPS for text in group]
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("wanted", [r for r in WANTED if r.name != "imgsvc"], ids=lambda r: r.name)
+def test_the_lock_fits_the_ranges(wanted: Requirement) -> None:
+    versions = {canonical(name): version for name, version in LOCKED.items()}
+    assert canonical(wanted.name) in versions
+    assert wanted.specifier.contains(versions[canonical(wanted.name)])
+
+
+def test_every_runtime_dependency_has_a_range() -> None:
+    for text in PROJECT["dependencies"]:
+        assert {s.operator for s in Requirement(text).specifier} == {">=", "<"}, text
+
+
+def test_the_daemon_needs_fewer_debian_packages_than_the_tests() -> None:
+    run, test = setup.wanted_packages("run"), setup.wanted_packages("test")
+    assert {"runc", "crun", "conmon", "containernetworking-plugins", "iptables"} <= run.keys() < test.keys()
+    assert all(effect for effect in test.values())
+    assert setup.SERVICES.keys() <= test.keys()
+
+
+def test_the_environment_is_made_anew_when_its_room_differs() -> None:
+    assert setup.fingerprint("run") != setup.fingerprint("test")
+    assert setup.fingerprint("run") == setup.fingerprint("run")
