@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
 
 import grpc.aio
 
@@ -27,13 +26,17 @@ Context = grpc.aio.ServicerContext[Any, Any]
 _PROGRESS_INTERVAL = 0.1  # [s] between two progress events of one layer; a terminal shows no more
 
 
-@dataclass(frozen=True, slots=True)
-class Care:
-    """Store care as the daemon wires it; each returns what its command prints as JSON."""
+class Care(Protocol):
+    """Store care; each call returns what its command prints as JSON."""
 
-    disk_usage: Callable[[], Awaitable[dict[str, Any]]]
-    collect: Callable[[bool], Awaitable[dict[str, Any]]]
-    check: Callable[[bool, bool], Awaitable[dict[str, Any]]]
+    async def disk_usage(self) -> dict[str, Any]:
+        """`imgsvc df`."""
+
+    async def collect(self, explain: bool) -> dict[str, Any]:
+        """`imgsvc gc`; with `explain`, why each thing stays or goes, and nothing is removed."""
+
+    async def check(self, deep: bool, repair: bool) -> dict[str, Any]:
+        """`imgsvc fsck`."""
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):

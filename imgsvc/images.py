@@ -103,7 +103,7 @@ class ImageStore:
 
     def __init__(self, db: MetaDB, pinned: Iterable[str] = ()) -> None:
         self._db = db
-        self._pinned = tuple(_pin_pattern(p) for p in pinned)
+        self.pin(pinned)
         self._changing = asyncio.Lock()
         self._images: dict[str, Image] = {}
         self._names: dict[str, str] = {}
@@ -141,6 +141,10 @@ class ImageStore:
         # With a digest the tag is decoration: the digest alone decides (needs.md B5, tag@digest).
         name = str(reference.with_digest(reference.digest)) if reference.digest else reference.tagged
         return self._images.get(self._names.get(name, ""))
+
+    def pin(self, patterns: Iterable[str]) -> None:
+        """Say anew what is pinned. Raises: InvalidArgument for what is neither a name nor a pattern."""
+        self._pinned = tuple(_pin_pattern(pattern) for pattern in patterns)
 
     def pinned(self, image: Image) -> bool:
         """Whether configuration asks to keep this image: exact name, glob with `*` at the ends, or `*keyword*`."""

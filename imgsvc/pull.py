@@ -465,19 +465,44 @@ class Puller:
 
     async def _download(self, plan: _Plan, layer: Descriptor) -> BlobSource:
         began = time.monotonic()
+        try:
+            try:
+                return await self._download_once(plan, layer)
+            except _Lied as lied:
+                # Who served wrong bytes is not asked for this blob again; somebody else may have the right ones.
+                await plan.fetcher.rejected(layer, lied.source)
+                log.warning("%s", lied.error)
+            try:
+                return await self._download_once(plan, layer)
+            except _Lied as lied:
+                raise lied.error from None
+        finally:
+            plan.timings["download"] = plan.timings.get("download", 0.0) + time.monotonic() - began
+
+    async def _download_once(self, plan: _Plan, layer: Descriptor) -> BlobSource:
         writer = await self._threads.run(self._content.writer, f"layer-{layer.digest}", total=layer.size, expected=layer.digest)
         with self._growing.use(layer.digest) as blob:
             try:
                 blob.open(writer.fileno(), writer.status().offset)
-                sink = _Sink(writer, blob, self._threads, plan.request, layer)
-                source = await plan.fetcher.download(layer, sink)
+                source = await plan.fetcher.download(layer, _Sink(writer, blob, self._threads, plan.request, layer))
                 await afailpoint("layer.downloaded")
-                await self._threads.run(writer.commit, layer.size, layer.digest)
+                try:
+                    await self._threads.run(writer.commit, layer.size, layer.digest)
+                except DataLoss as error:
+                    raise _Lied(error, source) from error
                 blob.grew(layer.size)
             finally:
                 await asyncio.shield(self._threads.run(writer.close))
-        plan.timings["download"] = plan.timings.get("download", 0.0) + time.monotonic() - began
         return source
+
+
+class _Lied(Exception):
+    """The bytes that `source` gave are not the blob."""
+
+    def __init__(self, error: DataLoss, source: BlobSource) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.source = source
 
 
 def _layer_input(plan: _Plan, position: int, source: int, chain: ChainRun | None) -> LayerInput:

@@ -32,42 +32,42 @@ class ContainerRoots:
         threads: Threads,
         *,
         default: str,
-        handlers: Mapping[str, str],
     ) -> None:
-        """default: the snapshotter used without a handler; handlers: RuntimeClass handler → its snapshotter."""
+        """default: the snapshotter used where none is named."""
         self._images = images
         self._snapshotters = snapshotters
         self._decryptor = decryptor
         self._threads = threads
         self._default = default
-        self._handlers = handlers
 
     async def runnable(self, reference: str) -> RunnableImage | None:
         """As runtime.interfaces.Images."""
         image = self._images.find(reference)
         return RunnableImage(image.image_id, image.config, image.repo_tags, image.repo_digests) if image else None
 
-    async def prepare_root(self, container_id: str, image_id: Digest, *, handler: str, readonly: bool = False) -> list[RootMount]:
+    async def prepare_root(self, container_id: str, image_id: Digest, *, snapshotter: str, readonly: bool = False) -> list[RootMount]:
         """As runtime.interfaces.Images."""
         image = self._images.get(image_id)
         if image is None:
             raise NotFound(f"image {image_id} is not on this node", hint="pull it first")
         if image.artifact:
             raise FailedPrecondition(f"{_label(image)} is an artifact without a root file system", hint="use an image")
-        snapshotter = self._snapshotters[self._handlers.get(handler, self._default)]
+        driver = self._snapshotters.get(snapshotter or self._default)
+        if driver is None:
+            raise NotFound(f'no snapshotter "{snapshotter}"', hint=f"this node has {', '.join(self._snapshotters)}")
         key = Key(KEY_PREFIX + container_id)
         parent = Name(image.top_snapshot) if image.top_snapshot else None
         await self._authorise(image)
-        if parent and await self._threads.run(snapshotter.stat, parent) is None:
+        if parent and await self._threads.run(driver.stat, parent) is None:
             raise FailedPrecondition(
-                f"{_label(image)} is not unpacked for snapshotter {snapshotter.name}",
+                f"{_label(image)} is not unpacked for snapshotter {driver.name}",
                 hint="pull it again with the runtime handler that will run it",
             )
-        if await self._threads.run(snapshotter.stat, key) is None:
-            make = snapshotter.view if readonly else snapshotter.prepare
+        if await self._threads.run(driver.stat, key) is None:
+            make = driver.view if readonly else driver.prepare
             mounts = await self._threads.run(make, key, parent)
         else:
-            mounts = await self._threads.run(snapshotter.mounts, key)
+            mounts = await self._threads.run(driver.mounts, key)
         return [RootMount(mount.type, mount.source, mount.options) for mount in mounts]
 
     async def remove_root(self, container_id: str) -> None:

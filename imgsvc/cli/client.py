@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from imgsvc import errors
 from imgsvc.config import DEFAULT_ADDRESS
@@ -67,5 +67,5 @@ def connect(arguments: argparse.Namespace) -> Iterator[Daemon]:
         try:
             yield Daemon(cri_pb2_grpc.ImageServiceStub(channel), admin_pb2_grpc.AdminStub(channel))
         except grpc.RpcError as error:
-            assert isinstance(error, grpc.Call)
-            raise RemoteError(error.code().name, str(error.details())) from error
+            call = cast("grpc.Call", error)  # every RpcError a call raises is that call
+            raise RemoteError(call.code().name, str(call.details())) from error

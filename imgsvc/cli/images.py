@@ -105,7 +105,9 @@ def run_images(arguments: argparse.Namespace) -> int:
     rows = [
         (name, image.id[7:19], human_size(image.size), "yes" if image.pinned else "")
         for image in images
-        for name in (list(image.repo_tags) or [digest.partition("@")[0] + "@" + image.id[:19] for digest in image.repo_digests] or ["<none>"])
+        for name in (
+            list(image.repo_tags) or [digest.partition("@")[0] + "@" + image.id[:19] for digest in image.repo_digests] or ["<none>"]
+        )
     ]
     print_table(("IMAGE", "ID", "SIZE", "PINNED"), rows)
     return 0

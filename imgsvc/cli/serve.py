@@ -27,9 +27,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     """`imgsvc serve`."""
     from imgsvc import server
 
-    logging.basicConfig(
-        stream=sys.stderr, level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(stream=sys.stderr, level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # One line per HTTP request, with its URL (and so with signed queries), is not for our log.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("httpcore").setLevel(logging.WARNING)

@@ -188,7 +188,8 @@ class UnpackJob(Protocol):
         """Bytes [0, available) of the source can be read now. Never blocks; not needed for pipes."""
 
     async def finish(self) -> Applied:
-        """All bytes are there; wait for the worker. The snapshot is not committed here.
+        """Wait for the worker's verdict; may be called at once, so that a bad layer ends its download. The snapshot is not
+        committed here. A file's bytes must all be announced by advance(size), before or meanwhile.
 
         Raises: DataLoss (diff ID differs, broken stream), InvalidArgument (hostile entry), ResourceExhausted (limit or
         disk). The worker is gone in every case; on an error the caller removes the snapshot.

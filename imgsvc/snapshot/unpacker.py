@@ -130,7 +130,6 @@ class WorkerJob:
         """Wait for the verdict on the layer."""
         if self._worker is None:
             raise Cancelled("unpacking was stopped", where=str(self.layer.digest))
-        self.advance(self.layer.size)
         try:
             verdict = _checked(await self._worker.verdict(), self.layer)
         finally:
@@ -224,6 +223,7 @@ class WorkerUnpacker:
         again = WorkerJob(self, job.layer, order, os.dup(job.source))
         try:
             await again.begin()
+            again.advance(job.layer.size)
             return (await again.finish()).usage
         finally:
             await again.abort()

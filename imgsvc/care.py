@@ -1,0 +1,129 @@
+"""Store care as one daemon does it: collecting garbage, checking, disk use, file system usage.
+
+The wiring of gc, fsck and df with this daemon's content store, snapshotters, images and containers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from imgsvc import gc_sources
+from imgsvc.concurrency import CancelToken, Threads
+from imgsvc.content.interfaces import Scrubber, Store
+from imgsvc.df import disk_usage
+from imgsvc.fsck import Checker, ContentChecker, ImageChecker, fsck
+from imgsvc.gc import Collector, Keeper, Policy, Root
+from imgsvc.images import ImageStore
+from imgsvc.leases import LeaseManager
+from imgsvc.roots import KEY_PREFIX
+from imgsvc.snapshot.interfaces import Snapshotter
+
+
+class CheckedStore(Store, Scrubber, Protocol):
+    """A content store that can be checked."""
+
+
+class ContainerKeeper:
+    """gc.Keeper: a container needs its root file system and those of its image volumes."""
+
+    def __init__(self, container_ids: Callable[[], Iterable[str]], snapshotters: Mapping[str, Snapshotter]) -> None:
+        """container_ids: everybody who has a root file system, running or not."""
+        self._container_ids = container_ids
+        self._snapshotters = dict(snapshotters)
+
+    def roots(self) -> Iterator[Root]:
+        """See gc.Keeper."""
+        return self._roots(frozenset(self._container_ids()))
+
+    def _roots(self, container_ids: frozenset[str]) -> Iterator[Root]:
+        for name, snapshotter in self._snapshotters.items():
+            for info in snapshotter.walk():
+                container_id = info.id.removeprefix(KEY_PREFIX).partition("-")[0]
+                if info.id.startswith(KEY_PREFIX) and container_id in container_ids:
+                    yield Root(gc_sources.snapshot_node(name, info.id), f"container {container_id}")
+
+
+class StoreCare:
+    """Answers `imgsvc df`, `gc`, `fsck` and ImageFsInfo, and collects in the background while started."""
+
+    def __init__(
+        self,
+        images: ImageStore,
+        content: CheckedStore,
+        snapshotters: Mapping[str, Snapshotter],
+        leases: LeaseManager,
+        threads: Threads,
+        root: Path,
+        policy: Policy,
+        keepers: Iterable[Keeper] = (),
+    ) -> None:
+        """keepers: who needs things beside images and what is in progress."""
+        self._images = images
+        self._content = content
+        self._snapshotters = dict(snapshotters)
+        self._threads = threads
+        self._root = root
+        self._needs = gc_sources.Images(images, content, list(snapshotters))
+        snapshots = gc_sources.Snapshots(list(snapshotters.values()))
+        self._collector = Collector(
+            keepers=[self._needs, snapshots, *keepers],
+            collectables=[gc_sources.Blobs(content), gc_sources.Ingests(content), snapshots],
+            cache=self._needs,
+            leases=leases,
+            threads=threads,
+            root=root,
+            policy=policy,
+        )
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Collect in the background until the stack is closed."""
+        task = asyncio.ensure_future(self._collector.run())
+        stack.push_async_callback(_stopped, task)
+
+    def trigger(self, reason: str) -> None:
+        """Collect soon."""
+        self._collector.trigger(reason)
+
+    async def disk_usage(self) -> dict[str, Any]:
+        """`imgsvc df`."""
+        sizes = await self._threads.run(gc_sources.stored_sizes, self._content, self._content, list(self._snapshotters.values()))
+        images = [(image, self._needs.needs(image)) for image in self._images.all()]
+        return disk_usage(images, sizes).to_json()
+
+    async def collect(self, explain: bool) -> dict[str, Any]:
+        """`imgsvc gc`, `imgsvc gc --explain`."""
+        if explain:
+            return {"verdicts": [verdict.to_json() for verdict in await self._collector.explain()]}
+        return (await self._collector.collect()).to_json()
+
+    async def check(self, deep: bool, repair: bool) -> dict[str, Any]:
+        """`imgsvc fsck`."""
+        cancel = CancelToken()
+        checkers: list[Checker] = [
+            ContentChecker(self._content),
+            ImageChecker(self._images.all(), self._content, list(self._snapshotters.values())),
+        ]
+        try:
+            report = await self._threads.run(lambda: fsck(checkers, deep=deep, repair=repair, cancel=cancel))
+        finally:
+            cancel.cancel()
+        return report.to_json()
+
+    def image_fs(self) -> tuple[str, int, int]:
+        """(directory, bytes, inodes) of unpacked layers; blobs are a cache that goes when space is low."""
+        totals = [snapshotter.total_usage() for snapshotter in self._snapshotters.values()]
+        return str(self._root), sum(t.size for t in totals), sum(t.inodes for t in totals)
+
+    def container_fs(self) -> tuple[str, int, int]:
+        """As image_fs: containers write to the same file system."""
+        return self.image_fs()
+
+
+async def _stopped(task: asyncio.Future[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task

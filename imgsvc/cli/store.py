@@ -1,0 +1,83 @@
+"""df, gc, fsck."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from imgsvc.cli.client import add_address, connect
+from imgsvc.cli.output import human_size, plural, print_json, print_table
+
+
+def add_commands(commands: Any) -> None:
+    """Add this module's commands."""
+    usage = commands.add_parser("df", help="disk use by image, shared and unique bytes")
+    usage.set_defaults(run=run_df)
+    collect = commands.add_parser("gc", help="collect garbage now")
+    collect.add_argument("--explain", action="store_true", help="say why each thing stays or goes, and remove nothing")
+    collect.set_defaults(run=run_gc)
+    check = commands.add_parser("fsck", help="check the store")
+    check.add_argument("--deep", action="store_true", help="read every blob and compare its digest")
+    check.add_argument("--repair", action="store_true", help="forget what is broken, so that the next pull brings it back")
+    check.set_defaults(run=run_fsck)
+    for parser in (usage, collect, check):
+        parser.add_argument("--json", action="store_true")
+        add_address(parser)
+
+
+def run_df(arguments: argparse.Namespace) -> int:
+    """`imgsvc df`."""
+    from imgsvc.api import admin_pb2
+
+    with connect(arguments) as daemon:
+        reply = json.loads(daemon.admin.DiskUsage(admin_pb2.DiskUsageRequest()).json)
+    if arguments.json:
+        print_json(reply)
+        return 0
+    rows = [
+        (image["names"][0] if image["names"] else image["image_id"][7:19], human_size(image["unique"]), human_size(image["shared"]))
+        for image in reply["images"]
+    ]
+    print_table(("IMAGE", "UNIQUE", "SHARED"), rows)
+    print()
+    print_table(
+        ("CLASS", "COUNT", "SIZE"), [(kind, str(c["count"]), human_size(c["bytes"])) for kind, c in sorted(reply["classes"].items())]
+    )
+    print(f"\nneeded by no image: {human_size(reply['unreferenced'])}")
+    return 0
+
+
+def run_gc(arguments: argparse.Namespace) -> int:
+    """`imgsvc gc`: 1 when something could not be removed."""
+    from imgsvc.api import admin_pb2
+
+    with connect(arguments) as daemon:
+        reply = json.loads(daemon.admin.Collect(admin_pb2.CollectRequest(explain=arguments.explain)).json)
+    if arguments.json:
+        print_json(reply)
+    elif arguments.explain:
+        rows = [("stays" if v["stays"] else "goes", v["kind"], v["id"], " > ".join(v["why"])) for v in reply["verdicts"]]
+        print_table(("", "KIND", "ID", "WHY"), rows)
+    else:
+        for node in reply["removed"]:
+            print(f"removed {node}")
+        for node, why in reply["failed"].items():
+            print(f"failed {node}: {why}")
+        print(f"{plural(len(reply['removed']), 'thing')} removed, {reply['live']} needed")
+    return 1 if reply.get("failed") else 0
+
+
+def run_fsck(arguments: argparse.Namespace) -> int:
+    """`imgsvc fsck`: 1 when something is broken and was not repaired."""
+    from imgsvc.api import admin_pb2
+
+    with connect(arguments) as daemon:
+        reply = json.loads(daemon.admin.Check(admin_pb2.CheckRequest(deep=arguments.deep, repair=arguments.repair)).json)
+    if arguments.json:
+        print_json(reply)
+    else:
+        for finding in reply["findings"]:
+            print(f"{finding['kind']} {finding['id']}: {finding['problem']}" + (f"; {finding['repaired']}" if finding["repaired"] else ""))
+        print("clean" if reply["clean"] else "broken; `imgsvc fsck --repair` mends what it can")
+    return 0 if reply["clean"] else 1

@@ -1,0 +1,270 @@
+"""The daemon: builds every object, repairs what an unclean end left, serves the socket, stops cleanly.
+
+The one place, with the CLI, that names concrete classes. `build` goes from the bottom up and leaves on a stack how each
+thing is closed, so that whatever was opened is closed in reverse order whatever else fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc.aio
+
+from imgsvc import __version__, config
+from imgsvc.admin_service import AdminService
+from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc
+from imgsvc.care import ContainerKeeper, StoreCare
+from imgsvc.concurrency import Threads
+from imgsvc.config import Config, Loaded
+from imgsvc.content.local import LocalStore
+from imgsvc.decrypt.authorise import load_salt
+from imgsvc.decrypt.decryptor import LayerDecryptor, Settings
+from imgsvc.decrypt.processors import Processor
+from imgsvc.errors import FailedPrecondition, ImgsvcError, Unavailable
+from imgsvc.fsck import recover
+from imgsvc.fsutil import private_dir
+from imgsvc.gc import Policy
+from imgsvc.image_service import ImageService
+from imgsvc.images import ImageStore
+from imgsvc.leases import LeaseBook
+from imgsvc.metadb import MetaDB
+from imgsvc.notify import Notifier
+from imgsvc.pods import start_pods
+from imgsvc.pull import Puller
+from imgsvc.registry.client import RegistryClient, RegistrySettings
+from imgsvc.registry.hostdirs import split_config_path
+from imgsvc.registry.transport import Timeouts
+from imgsvc.roots import ContainerRoots
+from imgsvc.rpc import ErrorInterceptor
+from imgsvc.snapshot import detect, native, overlay
+from imgsvc.snapshot.interfaces import Limits, Snapshotter
+from imgsvc.snapshot.unpacker import WorkerUnpacker
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_S = 5.0  # how long running calls may go on after SIGTERM; systemd waits 90 s
+IO_THREADS = 8  # writes and hashes of chunks, metadata reads: two cores are busy with fewer, the rest waits on disk
+TRANSFORM = "imgsvc.decrypt.aesctr:open_transform"  # what an unpack worker decrypts with
+
+
+def run(load: Callable[[], Loaded]) -> int:
+    """Serve until SIGTERM or SIGINT. `load` reads the configuration, now and at every SIGHUP. Returns the exit code."""
+    loaded = load()
+    if hasattr(asyncio, "PidfdChildWatcher"):
+        # Python 3.11 would spend a thread per child; later versions use pidfds by themselves.
+        asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+    return asyncio.run(_serve(loaded, load))
+
+
+async def _serve(loaded: Loaded, load: Callable[[], Loaded]) -> int:
+    began = time.monotonic()
+    notify = Notifier()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        services = await build(loaded, stack)
+        server = await _listen(loaded.config, services)
+        loop.add_signal_handler(signal.SIGHUP, lambda: _reload(services, loaded, load))
+        log.info("ready: imgsvc %s on %s after %.2f s", __version__, loaded.config.address, time.monotonic() - began)
+        notify("READY=1")
+        await stop.wait()
+        notify("STOPPING=1")
+        log.info("stopping; containers keep running")
+        await server.stop(STOP_GRACE_S)
+    log.info("stopped")
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the socket serves, and what a reload reaches."""
+
+    images: ImageService
+    admin: AdminService
+    runtime: cri_pb2_grpc.RuntimeServiceServicer
+    store: ImageStore
+
+
+async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
+    """Build everything from the bottom up and repair what an unclean end left.
+
+    Raises: FailedPrecondition (another daemon, a newer store), DataLoss, … with what to do.
+    """
+    settings = loaded.config
+    root, state = private_dir(Path(settings.root)), _state_dir(settings)
+    sync = settings.images.sync == "full"
+    if not sync:
+        log.warning('images.sync = "none": a power cut may lose images that were acknowledged')
+    threads = Threads(IO_THREADS, "io")
+    stack.callback(threads.close)
+    db = MetaDB(root / "metadata", sync=sync)
+    stack.callback(db.close)
+    content = LocalStore(root / "content", db, sync=sync)
+    for finding in await threads.run(recover, content, db.last_end):
+        log.warning("repaired after an unclean end: %s", finding)
+    snapshotters = await _snapshotters(settings, root / "snapshots", db, threads, stack)
+    default = next(iter(snapshotters))
+    images = ImageStore(db, settings.images.pinned_images)
+    leases = LeaseBook(db)
+    registry = RegistryClient(_registry_settings(settings))
+    stack.push_async_callback(registry.close)
+    for directory in registry.directories.missing_roots():
+        log.info("registry.config_path: %s is not there", directory)
+    decryptor = LayerDecryptor(await threads.run(_decrypt_settings, settings, root))
+    stack.push_async_callback(decryptor.close)
+    unpacker = _unpacker(settings)
+    stack.push_async_callback(unpacker.close)
+    puller = Puller(
+        registry=registry,
+        content=content,
+        snapshotters=snapshotters,
+        unpacker=unpacker,
+        decryptor=decryptor,
+        images=images,
+        leases=leases,
+        threads=threads,
+    )
+    handlers = {name: handler.snapshotter or default for name, handler in settings.runtime.runtimes.items()}
+    roots = ContainerRoots(images, snapshotters, decryptor, threads, default=default)
+    pods = await start_pods(settings, state, root, db, roots, stack)
+    policy = Policy(settings.gc.startup_delay, settings.gc.schedule_delay, _cache_budget(settings), settings.gc.min_free)
+    keeper = ContainerKeeper(pods.container_ids, snapshotters)
+    care = StoreCare(images, content, snapshotters, leases, threads, root, policy, [keeper])
+    await care.start(stack)
+    expiry = asyncio.ensure_future(leases.expire_forever(lambda: care.trigger("lease expired")))
+    stack.callback(expiry.cancel)
+
+    def on_removed() -> None:
+        care.trigger("image removed")
+
+    return Services(
+        images=ImageService(images, puller, care, snapshotter=default, handlers=handlers, on_removed=on_removed),
+        admin=AdminService(
+            images,
+            puller,
+            care,
+            snapshotter=default,
+            config_toml=config.to_toml(settings, loaded.origins),
+            on_removed=on_removed,
+        ),
+        runtime=pods.service,
+        store=images,
+    )
+
+
+def _state_dir(settings: Config) -> Path:
+    """The state directory; a group that may use the socket may also reach it, and nothing else in there."""
+    if not settings.grpc.gid:
+        return private_dir(Path(settings.state))
+    state = private_dir(Path(settings.state), 0o710)
+    os.chown(state, -1, settings.grpc.gid)
+    return state
+
+
+def _cache_budget(settings: Config) -> int:
+    return 0 if settings.images.discard_unpacked_layers else settings.gc.blob_cache
+
+
+async def _snapshotters(settings: Config, root: Path, db: MetaDB, threads: Threads, stack: AsyncExitStack) -> dict[str, Snapshotter]:
+    """The drivers this node can use, the default one first. Raises: FailedPrecondition when the configured one cannot work."""
+    detected = await threads.run(detect.detect, root / overlay.NAME)
+    wanted = detected.driver if settings.images.snapshotter == "auto" else settings.images.snapshotter
+    if wanted == overlay.NAME and detected.options is None:
+        raise FailedPrecondition(detected.reason, where="images.snapshotter", hint='use "native", or another file system for root')
+    log.info("snapshotter %s: %s", wanted, detected.reason)
+    drivers: dict[str, Snapshotter] = {}
+    if detected.options is not None:
+        drivers[overlay.NAME] = overlay.OverlaySnapshotter(root / overlay.NAME, db, detected.options)
+    drivers[native.NAME] = native.NativeSnapshotter(root / native.NAME, db)
+    for driver in drivers.values():
+        stack.callback(driver.close)
+        if count := await threads.run(driver.cleanup):
+            log.warning("snapshotter %s: %d unfinished snapshots cleaned up", driver.name, count)
+    return {wanted: drivers.pop(wanted), **drivers}
+
+
+def _registry_settings(settings: Config) -> RegistrySettings:
+    stall = settings.images.image_pull_progress_timeout
+    timeouts = Timeouts()
+    return RegistrySettings(
+        roots=split_config_path(settings.registry.config_path),
+        timeouts=Timeouts(timeouts.connect, timeouts.headers, min(timeouts.stall, stall) if stall else timeouts.stall),
+        max_downloads=settings.images.max_concurrent_downloads,
+        max_downloads_per_image=settings.images.max_concurrent_downloads_per_image,
+    )
+
+
+def _decrypt_settings(settings: Config, root: Path) -> Settings:
+    provider = settings.decrypt.keyprovider_config or os.environ.get("OCICRYPT_KEYPROVIDER_CONFIG", "")
+    return Settings(
+        keys_path=Path(settings.decrypt.keys_path) if settings.decrypt.keys_path else None,
+        salt=load_salt(root / "salt"),
+        key_model=settings.decrypt.key_model,
+        password_files={name: Path(file) for name, file in settings.decrypt.passwords.items()},
+        keyprovider_config=Path(provider) if provider else None,
+        ocicrypt_config=os.environ.get("OCICRYPT_CONFIG", ""),
+        processors=tuple(Processor(name, p.accepts, p.returns, p.path, p.args, p.env) for name, p in settings.stream_processors.items()),
+    )
+
+
+def _unpacker(settings: Config) -> WorkerUnpacker:
+    limits = settings.images.limits
+    return WorkerUnpacker(
+        max_concurrent=settings.images.max_concurrent_unpacks,
+        limits=Limits(limits.unpacked_bytes, limits.entries, limits.ratio),
+        transform=TRANSFORM,
+    )
+
+
+async def _listen(settings: Config, services: Services) -> grpc.aio.Server:
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor()],
+        options=[
+            ("grpc.max_receive_message_length", settings.grpc.max_recv_message_size),
+            ("grpc.max_send_message_length", settings.grpc.max_send_message_size),
+            ("grpc.so_reuseport", 0),
+        ],
+    )
+    cri_pb2_grpc.add_ImageServiceServicer_to_server(services.images, server)
+    cri_pb2_grpc.add_RuntimeServiceServicer_to_server(services.runtime, server)
+    admin_pb2_grpc.add_AdminServicer_to_server(services.admin, server)
+    path = Path(settings.address.removeprefix("unix://"))
+    private = os.umask(0o177 if not settings.grpc.gid else 0o117)
+    try:
+        path.unlink(missing_ok=True)  # the lock on the metadata says that no other daemon of this root is behind it
+        server.add_insecure_port(settings.address)
+    except (OSError, RuntimeError) as error:
+        raise Unavailable(f"cannot listen: {error}", where=settings.address) from error
+    finally:
+        os.umask(private)
+    os.chown(path, settings.grpc.uid, settings.grpc.gid)
+    await server.start()
+    return server
+
+
+def _reload(services: Services, loaded: Loaded, load: Callable[[], Loaded]) -> None:
+    """SIGHUP: what can change while running does, the rest is named. A bad file changes nothing."""
+    try:
+        new = load()
+    except ImgsvcError as error:
+        log.error("configuration not reloaded: %s", error)
+        return
+    services.store.pin(new.config.images.pinned_images)
+    old_values, new_values = dict(config.flatten(loaded.config)), dict(config.flatten(new.config))
+    waiting = sorted(key for key in old_values | new_values if old_values.get(key) != new_values.get(key) and key not in RELOADABLE)
+    log.info("configuration reloaded; hosts.toml files are read at every pull anyway")
+    if waiting:
+        log.warning("these changes need a restart: %s", ", ".join(waiting))
+
+
+RELOADABLE = frozenset({"images.pinned_images"})
