@@ -66,7 +66,7 @@ class TokenKey:
     slot: int = -1
     key_id: bytes = b""
     label: str = ""
-    pin: bytes = field(default=b"", repr=False)
+    pin: str = field(default="", repr=False)
     env: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -118,13 +118,16 @@ def _attributes(text: str, separator: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _pin(query: Mapping[str, str]) -> bytes:
+def _pin(query: Mapping[str, str]) -> str:
     if "pin-value" in query:
-        return unquote_to_bytes(query["pin-value"])
+        return unquote(query["pin-value"])
     source = unquote(query.get("pin-source", "")).removeprefix("file://").removeprefix("file:")
     if not source.startswith("/"):
         raise KeyFileError("the pkcs11 URI names neither pin-value nor an absolute pin-source")
-    return read_bounded(source, MAX_OPTIONS)
+    try:
+        return read_bounded(source, MAX_OPTIONS).decode()  # as it is, line end and all
+    except UnicodeDecodeError as error:
+        raise KeyFileError("the PIN in pin-source is not UTF-8") from error.with_traceback(None)
 
 
 def _module(query: Mapping[str, str], policy: ModulePolicy) -> str:
@@ -238,7 +241,7 @@ def _ask(key: TokenKey, wrapped: Sequence[tuple[bytes, str]], timeout_s: float, 
         "slot": key.slot,
         "id": key.key_id.hex(),
         "label": key.label,
-        "pin": key.pin.hex(),
+        "pin": key.pin,
         "wrapped": [[blob.hex(), digest] for blob, digest in wrapped],
     }
     root = str(Path(__file__).parents[2])

@@ -41,7 +41,7 @@ def _unwrap(request: dict[str, Any]) -> bytes:
     problem: Exception = Failed("no such token: " + (request["token"] or f"slot {request['slot']}"))
     for token in _tokens(request):
         try:
-            with token.open(user_pin=bytes.fromhex(request["pin"])) as session:
+            with token.open(user_pin=request["pin"]) as session:
                 key = _key(session, request)
                 for blob, digest in request["wrapped"]:
                     plain = _decrypt(key, bytes.fromhex(blob), digest)
