@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 SLICE: Final = 64  # things removed between two looks at the leases; bounds how long a new lease waits
 PAUSE: Final = 0.005  # [s] between two slices, for everything else
 SPACE_INTERVAL: Final = 30.0  # [s] between two looks at free space
+PERIOD: Final = 3600.0  # [s] after which an idle node collects: what failed before, what has grown old
 
 Edges = Mapping[Node, Sequence[Node]]
 
@@ -264,27 +265,33 @@ class Collector:
         self._triggered.set()
 
     async def run(self) -> None:
-        """Collect whenever triggered or low on space. Runs until cancelled; a failed collection is logged."""
+        """Collect when triggered, when space is low, and every PERIOD. Runs until cancelled; failures are logged."""
         await asyncio.sleep(self._policy.startup_delay)
         self.trigger("start")
+        next_at = 0.0
         hopeless = False  # low on space, and the last collection found nothing to give
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SPACE_INTERVAL):
                     await self._triggered.wait()
             low = free_space(self._root) < self._policy.min_free
-            if not self._triggered.is_set() and (hopeless or not low):
-                hopeless &= low
+            hopeless &= low
+            if time.monotonic() >= next_at:
+                self.trigger("period")
+            if low and not hopeless:
+                self.trigger("low space")
+            if not self._triggered.is_set():
                 continue
             await asyncio.sleep(self._policy.schedule_delay)
             try:
-                report = await self.collect("low space" if low else "")
+                report = await self.collect("")
                 hopeless = low and not report.sweep.removed
             except (ImgsvcError, OSError) as error:
                 log.error("collecting garbage failed: %s", error)
+            next_at = time.monotonic() + PERIOD
 
     async def collect(self, reason: str = "request") -> CollectionReport:
-        """Collect now; waits for a collection that runs. Raises: ImgsvcError when it cannot even mark."""
+        """Collect now; waits for a collection that runs. Answers all triggers so far. Raises: ImgsvcError when it cannot even mark."""
         async with self._one:
             reasons = sorted({reason, *self._reasons} - {""})
             self._reasons.clear()

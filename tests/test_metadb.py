@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,6 +18,7 @@ import pytest
 from imgsvc import failpoints
 from imgsvc.errors import DataLoss, FailedPrecondition, Internal, InvalidArgument, NotFound, ResourceExhausted
 from imgsvc.metadb import MAX_KEY, LastEnd, MetaDB, Schema, WriteTxn, set_aside
+from tests.support.faults import no_descriptors, tmpfs
 
 
 @pytest.fixture
@@ -287,7 +286,7 @@ def test_c_d3_a_failing_commit_is_told_and_the_next_one_works(db: MetaDB, name: 
 
 @pytest.mark.root
 def test_c_d3_a_full_disk_is_told_and_survived(tmp_path: Path) -> None:
-    with tmpfs(tmp_path, "4m"):
+    with tmpfs(tmp_path, "size=4m"):
         db = MetaDB(tmp_path / "meta")
         db.write(lambda txn: txn.put("images", "first", {}))
         fill = [put("images", f"big{n}", {"x": "y" * 100_000}) for n in range(100)]
@@ -305,31 +304,10 @@ def test_c_d3_a_full_disk_is_told_and_survived(tmp_path: Path) -> None:
         db.close()
 
 
-@contextlib.contextmanager
-def tmpfs(path: Path, size: str) -> Iterator[None]:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
-
-
 def test_c_d3_without_descriptors_the_root_stays_usable(tmp_path: Path) -> None:
     with pytest.raises(ResourceExhausted, match="open files"), no_descriptors():
         MetaDB(tmp_path / "meta")
     MetaDB(tmp_path / "meta").close()
-
-
-@contextlib.contextmanager
-def no_descriptors() -> Iterator[None]:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.dup(0)
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_limit_on_address_space_shrinks_the_map(tmp_path: Path) -> None:

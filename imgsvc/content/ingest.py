@@ -193,7 +193,9 @@ class IngestWriter:
             self._failure = error
             raise
         except OSError as error:
-            raise self._disk_failed(error) from error
+            # The descriptor may be that of a published blob by now: nothing is cut here, the directory goes instead.
+            self._failure = from_os_error(error, "storing a blob", where=str(self._directory))
+            raise self._failure from error
         finally:
             self._finish()
 
@@ -313,16 +315,29 @@ class Ingests:
         with self._holding(ingest_ref) as keep:
             directory = self._path(ingest_ref)
             record = IngestRecord.load(directory)
-            usable = record is not None and record.boot == self._boot and (record.total, record.expected) == (total, expected)
-            if record is None or not usable:
+            if record is None or record.boot != self._boot or (record.total, record.expected) != (total, expected):
+                self._drop(directory)
                 record = IngestRecord(ingest_ref, total, expected, self._clock(), self._boot)
-                self._create(directory, record)
             present = sum(end - start for start, end in load_ranges(directory))
             if total is not None:
                 require_space(self._directory, total - present, reserve=self._reserve, doing=f"storing a blob of {total} bytes")
-            writer = IngestWriter(directory, record, self._publish, self._release)
+            writer = self._opened(directory, record)
             keep()
             return writer
+
+    def _opened(self, directory: Path, record: IngestRecord) -> IngestWriter:
+        """Create what is not there yet; a failed disk leaves nothing of it."""
+        try:
+            if not directory.exists():
+                directory.mkdir(mode=0o700)
+                failpoint("content.ingest.created")
+                record.save(directory)
+                failpoint("content.ingest.recorded")
+            return IngestWriter(directory, record, self._publish, self._release)
+        except OSError:
+            if not load_ranges(directory).end:
+                self._drop(directory)
+            raise
 
     def status(self, ingest_ref: str) -> IngestStatus | None:
         """One ingest, or None."""
@@ -351,13 +366,6 @@ class Ingests:
 
     def _path(self, ingest_ref: str) -> Path:
         return self._directory / hashlib.sha256(ingest_ref.encode("utf-8", "surrogateescape")).hexdigest()
-
-    def _create(self, directory: Path, record: IngestRecord) -> None:
-        self._drop(directory)
-        directory.mkdir(mode=0o700)
-        failpoint("content.ingest.created")
-        record.save(directory)
-        failpoint("content.ingest.recorded")
 
     def _drop(self, directory: Path) -> None:
         """Without its record first: half a removal leaves nothing to resume."""

@@ -246,8 +246,8 @@ class LocalStore:
         failpoint("content.commit.synced")
         with self._lock(finished.digest):
             os.rename(finished.path, target)
-            failpoint("content.commit.renamed")
             try:
+                failpoint("content.commit.renamed")
                 if self._sync:
                     sync_dir(target.parent)
                 failpoint("content.commit.dirsynced")
