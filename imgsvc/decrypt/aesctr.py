@@ -2,7 +2,7 @@
 
 Encrypt-then-MAC with one key for both, the MAC over the ciphertext only, the nonce being the whole initial counter
 block. The verdict comes at the end, so callers treat all output as hostile until finalize() returned, and the diff ID
-still decides. Source: ocicrypt's block cipher; NIST SP 800-38A for CTR.
+still decides. SHA-256 bounds the speed; decrypting into a reused buffer was measured and gains nothing. Source: ocicrypt's block cipher; NIST SP 800-38A for CTR.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from imgsvc.errors import DataLoss, InvalidArgument
 
 _VERSION: Final = b"\x01"
 _SECRET_SIZE: Final = 1 + 32 + 16 + 32
-_SLACK: Final = 15  # [bytes] cryptography wants beyond the input: one block less one
 
 
 class AuthenticationFailed(DataLoss):
@@ -51,16 +50,11 @@ class AesCtrHmac:
         self._cipher = Cipher(algorithms.AES(options.symkey), modes.CTR(options.nonce)).decryptor()
         self._mac = hmac.new(options.symkey, digestmod=hashlib.sha256)
         self._expected = options.hmac
-        # One buffer for the whole layer: fresh megabytes per chunk cost page faults.
-        self._buffer = bytearray()
 
-    def update(self, data: bytes | memoryview) -> memoryview:
-        """Decrypt a chunk of any size; the result is valid until the next call."""
-        if len(self._buffer) < len(data) + _SLACK:
-            self._buffer = bytearray(len(data) + _SLACK)
+    def update(self, data: bytes | memoryview) -> bytes:
+        """Decrypt a chunk of any size."""
         self._mac.update(data)
-        written = self._cipher.update_into(data, self._buffer)
-        return memoryview(self._buffer)[:written]
+        return self._cipher.update(data)
 
     def finalize(self) -> bytes:
         """Judge the MAC; CTR itself holds nothing back. Raises: AuthenticationFailed."""

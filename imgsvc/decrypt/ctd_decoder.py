@@ -98,7 +98,7 @@ def _decode(options: LayerOptions, source: BinaryIO, target: BinaryIO) -> None:
     """Pump everything through the cipher. Raises: DataLoss."""
     transform, held = AesCtrHmac(options), b""
     while chunk := source.read(CHUNK):
-        plain = bytes(transform.update(chunk))
+        plain = transform.update(chunk)
         target.write(held)
         held = plain
     transform.finalize()

@@ -46,8 +46,8 @@ class Recipient:
 class StreamTransform(Protocol):
     """Ciphertext in, plaintext out; nothing that came out may be trusted before finalize returned."""
 
-    def update(self, data: bytes | memoryview) -> memoryview:
-        """Transform a chunk; what comes back is valid until the next call. Runs in a worker process."""
+    def update(self, data: bytes | memoryview) -> bytes:
+        """Transform a chunk. Runs in a worker process."""
 
     def finalize(self) -> bytes:
         """The rest. Raises: DataLoss when the MAC does not match."""

@@ -22,7 +22,7 @@ def secret(sealed: Sealed) -> bytes:
 
 def decrypt(sealed: Sealed, blob: bytes, chunk: int = 4096) -> bytes:
     transform = open_transform(secret(sealed))
-    plain = b"".join(bytes(transform.update(memoryview(blob)[i : i + chunk])) for i in range(0, len(blob), chunk))
+    plain = b"".join(transform.update(memoryview(blob)[i : i + chunk]) for i in range(0, len(blob), chunk))
     return plain + transform.finalize()
 
 

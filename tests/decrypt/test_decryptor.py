@@ -46,7 +46,7 @@ def unwrap(decryptor: LayerDecryptor, layer: Descriptor) -> LayerKey:
 def decrypt(key: LayerKey, blob: bytes) -> bytes:
     assert key.secret is not None
     transform = open_transform(key.secret)
-    return bytes(transform.update(blob)) + transform.finalize()
+    return transform.update(blob) + transform.finalize()
 
 
 @pytest.fixture

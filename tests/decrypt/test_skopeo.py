@@ -26,7 +26,7 @@ def unwrap(layer: Descriptor, keys: Path) -> LayerKey:
 def diff_id(image: EncryptedImage, key: LayerKey) -> Digest:
     assert key.secret is not None
     transform = open_transform(key.secret)
-    plain = b"".join(bytes(transform.update(image.blob[i : i + 70_000])) for i in range(0, len(image.blob), 70_000))
+    plain = b"".join(transform.update(image.blob[i : i + 70_000]) for i in range(0, len(image.blob), 70_000))
     return Digest.of(unpack(plain + transform.finalize()))
 
 
