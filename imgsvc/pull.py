@@ -47,7 +47,7 @@ from imgsvc.oci import (
     parse_document,
 )
 from imgsvc.reference import Reference
-from imgsvc.registry.interfaces import BlobSource, Credential, Fetcher, Registry
+from imgsvc.registry.interfaces import Attempt, BlobSource, Credential, Fetcher, Registry
 from imgsvc.snapshot.interfaces import Applied, Key, LayerInput, Mount, Name, Snapshotter, Unpacker, UnpackJob, Usage
 
 log = logging.getLogger(__name__)
@@ -77,13 +77,34 @@ class Silent:
 
 @dataclass(frozen=True, slots=True)
 class PullRequest:
-    """What to pull, for whom, into which snapshotter. reporter: told about progress."""
+    """What to pull, for whom, into which snapshotter. reporter: told about progress.
+
+    source: where from, if not from the registries of this node's configuration (an archive).
+    """
 
     reference: Reference
     credential: Credential | None
     platform: Platform
     snapshotter: str
     reporter: PullReporter = field(default_factory=Silent)
+    source: Registry | None = None
+
+
+class Verifier(Protocol):
+    """Decides whether an image may be used, by its name and digest; see verification.py."""
+
+    async def verify(self, reference: Reference, target: Descriptor, credential: Credential | None) -> None:
+        """Raises: PermissionDenied with the reason SignatureValidationFailed when it may not, or when nobody can tell.
+
+        The verdict is about target.digest, whatever a tag says later. credential: the puller's own, for signatures.
+        """
+
+
+class Trusting:
+    """The verifier of a node without [verify]."""
+
+    async def verify(self, reference: Reference, target: Descriptor, credential: Credential | None) -> None:
+        """Yes."""
 
 
 @dataclass(slots=True)
@@ -215,7 +236,9 @@ class Puller:
         images: ImageStore,
         leases: LeaseManager,
         threads: Threads,
+        verifier: Verifier | None = None,
     ) -> None:
+        self._verifier = verifier or Trusting()
         self._registry = registry
         self._content = content
         self._snapshotters = snapshotters
@@ -226,6 +249,7 @@ class Puller:
         self._threads = threads
         self._layers: SingleFlight[None] = SingleFlight()
         self._blobs: SingleFlight[BlobSource] = SingleFlight()
+        self._documents: SingleFlight[bytes] = SingleFlight()
         self._growing: Shared[GrowingBlob] = Shared(GrowingBlob, GrowingBlob.close)
         self._stages: Shared[_Stage] = Shared(_Stage)
         self._syncs = {name: _Sync(snapshotter, threads) for name, snapshotter in snapshotters.items()}
@@ -237,14 +261,17 @@ class Puller:
         Durability: when this returns, the image survives a power cut (sync = "full").
         """
         began = time.monotonic()
-        resolved = await self._registry.resolve(request.reference, request.credential)
+        registry = request.source or self._registry
+        resolved = await registry.resolve(request.reference, request.credential)
         request.reporter.resolved(resolved.descriptor.digest, resolved.endpoint)
         timings = {"resolve": time.monotonic() - began}
-        fetcher = self._registry.fetcher(request.reference, request.credential)
+        await self._verifier.verify(request.reference, resolved.descriptor, request.credential)
+        timings["verify"] = time.monotonic() - began - timings["resolve"]
+        fetcher = registry.fetcher(request.reference, request.credential)
         await afailpoint("pull.resolved")
         lease = await self._leases.hold([("content", resolved.descriptor.digest)], purpose=f"pull {request.reference}")
         try:
-            documents, manifest, config = await self._documents(request, fetcher, resolved.descriptor, resolved.document)
+            documents, manifest, config = await self._walk(request, fetcher, resolved.descriptor, resolved.document)
             plan = await self._plan(request, fetcher, manifest, config, timings)
             await self._leases.add(lease, _resources(plan, documents))
             await self._store(documents)
@@ -263,6 +290,7 @@ class Puller:
                 [descriptor for descriptor, _ in documents],
                 {
                     "resolved_by": resolved.endpoint,
+                    "credentials": _credentials([*resolved.attempts, *(a for s in plan.sources.values() for a in s.attempts)]),
                     "blobs": {digest: dict(source.by_endpoint) for digest, source in plan.sources.items()},
                 },
             )
@@ -277,7 +305,7 @@ class Puller:
         finally:
             await asyncio.shield(self._leases.release(lease))
 
-    async def _documents(
+    async def _walk(
         self, request: PullRequest, fetcher: Fetcher, target: Descriptor, first: bytes | None
     ) -> tuple[list[tuple[Descriptor, bytes]], Manifest, ImageConfig]:
         """Walk from the target to one manifest and its config. Returns every document met, config last, manifest before it."""
@@ -304,7 +332,8 @@ class Puller:
     async def _document(self, fetcher: Fetcher, descriptor: Descriptor) -> bytes:
         if descriptor.data is not None:
             return descriptor.data
-        return await self._threads.run(_read_small, self._content, descriptor) or await fetcher.document(descriptor, limit=MAX_DOCUMENT)
+        stored = await self._threads.run(_read_small, self._content, descriptor)
+        return stored or await self._documents.run(descriptor.digest, lambda: fetcher.document(descriptor, limit=MAX_DOCUMENT))
 
     async def _store(self, documents: Sequence[tuple[Descriptor, bytes]]) -> None:
         await all_of(*(self._threads.run(_store_small, self._content, d, data) for d, data in documents))
@@ -522,6 +551,11 @@ def _resources(plan: _Plan, documents: Sequence[tuple[Descriptor, bytes]]) -> li
     """Everything a pull needs, for its lease: documents, layer blobs, snapshots."""
     content = [d.digest for d, _ in documents] + [layer.digest for layer in plan.manifest.layers]
     return [("content", digest) for digest in content] + [("snapshot", f"{plan.snapshotter.name}/{name}") for name in plan.names]
+
+
+def _credentials(attempts: Sequence[Attempt]) -> list[str]:
+    """Names of the credentials without which the image may not have been had; who else may have it depends on them."""
+    return sorted({a.credential for a in attempts if a.credential not in ("", "none") and not a.credential.startswith("withheld")})
 
 
 def _no_config(platform: Platform) -> ImageConfig:
