@@ -42,8 +42,7 @@ async def start_pods(settings: Config, state: Path, root: Path, db: MetaDB, imag
     stack.push_async_callback(streams.close)
     node = await RuntimeNode.start(runtime_settings(settings, state, root), db, images)
     stack.push_async_callback(node.close)
-    service = RuntimeService(node, streams)  # type: ignore[abstract]  # what is missing answers UNIMPLEMENTED
-    return Pods(service, lambda: list(node.core.records.containers))
+    return Pods(RuntimeService(node, streams), node.root_keys)
 
 
 def _off(settings: Config) -> str:

@@ -314,9 +314,8 @@ def pod_addresses(result: Mapping[str, Any], preference: str = "") -> list[str]:
         inside = index is None or not (0 <= index < len(interfaces)) or bool(interfaces[index].get("sandbox"))
         if inside:
             found.append(str(entry.get("address", "")).split("/")[0])
-    for old in ("ip4", "ip6"):  # results before 0.3.0
-        if isinstance(result.get(old), dict):
-            found.append(str(result[old].get("ip", "")).split("/")[0])
+    older = [result[name] for name in ("ip4", "ip6") if isinstance(result.get(name), dict)]  # results before 0.3.0
+    found += [str(entry.get("ip", "")).split("/")[0] for entry in older]
     if preference in ("ipv4", "ipv6"):
         found.sort(key=lambda ip: (":" in ip) == (preference == "ipv4"))
     return [ip for ip in found if ip]

@@ -53,7 +53,7 @@ class ContainerBuilder:
                 )
             settings = self._core.handler_settings(record.handler)
             key = f"{record.id}-volume-{number}"
-            found.append(await self._core.images.prepare_root(key, image.image_id, handler=settings.snapshotter, readonly=True))
+            found.append(await self._core.images.prepare_root(key, image.image_id, snapshotter=settings.snapshotter, readonly=True))
         return found
 
     def mount_root(self, bundle: Path, mounts: Sequence[RootMount], sandbox: SandboxRecord) -> None:
@@ -216,8 +216,9 @@ def mount_idmapped(mounts: Sequence[RootMount], target: Path, scratch: Path, fd:
             key, _, value = option.partition("=")
             if key == "lowerdir":
                 lowers = [_mapped_lower(layer, scratch / str(n), fd) for n, layer in enumerate(value.split(":"))]
-                option = "lowerdir=" + ":".join(lowers)
-            elif key == "upperdir":
+                options.append("lowerdir=" + ":".join(lowers))
+                continue
+            if key == "upperdir":
                 os.chown(value, user.uids[0].host_id, user.gids[0].host_id)
             options.append(option)
         kernel.mount_with_options(m.source, str(target), m.type, options)

@@ -119,7 +119,7 @@ class Containers:
         undo.push_async_callback(self._release, record)
         core.paths.bundle(record.id).mkdir(mode=0o711)
         mounts = await core.images.prepare_root(
-            record.id, image.image_id, handler=core.handler_settings(record.handler).snapshotter, readonly=False
+            record.id, image.image_id, snapshotter=core.handler_settings(record.handler).snapshotter, readonly=False
         )
         await afailpoint("container.root")
         built = await self._build(record, sandbox, image, mounts)

@@ -37,8 +37,10 @@ class Images(Protocol):
     async def runnable(self, reference: str) -> RunnableImage | None:
         """Look an image up by ID, short ID, tag or digest; None when it is not here."""
 
-    async def prepare_root(self, container_id: str, image_id: Digest, *, handler: str, readonly: bool = False) -> Sequence[RootMount]:
+    async def prepare_root(self, container_id: str, image_id: Digest, *, snapshotter: str, readonly: bool = False) -> Sequence[RootMount]:
         """A snapshot for this container on top of the image; the image's layers stay as long as it exists.
+
+        handler: name of the runtime handler that will run it; it decides the snapshotter.
 
         Idempotent per container_id. Raises: NotFound, PermissionDenied (an encrypted image without its keys).
         """

@@ -89,7 +89,7 @@ def _syscall(number: int, *arguments: object, what: str = "") -> int:
 
 
 def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
-    """mount(2). Raises: OSError naming the target."""
+    """Attach a file system or a directory at `target`. Raises: OSError naming the target. Source: the manual of mount."""
     result = _libc.mount(source.encode(), target.encode(), fstype.encode() or None, ctypes.c_ulong(flags), data.encode() or None)
     _call(int(result), target)
 
@@ -225,7 +225,7 @@ def in_fresh_thread(work: Callable[[], T]) -> T:
     def body() -> None:
         try:
             outcome.append(work())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 -- carried over to the caller's thread
             failure.append(error)
 
     thread = threading.Thread(target=body, name="namespace")

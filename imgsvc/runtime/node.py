@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -12,12 +13,13 @@ from imgsvc.concurrency import KeyedLock
 from imgsvc.fsutil import private_dir
 from imgsvc.metadb import MetaDB
 from imgsvc.runtime import host
-from imgsvc.runtime.containers import Containers
+from imgsvc.runtime.containers import Containers, volume_key
 from imgsvc.runtime.core import Core, Paths
 from imgsvc.runtime.events import Events
 from imgsvc.runtime.exits import boot_id, now_ns
 from imgsvc.runtime.handlers import start_handlers
 from imgsvc.runtime.interfaces import Images
+from imgsvc.runtime.metrics import Metrics
 from imgsvc.runtime.model import NamespaceMode
 from imgsvc.runtime.monitor import MonitorPaths
 from imgsvc.runtime.network import PodNetwork
@@ -27,7 +29,7 @@ from imgsvc.runtime.recovery import recover
 from imgsvc.runtime.sandboxes import Sandboxes
 from imgsvc.runtime.settings import RuntimeSettings
 from imgsvc.runtime.state import require_ready
-import contextlib
+from imgsvc.runtime.stats import Stats
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ class RuntimeNode:
         self.core = core
         self.containers = Containers(core)
         self.sandboxes = Sandboxes(core, self.containers)
+        self.stats = Stats(core)
+        self.metrics = Metrics(core, self.stats)
         self._reaper = reaper
 
     @classmethod
@@ -78,6 +82,14 @@ class RuntimeNode:
         for handler in self.core.handlers.values():
             await handler.close()
         await self._reaper.stop()
+
+    def root_keys(self) -> list[str]:
+        """Every key under which the image side keeps something for us: containers, and their image volumes."""
+        keys = []
+        for record in self.core.records.containers.values():
+            keys.append(record.id)
+            keys += [volume_key(record.id, n) for n, mount in enumerate(record.config.mounts) if mount.image]
+        return keys
 
     def now(self) -> int:
         """Nanoseconds since the epoch."""

@@ -97,12 +97,12 @@ def default_profile(capabilities: frozenset[str]) -> dict[str, Any]:
         {n for group in (_FILES, _MEMORY, _PROCESSES, _SIGNALS_AND_TIME, _WAITING, _SOCKETS_AND_IPC, _TRACING) for n in group.split()}
     )
     rules: list[dict[str, Any]] = [_allow(names)]
-    for family in (
+    families = (
         {"value": _AF_ALG, "op": "SCMP_CMP_LT"},
         {"value": _AF_ALG + 1, "op": "SCMP_CMP_EQ"},
         {"value": _AF_VSOCK, "op": "SCMP_CMP_GT"},
-    ):
-        rules.append(_allow(["socket"], [{"index": 0, **family}]))
+    )
+    rules += [_allow(["socket"], [{"index": 0, **family}]) for family in families]
     rules += [_allow(["personality"], [{"index": 0, "value": value, "op": "SCMP_CMP_EQ"}]) for value in _PERSONALITIES]
     granted = sorted({n for c, calls in _WITH_CAPABILITY.items() if c in capabilities for n in calls.split()})
     if granted:

@@ -1,7 +1,6 @@
 """The CRI RuntimeService: protobuf <-> dataclasses, and nothing else.
 
-Errors are raised as imgsvc.errors; the edge's interceptor turns them into gRPC status. RPCs that are not here answer
-UNIMPLEMENTED (the generated base class does).
+Errors are raised as imgsvc.errors; the edge's interceptor turns them into gRPC status.
 """
 
 from __future__ import annotations
@@ -16,11 +15,12 @@ from imgsvc.api.cri_pb2_grpc import RuntimeServiceServicer
 from imgsvc.errors import InvalidArgument, Unimplemented
 from imgsvc.runtime import convert
 from imgsvc.runtime.codec import from_proto
+from imgsvc.runtime.metrics import descriptors
 from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, PodSandboxConfig
 from imgsvc.runtime.node import RuntimeNode
 from imgsvc.runtime.oci_runtime import OCICommand
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord
-from imgsvc.runtime.state import container_state, require_running, sandbox_state
+from imgsvc.runtime.state import ContainerState, SandboxState, container_state, require_running, sandbox_state
 from imgsvc.runtime.streaming.attach_target import AttachTarget
 from imgsvc.runtime.streaming.exec_target import ExecTarget
 from imgsvc.runtime.streaming.interfaces import StreamWants
@@ -242,6 +242,83 @@ class RuntimeService(RuntimeServiceServicer):
         if self._streams is None:
             raise Unimplemented("the streaming server is off")
         return self._streams
+
+    async def ContainerStats(self, request: pb.ContainerStatsRequest, context: Any) -> pb.ContainerStatsResponse:
+        """Numbers of one container."""
+        record = self._node.core.records.container(request.container_id)
+        return pb.ContainerStatsResponse(stats=(await self._node.stats.containers([record]))[0])
+
+    async def ListContainerStats(self, request: pb.ListContainerStatsRequest, context: Any) -> pb.ListContainerStatsResponse:
+        """Numbers of all running containers that pass a filter."""
+        return pb.ListContainerStatsResponse(stats=await self._node.stats.containers(self._measurable(request.filter)))
+
+    async def StreamContainerStats(
+        self, request: pb.StreamContainerStatsRequest, context: Any
+    ) -> AsyncIterator[pb.StreamContainerStatsResponse]:
+        """As ListContainerStats, each once."""
+        for batch in _batches(self._measurable(request.filter)):
+            yield pb.StreamContainerStatsResponse(container_stats=await self._node.stats.containers(batch))
+
+    def _measurable(self, wanted: pb.ContainerStatsFilter) -> list[ContainerRecord]:
+        return [
+            record
+            for record in self._node.core.records.containers.values()
+            if container_state(record, self._boot) in (ContainerState.CREATED, ContainerState.RUNNING)
+            and record.id.startswith(wanted.id)
+            and record.sandbox_id.startswith(wanted.pod_sandbox_id)
+            and convert.labels_match(record.config.labels, wanted.label_selector)
+        ]
+
+    async def PodSandboxStats(self, request: pb.PodSandboxStatsRequest, context: Any) -> pb.PodSandboxStatsResponse:
+        """Numbers of one pod."""
+        record = self._node.core.records.sandbox(request.pod_sandbox_id)
+        return pb.PodSandboxStatsResponse(stats=(await self._node.stats.sandboxes([record]))[0])
+
+    async def ListPodSandboxStats(self, request: pb.ListPodSandboxStatsRequest, context: Any) -> pb.ListPodSandboxStatsResponse:
+        """Numbers of all ready pods that pass a filter."""
+        return pb.ListPodSandboxStatsResponse(stats=await self._node.stats.sandboxes(self._measurable_pods(request.filter)))
+
+    async def StreamPodSandboxStats(
+        self, request: pb.StreamPodSandboxStatsRequest, context: Any
+    ) -> AsyncIterator[pb.StreamPodSandboxStatsResponse]:
+        """As ListPodSandboxStats, each once."""
+        for batch in _batches(self._measurable_pods(request.filter)):
+            yield pb.StreamPodSandboxStatsResponse(pod_sandbox_stats=await self._node.stats.sandboxes(batch))
+
+    def _measurable_pods(self, wanted: pb.PodSandboxStatsFilter | None = None) -> list[SandboxRecord]:
+        return [
+            record
+            for record in self._node.core.records.sandboxes.values()
+            if sandbox_state(record, self._boot) is SandboxState.READY
+            and (wanted is None or (record.id.startswith(wanted.id) and convert.labels_match(record.config.labels, wanted.label_selector)))
+        ]
+
+    async def ListMetricDescriptors(self, request: pb.ListMetricDescriptorsRequest, context: Any) -> pb.ListMetricDescriptorsResponse:
+        """Which metrics there are."""
+        return pb.ListMetricDescriptorsResponse(descriptors=descriptors())
+
+    async def ListPodSandboxMetrics(self, request: pb.ListPodSandboxMetricsRequest, context: Any) -> pb.ListPodSandboxMetricsResponse:
+        """Metrics of all ready pods."""
+        return pb.ListPodSandboxMetricsResponse(pod_metrics=await self._node.metrics.sandboxes(self._measurable_pods()))
+
+    async def StreamPodSandboxMetrics(
+        self, request: pb.StreamPodSandboxMetricsRequest, context: Any
+    ) -> AsyncIterator[pb.StreamPodSandboxMetricsResponse]:
+        """As ListPodSandboxMetrics, each once."""
+        for batch in _batches(self._measurable_pods()):
+            yield pb.StreamPodSandboxMetricsResponse(pod_sandbox_metrics=await self._node.metrics.sandboxes(batch))
+
+    async def CheckpointContainer(self, request: pb.CheckpointContainerRequest, context: Any) -> pb.CheckpointContainerResponse:
+        """Not here."""
+        raise Unimplemented("checkpoints are not supported")
+
+    async def CheckpointPod(self, request: pb.CheckpointPodRequest, context: Any) -> pb.CheckpointPodResponse:
+        """Not here."""
+        raise Unimplemented("checkpoints are not supported")
+
+    async def RestorePod(self, request: pb.RestorePodRequest, context: Any) -> pb.RestorePodResponse:
+        """Not here."""
+        raise Unimplemented("checkpoints are not supported")
 
     async def GetContainerEvents(self, request: pb.GetEventsRequest, context: Any) -> AsyncIterator[pb.ContainerEventResponse]:
         """Events from now on."""

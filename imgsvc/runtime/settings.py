@@ -53,7 +53,8 @@ class CNISettings:
 class RuntimeSettings:
     """Everything the runtime service is configured with.
 
-    state_dir is on tmpfs (dies with a reboot); root_dir is on disk.
+    state_dir is on tmpfs (dies with a reboot); root_dir is on disk. image_filesystem: where writable layers lie, named as
+    ImageFsInfo names it, so that the kubelet can add them up.
     """
 
     state_dir: Path
@@ -63,6 +64,7 @@ class RuntimeSettings:
     cni: CNISettings = field(default_factory=CNISettings)
     cgroup_driver: str = "cgroupfs"
     conmon: str = "conmon"
+    image_filesystem: str = ""
     max_container_log_line_size: int = 16384
     restrict_oom_score_adj: bool = False
     unset_seccomp_profile: str = ""

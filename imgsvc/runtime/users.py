@@ -115,11 +115,9 @@ def _find_group(rootfs: Path, name: str) -> int:
 
 
 def _groups_of(rootfs: Path, name: str) -> list[int]:
-    found = []
-    for fields in read_database(rootfs, "/etc/group"):
-        if len(fields) >= 4 and fields[2].isdecimal() and name in fields[3].split(","):
-            found.append(_in_range(int(fields[2][:24]), "/etc/group"))
-    return found
+    lines = read_database(rootfs, "/etc/group")
+    mine = (fields[2] for fields in lines if len(fields) >= 4 and fields[2].isdecimal() and name in fields[3].split(","))
+    return [_in_range(int(number[:24]), "/etc/group") for number in mine]
 
 
 def resolve_user(security: LinuxContainerSecurityContext, image_user: str, rootfs: Path) -> User:

@@ -37,16 +37,21 @@ def settings_for(directory: Path, extra: Mapping[str, Any]) -> RuntimeSettings:
     """Settings below a test's directory. extra: handlers {name: {field: value}} and plain fields."""
     handlers = extra.get("handlers") or {"default": {}}
     plain = {k: v for k, v in extra.items() if k not in ("handlers", "cni")}
-    cni = {"conf_dir": str(directory / "cni.d"), "cache_dir": str(directory / "cni"), "bin_dirs": ("/usr/lib/cni",)} | (
+    cni: dict[str, Any] = {"conf_dir": str(directory / "cni.d"), "cache_dir": str(directory / "cni"), "bin_dirs": ("/usr/lib/cni",)} | (
         extra.get("cni") or {}
     )
     return RuntimeSettings(
         state_dir=directory / "s",
         root_dir=directory / "root",
         handlers={name: HandlerSettings(name, **fields) for name, fields in handlers.items()},
-        cni=CNISettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in cni.items()}),
+        cni=_cni(cni),
         **plain,
     )
+
+
+def _cni(values: Mapping[str, Any]) -> CNISettings:
+    settled: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return CNISettings(**settled)
 
 
 async def serve(directory: Path, extra: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ class BusyboxImages:
             return None
         return RunnableImage(IMAGE_ID, self.config, ("docker.io/library/busybox:latest",), (f"docker.io/library/busybox@{IMAGE_ID}",))
 
-    async def prepare_root(self, container_id: str, image_id: Digest, *, handler: str, readonly: bool = False) -> Sequence[RootMount]:
+    async def prepare_root(self, container_id: str, image_id: Digest, *, snapshotter: str, readonly: bool = False) -> Sequence[RootMount]:
         if self.forbidden:
             raise PermissionDenied("no key")
         upper, work = self.directory / "roots" / container_id / "upper", self.directory / "roots" / container_id / "work"
@@ -62,7 +62,7 @@ class BusyboxImages:
 
     async def root_usage(self, container_id: str) -> tuple[int, int]:
         upper = self.directory / "roots" / container_id / "upper"
-        files = [p for p in upper.rglob("*")]
+        files = list(upper.rglob("*"))
         return sum(p.lstat().st_size for p in files), len(files)
 
     def roots(self) -> list[str]:
