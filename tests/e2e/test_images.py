@@ -76,9 +76,7 @@ def test_an_image_has_names_digests_and_an_id(image_daemon: Daemon, registry: Re
         assert seen.id == wanted
     assert cri.image_status(client, "e2e/names:three") is None
 
-    remove(image_daemon, "e2e/names:one")
-    assert sorted(cri.image_status(client, wanted).repo_tags) == names[1:]  # type: ignore[union-attr]
-    remove(image_daemon, wanted)
+    remove(image_daemon, "e2e/names:one")  # one name stands for the image with all its names
     assert listed(image_daemon) == []
     for name in ("e2e/names:one", wanted, "e2e/never-there"):
         remove(image_daemon, name)
@@ -127,6 +125,7 @@ def test_a_bad_reference_is_an_invalid_argument(image_daemon: Daemon, name: str)
 
 
 def test_an_absent_image_is_not_found_and_says_where_it_was_looked_for(image_daemon: Daemon, registry: RealRegistry) -> None:
+    image_daemon.map_host("docker.io", registry.address, upstream=f"http://{registry.address}")
     code, text = cri.refusal(lambda: cri.pull(image_daemon.images(), "e2e/absent:1"))
     assert code == grpc.StatusCode.NOT_FOUND
     assert "docker.io/e2e/absent:1" in text
@@ -193,26 +192,27 @@ def test_pulling_the_same_image_many_times_at_once_is_one_download(make_daemon: 
     client = daemon.images()
     calls = [client.PullImage.future(cri_pb2.PullImageRequest(image=spec), timeout=RPC_TIMEOUT) for _ in range(20)]
     assert {call.result().image_ref for call in calls} == {str(made.config_digest)}
-    fetched = [request for request in scripted.requests if "/blobs/" in request and request.startswith("GET")]
-    assert sorted(fetched) == sorted({f"GET /v2/e2e/many/blobs/{digest}" for digest in made.blobs})
+    fetched = [request for request in scripted.requests if "/blobs/" in request and str(made.config_digest) not in request]
+    assert sorted(fetched) == sorted(f"GET /v2/e2e/many/blobs/{digest}" for digest in made.blobs if digest != made.config_digest)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A 24 MiB file system."""
+    """A file system of 96 MiB; a store keeps 32 MiB of that free for its own records."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=700", "imgsvc-test", str(disk)], check=True, timeout=10)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m,mode=700", "imgsvc-test", str(disk)], check=True, timeout=10)
     yield disk
     subprocess.run(["umount", str(disk)], check=True, timeout=10)
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("size", [40, 80], ids=["full-while-unpacking", "full-while-downloading"])
 def test_c_d3_a_full_disk_is_one_clear_error_and_the_space_comes_back(
-    make_daemon: Callable[..., Daemon], registry: RealRegistry, small_disk: Path
+    make_daemon: Callable[..., Daemon], registry: RealRegistry, small_disk: Path, size: int
 ) -> None:
-    big = images.image([images.layer([Entry("big", os.urandom(1024) * 40_000)], "plain")])
-    registry.push(big, "e2e/big")
+    big = images.image([images.layer([Entry("big", os.urandom(1024) * 1024 * size)], "plain")])
+    registry.push(big, f"e2e/big-{size}")
     registry.push(small(), "e2e/small")
     daemon = make_daemon(settings="[gc]\nmin_free = 0\n")
     daemon.root.symlink_to(small_disk)
@@ -220,7 +220,7 @@ def test_c_d3_a_full_disk_is_one_clear_error_and_the_space_comes_back(
     daemon.start()
     try:
         before = os.statvfs(small_disk).f_bavail
-        code, text = cri.refusal(lambda: cri.pull(daemon.images(), "e2e/big"))
+        code, text = cri.refusal(lambda: cri.pull(daemon.images(), f"e2e/big-{size}"))
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED, text
         assert str(small_disk) in text or str(daemon.root) in text
         assert half_made(daemon) == []

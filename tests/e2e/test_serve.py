@@ -96,8 +96,8 @@ def test_without_a_daemon_the_client_says_which_socket_it_tried(tmp_path: Path) 
 
 def test_pull_list_inspect_remove(image_daemon: Daemon, busybox: str) -> None:
     pulled = image_daemon.cli("pull", "busybox")
-    assert (pulled.returncode, pulled.stderr) == (0, ""), pulled
-    assert BUSYBOX in pulled.stdout
+    assert pulled.returncode == 0, pulled
+    assert busybox in pulled.stdout
     (row,) = json.loads(image_daemon.cli("images", "--json").stdout)
     assert busybox in json.dumps(row)
     assert BUSYBOX in json.dumps(row)

@@ -165,13 +165,11 @@ class Daemon:
         environment = {**os.environ, "IMGSVC_ADDRESS": self.address}
         return subprocess.run(command, capture_output=True, text=True, timeout=RPC_TIMEOUT, env=environment)
 
-    def map_host(self, namespace: str, mirror: str) -> None:
-        """Write hosts.toml: `namespace` is reached through `mirror` ("127.0.0.1:5000") only."""
+    def map_host(self, namespace: str, mirror: str, upstream: str = _DEAD_UPSTREAM) -> None:
+        """Write hosts.toml: `namespace` is reached through `mirror` ("127.0.0.1:5000"), its own registry is `upstream` (URL)."""
         directory = self.directory / "hosts.d" / namespace
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "hosts.toml").write_text(
-            f'server = "{_DEAD_UPSTREAM}"\n\n[host."http://{mirror}"]\ncapabilities = ["pull", "resolve"]\n'
-        )
+        (directory / "hosts.toml").write_text(f'server = "{upstream}"\n\n[host."http://{mirror}"]\ncapabilities = ["pull", "resolve"]\n')
 
     def remove_all_pods(self) -> None:
         """Stop and remove what is left, through CRI."""
