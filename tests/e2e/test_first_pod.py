@@ -50,7 +50,7 @@ def test_pull_run_see_it_exit_and_leave_nothing(daemon: Daemon, busybox: str) ->
     assert ended.exit_code == 3
     assert began < ended.created_at <= ended.started_at <= ended.finished_at <= time.time_ns()
     assert ended.reason == "Error"
-    assert (ended.image_ref, ended.image.image) == (busybox, BUSYBOX)
+    assert (ended.image_id, ended.image.image) == (busybox, BUSYBOX)
     assert (ended.metadata, ended.labels) == (config.metadata, config.labels)
 
     log = cri.read_log(Path(ended.log_path))

@@ -96,10 +96,10 @@ def test_what_cannot_work_is_refused_and_rolled_back(pod_daemon: Daemon) -> None
 
     assert refused(cri.container_config("docker.io/library/absent:1", ["true"])) == grpc.StatusCode.NOT_FOUND
     assert refused(cri.container_config(BUSYBOX, ["true"], name="")) == grpc.StatusCode.INVALID_ARGUMENT
-    missing = cri.create(runtime, sandbox, cri.container_config(BUSYBOX, ["/no/such/program"], "missing"), pod)
-    assert "/no/such/program" in cri.refusal(lambda: cri.start(runtime, missing))[1]
-    ended = cri.status(runtime, missing)
-    assert ended.state == cri_pb2.CONTAINER_EXITED
-    assert ended.exit_code != 0
+    missing = cri.container_config(BUSYBOX, ["/no/such/program"], "missing")
+    code, text = cri.refusal(lambda: cri.start(runtime, cri.create(runtime, sandbox, missing, pod)))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "/no/such/program" in text
+    assert not runtime.ListContainers(cri_pb2.ListContainersRequest(), timeout=RPC_TIMEOUT).containers
     cri.remove_pod(runtime, sandbox)
     assert pod_daemon.leftovers() == []
