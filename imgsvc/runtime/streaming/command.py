@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
 from imgsvc.errors import DeadlineExceeded, ImgsvcError
 from imgsvc.runtime.streaming import remotecommand, spdy, websocket
 from imgsvc.runtime.streaming.flow import Inbox, SizeBox, until_first
 from imgsvc.runtime.streaming.interfaces import CommandTarget, Streams, StreamWants
-from imgsvc.runtime.streaming.peer import Peer
+from imgsvc.runtime.streaming.peer import Peer, PeerGone
 from imgsvc.runtime.streaming.remotecommand import CHANNELS, Outcome, Role, Version, encode_status
-
-STREAM_CREATION_TIMEOUT_S: Final = 30.0
 
 _log = logging.getLogger(__name__)
 
@@ -195,53 +193,60 @@ class WebSocketCommand:
                 self.sizes.put(size)
 
 
-def _streams(wire: CommandWire, wants: StreamWants) -> Streams:
-    return Streams(
-        stdin=wire.stdin if wants.stdin else None,
-        stdout=_RoleSink(wire, Role.STDOUT) if wants.stdout else None,
-        stderr=_RoleSink(wire, Role.STDERR) if wants.stderr else None,
-        sizes=wire.sizes if wants.tty else None,
-    )
+@dataclass(frozen=True, slots=True)
+class CommandSession:
+    """One client's use of a target."""
 
+    wire: CommandWire
+    version: Version
+    wants: StreamWants
+    target: CommandTarget
 
-async def serve_command(peer: Peer, wire: CommandWire, version: Version, wants: StreamWants, target: CommandTarget) -> None:
-    """Run one session to its end. The target is cancelled when the client leaves or breaks the protocol.
+    async def serve(self, peer: Peer, creation_timeout_s: float) -> None:
+        """Until the target has ended and its status is sent. The target is cancelled when the client leaves.
 
-    Raises: ImgsvcError, saying why the session ended before its target did.
-    """
-    if not wants.stdin:
-        wire.stdin.discard()
-    await until_first(_pump(peer, wire), _run(peer, wire, version, wants, target), peer.watch())
+        Raises: ImgsvcError, saying why the session ended before its target did.
+        """
+        if not self.wants.stdin:
+            self.wire.stdin.discard()
+        await until_first(self._pump(peer), self._run(peer, creation_timeout_s), peer.watch())
 
+    async def _pump(self, peer: Peer) -> None:
+        try:
+            while (data := await peer.receive()) and await self.wire.feed(data):
+                pass
+        except (spdy.SpdyError, websocket.WebSocketError, remotecommand.RemoteCommandError):
+            await peer.send(self.wire.broken())
+            await peer.flush()
+            raise
 
-async def _pump(peer: Peer, wire: CommandWire) -> None:
-    try:
-        while (data := await peer.receive()) and await wire.feed(data):
-            pass
-    except (spdy.SpdyError, websocket.WebSocketError, remotecommand.RemoteCommandError):
-        await peer.send(wire.broken())
+    async def _run(self, peer: Peer, creation_timeout_s: float) -> None:
+        await peer.send(self.wire.greeting())
+        try:
+            async with asyncio.timeout(creation_timeout_s):
+                await self.wire.ready.wait()
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the client did not open its streams within {creation_timeout_s:g} s") from error
+        outcome = await self._outcome()
+        self.wire.stdin.discard()
+        await peer.send(self.wire.farewell(encode_status(outcome, self.version)))
         await peer.flush()
-        raise
 
+    async def _outcome(self) -> Outcome:
+        try:
+            return Outcome(exit_code=await self.target.run(self._streams()))
+        except PeerGone:
+            raise
+        except ImgsvcError as error:
+            return Outcome(error=str(error))
+        except Exception:  # noqa: BLE001 - the edge of a session: the client gets an answer, the log the traceback
+            _log.exception("streaming target failed")
+            return Outcome(error="internal error; see the daemon's log")
 
-async def _run(peer: Peer, wire: CommandWire, version: Version, wants: StreamWants, target: CommandTarget) -> None:
-    await peer.send(wire.greeting())
-    try:
-        async with asyncio.timeout(STREAM_CREATION_TIMEOUT_S):
-            await wire.ready.wait()
-    except TimeoutError as error:
-        raise DeadlineExceeded(f"the client did not open its streams within {STREAM_CREATION_TIMEOUT_S:g} s") from error
-    outcome = await _outcome(target, _streams(wire, wants))
-    wire.stdin.discard()
-    await peer.send(wire.farewell(encode_status(outcome, version)))
-    await peer.flush()
-
-
-async def _outcome(target: CommandTarget, streams: Streams) -> Outcome:
-    try:
-        return Outcome(exit_code=await target.run(streams))
-    except ImgsvcError as error:
-        return Outcome(error=str(error))
-    except Exception:  # noqa: BLE001 - the edge of a session: the client gets an answer, the log the traceback
-        _log.exception("streaming target failed")
-        return Outcome(error="internal error; see the daemon's log")
+    def _streams(self) -> Streams:
+        return Streams(
+            stdin=self.wire.stdin if self.wants.stdin else None,
+            stdout=_RoleSink(self.wire, Role.STDOUT) if self.wants.stdout else None,
+            stderr=_RoleSink(self.wire, Role.STDERR) if self.wants.stderr else None,
+            sizes=self.wire.sizes if self.wants.tty else None,
+        )

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from imgsvc.errors import ImgsvcError
 from imgsvc.runtime.streaming import spdy
 from imgsvc.runtime.streaming.flow import Inbox, stop
 from imgsvc.runtime.streaming.interfaces import Connection, PortTarget
 from imgsvc.runtime.streaming.portforward import Pair, Pairing, PortForwardError
-
-PAIR_TIMEOUT_S: Final = 30.0
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +32,8 @@ class ByteChannel(Protocol):
 class SpdyForward:
     """A pair of streams for each forwarded connection."""
 
-    def __init__(self, channel: ByteChannel, target: PortTarget) -> None:
+    def __init__(self, channel: ByteChannel, target: PortTarget, *, pair_timeout_s: float) -> None:
+        self._pair_timeout_s = pair_timeout_s
         self._channel = channel
         self._target = target
         self._session = spdy.Session()
@@ -86,7 +85,7 @@ class SpdyForward:
             if event.fin:
                 inbox.eof()
         if pair is None:
-            self._timers[stream_id] = asyncio.get_running_loop().call_later(PAIR_TIMEOUT_S, self._give_up, stream_id)
+            self._timers[stream_id] = asyncio.get_running_loop().call_later(self._pair_timeout_s, self._give_up, stream_id)
         await self._channel.send(self._session.reply(stream_id))
         if pair is not None:
             self._connect(pair)

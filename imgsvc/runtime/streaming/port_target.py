@@ -46,8 +46,14 @@ class PodPorts:
                 raise
             else:
                 return SocketConnection(sock)
-        reason = (error.strerror or "timed out") if error else "no address family"
+        reason = _reason(error)
         raise Unavailable(f"cannot connect to port {port} in the pod: {reason}") from error
+
+
+def _reason(error: OSError | None) -> str:
+    if error is None:
+        return "the kernel has neither IPv4 nor IPv6"
+    return os.strerror(error.errno) if error.errno else "timed out"  # asyncio puts the address into strerror
 
 
 async def _socket_in(netns: Path | None, family: int) -> socket.socket | None:

@@ -17,7 +17,7 @@ from typing import Final
 
 from imgsvc.config import Stream
 from imgsvc.errors import ImgsvcError, InvalidArgument, Unavailable
-from imgsvc.runtime.streaming.command import CommandWire, SpdyCommand, WebSocketCommand, serve_command
+from imgsvc.runtime.streaming.command import CommandSession, CommandWire, SpdyCommand, WebSocketCommand
 from imgsvc.runtime.streaming.flow import stop, until_first
 from imgsvc.runtime.streaming.forward import SpdyForward
 from imgsvc.runtime.streaming.forward_websocket import MAX_PORTS, WebSocketForward, WebSocketTunnel
@@ -30,6 +30,7 @@ from imgsvc.runtime.streaming.tls import Certificate
 from imgsvc.runtime.streaming.tokens import Tokens
 
 HEAD_TIMEOUT_S: Final = 30.0
+STREAM_CREATION_TIMEOUT_S: Final = 30.0  # for a client to open the streams it needs
 MAX_HANDSHAKES: Final = 256  # connections that have not shown a token yet
 
 _log = logging.getLogger(__name__)
@@ -56,8 +57,9 @@ class _Entry:
 class StreamServer:
     """Serves what exec_url(), attach_url() and port_forward_url() hand out. Lives on one event loop."""
 
-    def __init__(self, config: Stream) -> None:
+    def __init__(self, config: Stream, *, stream_creation_timeout_s: float = STREAM_CREATION_TIMEOUT_S) -> None:
         self._config = config
+        self._stream_creation_timeout_s = stream_creation_timeout_s
         self._tokens: Tokens[_Entry] = Tokens()
         self._sessions: set[asyncio.Task[None]] = set()
         self._handshakes = 0
@@ -156,7 +158,7 @@ class StreamServer:
             return
         peer = Peer(reader, writer, self._config.idle_timeout)
         await peer.send(upgrade.response)
-        await _serve_session(peer, upgrade, entry.session)
+        await self._serve_session(peer, upgrade, entry.session)
         await peer.linger()
 
     async def _handshake(self, reader: asyncio.StreamReader) -> tuple[_Entry, Upgrade]:
@@ -187,6 +189,24 @@ class StreamServer:
         self._tokens.use(token)
         return entry, upgrade
 
+    async def _serve_session(self, peer: Peer, upgrade: Upgrade, session: _CommandSession | _ForwardSession) -> None:
+        if isinstance(session, _CommandSession):
+            versions = WEBSOCKET_VERSIONS if upgrade.websocket else SPDY_VERSIONS
+            version = versions[upgrade.protocol]
+            make: Callable[..., CommandWire] = WebSocketCommand if upgrade.websocket else SpdyCommand
+            command = CommandSession(make(peer, version, session.wants), version, session.wants, session.target)
+            await command.serve(peer, self._stream_creation_timeout_s)
+            return
+        if not upgrade.websocket:
+            work = SpdyForward(peer, session.target, pair_timeout_s=self._stream_creation_timeout_s).serve()
+        elif upgrade.protocol == TUNNEL_PROTOCOL:
+            work = SpdyForward(WebSocketTunnel(peer), session.target, pair_timeout_s=self._stream_creation_timeout_s).serve()
+        else:
+            work = WebSocketForward(peer, WEBSOCKET_VERSIONS[upgrade.protocol], session.ports, session.target).serve()
+        await until_first(work, peer.watch())
+        with contextlib.suppress(PeerGone):
+            await peer.flush()
+
 
 def _command_session(target: CommandTarget, wants: StreamWants) -> _CommandSession:
     wants.check()
@@ -200,21 +220,3 @@ async def _read_head(reader: asyncio.StreamReader) -> bytes:
         raise HttpRefusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"request head of more than {MAX_HEAD} bytes") from error
     except (asyncio.IncompleteReadError, OSError) as error:
         raise PeerGone("the client left during the request") from error
-
-
-async def _serve_session(peer: Peer, upgrade: Upgrade, session: _CommandSession | _ForwardSession) -> None:
-    if isinstance(session, _CommandSession):
-        versions = WEBSOCKET_VERSIONS if upgrade.websocket else SPDY_VERSIONS
-        version = versions[upgrade.protocol]
-        make: Callable[..., CommandWire] = WebSocketCommand if upgrade.websocket else SpdyCommand
-        await serve_command(peer, make(peer, version, session.wants), version, session.wants, session.target)
-        return
-    if not upgrade.websocket:
-        work = SpdyForward(peer, session.target).serve()
-    elif upgrade.protocol == TUNNEL_PROTOCOL:
-        work = SpdyForward(WebSocketTunnel(peer), session.target).serve()
-    else:
-        work = WebSocketForward(peer, WEBSOCKET_VERSIONS[upgrade.protocol], session.ports, session.target).serve()
-    await until_first(work, peer.watch())
-    with contextlib.suppress(PeerGone):
-        await peer.flush()
