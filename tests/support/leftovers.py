@@ -42,10 +42,11 @@ def processes_of(directory: Path, cgroup_parent: str) -> list[tuple[int, str]]:
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
             groups = Path(f"/proc/{pid}/cgroup").read_text()
+            state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if "imgsvc.cli" in words and "serve" in words:
-            continue
+        if ("imgsvc.cli" in words and "serve" in words) or (state, parent) == ("Z", "1"):
+            continue  # the daemon itself; what init has not got round to collecting
         if any(str(directory) in word for word in words) or f":{cgroup_parent}/" in groups:
             found.append((pid, " ".join(words).strip()[:160]))
     return found
