@@ -10,8 +10,10 @@ Source: imgcrypt's program of that name.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ from imgsvc.errors import ImgsvcError, InvalidArgument, from_os_error
 
 CHUNK: Final = 256 * 1024  # [bytes] per step; also what is held back
 _HELPER_TIMEOUT_S: Final = 30.0
+_LINGER_S: Final = "0.5"
 _OWN_PARAMETERS: Final = frozenset(
     ["privkeys", "privkeys-passwords", "x509s", "gpg-privatekeys", "gpg-privatekeys-passwords", "pkcs11-yamls", "pkcs11-config"]
 )
@@ -43,12 +46,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _options(_read_payload(), chosen.decryption_keys_path, os.environ)
         _decode(options, sys.stdin.buffer, sys.stdout.buffer)
     except ImgsvcError as error:
-        print(error, file=sys.stderr)
-        return 1
+        return _failed(error)
     except OSError as error:
-        print(from_os_error(error, "decode"), file=sys.stderr)
-        return 1
+        return _failed(from_os_error(error, "decode"))
     return 0
+
+
+def _failed(error: ImgsvcError) -> int:
+    """Say why, and let a helper hold stdout open a little longer than this process lives.
+
+    containerd does not wait for the exit: when it meets the end of stdout first, it reports "wrong diff id" and drops
+    this text. imgsvc does wait, and kills the helper with the rest of the process group.
+    """
+    print(error, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        subprocess.Popen(["sleep", _LINGER_S], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return 1
 
 
 def _read_payload() -> payload.Payload:
@@ -69,14 +82,14 @@ def _options(given: payload.Payload, keys_path: Path | None, environment: Mappin
     directory, _ = KeyDirectory(keys_path).load()
     ring = KeyRing.join([directory, _sent_keys(given.parameters)], source=directory.source or "the payload")
     config = environment.get("OCICRYPT_KEYPROVIDER_CONFIG")
-    wrappers = build_wrappers(
+    wrappers, problem = build_wrappers(
         ring,
         keyprovider_config=Path(config) if config else None,
         ocicrypt_config=environment.get("OCICRYPT_CONFIG", ""),
         provider_parameters={name: values for name, values in given.parameters.items() if name not in _OWN_PARAMETERS},
         timeout_s=_HELPER_TIMEOUT_S,
     )
-    return unwrap_layer(given.descriptor, wrappers, hint=key_hint(ring)).options
+    return unwrap_layer(given.descriptor, wrappers, hint=key_hint(ring), provider_problem=problem).options
 
 
 def _sent_keys(parameters: Mapping[str, tuple[bytes, ...]]) -> KeyRing:

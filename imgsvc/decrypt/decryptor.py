@@ -22,7 +22,7 @@ from imgsvc.decrypt.keys import KeyRing
 from imgsvc.decrypt.packets import is_encrypted, plain_type
 from imgsvc.decrypt.processors import Chain, Processor, check_processors, plan_chain
 from imgsvc.decrypt.unwrap import layer_recipients, unwrap_layer
-from imgsvc.errors import FailedPrecondition, Unimplemented
+from imgsvc.errors import FailedPrecondition, ImgsvcError, Unimplemented
 from imgsvc.oci import Descriptor
 
 NODE: Final = "node"  # the key model: keys belong to the node
@@ -59,16 +59,20 @@ def build_wrappers(
     provider_parameters: Mapping[str, Sequence[bytes]],
     timeout_s: float,
     cancel: CancelToken | None = None,
-) -> list[KeyWrapper]:
-    """Every scheme with the keys at hand, cheap ones first. Blocking. Raises: InvalidArgument (configuration)."""
-    providers = keyprovider.load_providers(keyprovider_config)
-    return [
-        jwe.wrapper(ring),
-        pkcs7.wrapper(ring),
-        pgp.wrapper(ring),
-        pkcs11.wrapper(ring, pkcs11.load_policy(ocicrypt_config) if ring.tokens else pkcs11.ModulePolicy(), timeout_s, cancel),
-        *(keyprovider.wrapper(p, provider_parameters.get(p.name, ()), timeout_s, cancel) for p in providers),
-    ]
+) -> tuple[list[KeyWrapper], str]:
+    """Every scheme with the keys at hand, cheap ones first; and what is wrong with the key providers' configuration.
+
+    Trouble there is a reason among others when nothing opens; it never hides a key that does. Blocking.
+    """
+    providers: tuple[keyprovider.Provider, ...] = ()
+    problem = ""
+    try:
+        providers = keyprovider.load_providers(keyprovider_config)
+    except ImgsvcError as error:
+        problem = str(error)
+    wrappers = [jwe.wrapper(ring), pkcs7.wrapper(ring), pgp.wrapper(ring), pkcs11.wrapper(ring, ocicrypt_config, timeout_s, cancel)]
+    wrappers += [keyprovider.wrapper(p, provider_parameters.get(p.name, ()), timeout_s, cancel) for p in providers]
+    return wrappers, problem
 
 
 def key_hint(ring: KeyRing) -> str:
@@ -159,7 +163,7 @@ class LayerDecryptor:
 
     def _decide(self, descriptor: Descriptor, asked: str, ring: KeyRing, generation: object, cancel: CancelToken) -> LayerKey:
         settings = self._settings
-        wrappers = build_wrappers(
+        wrappers, problem = build_wrappers(
             ring,
             keyprovider_config=settings.keyprovider_config,
             ocicrypt_config=settings.ocicrypt_config,
@@ -168,7 +172,7 @@ class LayerDecryptor:
             cancel=cancel,
         )
         try:
-            found = unwrap_layer(descriptor, wrappers, hint=key_hint(ring))
+            found = unwrap_layer(descriptor, wrappers, hint=key_hint(ring), provider_problem=problem)
         except KeyMissing as error:
             self._verdicts.put(asked, generation, error, lasting=error.lasting)
             raise
@@ -198,7 +202,7 @@ def recipients(descriptor: Descriptor) -> list[Recipient]:
     if not is_encrypted(descriptor.media_type):
         return []
     none = KeyRing()
-    wrappers = [jwe.wrapper(none), pkcs7.wrapper(none), pgp.wrapper(none), pkcs11.wrapper(none, pkcs11.ModulePolicy(), 0, None)]
+    wrappers = [jwe.wrapper(none), pkcs7.wrapper(none), pgp.wrapper(none), pkcs11.wrapper(none, "", 0, None)]
     return layer_recipients(descriptor, wrappers)
 
 

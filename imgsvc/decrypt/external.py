@@ -186,7 +186,9 @@ def _start(step: Step, program: str, stdin: int, given: bytes | None, env: Mappi
         if given is not None:
             files.append(_memory_file(given))
             theirs.callback(os.close, files[payload.FD])
-        actions = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(files)]
+        actions: list[tuple[int, ...]] = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(files)]
+        if given is None:
+            actions.append((os.POSIX_SPAWN_CLOSE, payload.FD))  # a socket-activated daemon has something else there
         argv = [step.processor.path, *step.processor.args]
         # Python ignores SIGPIPE; a child that inherits that may run on after its reader is gone.
         reset = (signal.SIGPIPE, signal.SIGXFSZ)

@@ -179,9 +179,9 @@ class Pkcs11Wrapper:
 
     scheme: Final = "pkcs11"
 
-    def __init__(self, ring: KeyRing, policy: ModulePolicy, timeout_s: float, cancel: CancelToken | None) -> None:
+    def __init__(self, ring: KeyRing, config: str, timeout_s: float, cancel: CancelToken | None) -> None:
         self._tokens = ring.tokens
-        self._policy = policy
+        self._config = config
         self._timeout_s = timeout_s
         self._cancel = cancel
 
@@ -193,10 +193,14 @@ class Pkcs11Wrapper:
             raise NotOpened("not the JSON of PKCS#11 recipients") from error
         if not self._tokens:
             raise NotOpened("no key file names a PKCS#11 token")
+        try:
+            policy = load_policy(self._config)
+        except InvalidArgument as error:
+            raise NotOpened(str(error), lasting=False) from error
         reasons = []
         for file in self._tokens:
             try:
-                return _ask(parse_token_file(file, self._policy), wrapped, self._timeout_s, self._cancel)
+                return _ask(parse_token_file(file, policy), wrapped, self._timeout_s, self._cancel)
             except Cancelled:
                 raise
             except (KeyFileError, ImgsvcError) as error:
@@ -211,9 +215,9 @@ class Pkcs11Wrapper:
             return []
 
 
-def wrapper(ring: KeyRing, policy: ModulePolicy, timeout_s: float, cancel: CancelToken | None) -> KeyWrapper:
-    """The wrapper, as its protocol."""
-    return Pkcs11Wrapper(ring, policy, timeout_s, cancel)
+def wrapper(ring: KeyRing, config: str, timeout_s: float, cancel: CancelToken | None) -> KeyWrapper:
+    """The wrapper, as its protocol. config: as load_policy."""
+    return Pkcs11Wrapper(ring, config, timeout_s, cancel)
 
 
 def _parse(packet: bytes) -> list[tuple[bytes, str]]:

@@ -23,17 +23,22 @@ class Unwrapped:
     scheme: str
 
 
-def unwrap_layer(descriptor: Descriptor, wrappers: Sequence[KeyWrapper], *, hint: str) -> Unwrapped:
-    """Find the options of a layer. Blocking. `wrappers` are asked in their order, so the cheap ones come first.
+def unwrap_layer(descriptor: Descriptor, wrappers: Sequence[KeyWrapper], *, hint: str, provider_problem: str = "") -> Unwrapped:
+    """Find the options of a layer. Blocking.
 
+    Args:
+        descriptor: of the encrypted layer.
+        wrappers: asked in their order, so the cheap ones come first.
+        hint: where keys are expected, for the error.
+        provider_problem: why key providers could not be set up, if so.
     Raises:
-        KeyMissing: nothing opened; `hint` says where keys are expected.
+        KeyMissing: nothing opened.
         InvalidArgument: damaged public options, or something opened and is of no use.
         DeadlineExceeded, Cancelled.
     """
     public = public_options(descriptor)
     items = wrapped_keys(descriptor)
-    trials, useless, lasting = _unknown(items, wrappers), "", True
+    trials, useless, lasting = _unknown(items, wrappers, provider_problem), "", True
     deadline = time.monotonic() + TIME_LIMIT_S
     for wrapper in wrappers:
         for packet in (i.packet for i in items if i.scheme == wrapper.scheme and i.packet is not None):
@@ -54,14 +59,14 @@ def unwrap_layer(descriptor: Descriptor, wrappers: Sequence[KeyWrapper], *, hint
     raise KeyMissing(descriptor.digest, tuple(trials), hint=hint, lasting=lasting)
 
 
-def _unknown(items: Sequence[WrappedKey], wrappers: Sequence[KeyWrapper]) -> list[Trial]:
+def _unknown(items: Sequence[WrappedKey], wrappers: Sequence[KeyWrapper], provider_problem: str) -> list[Trial]:
     """Items nobody will try: damaged ones, and those of schemes that are not there."""
     known = {w.scheme for w in wrappers}
     trials = [Trial(i.scheme, (), i.reason) for i in items if i.packet is None]
     missing = dict.fromkeys(i.scheme for i in items if i.scheme not in known and i.packet is not None)
     for scheme in missing:
         is_provider = scheme.startswith("provider.")
-        trials.append(Trial(scheme, (), "this key provider is not configured" if is_provider else "unknown scheme"))
+        trials.append(Trial(scheme, (), (provider_problem or "this key provider is not configured") if is_provider else "unknown scheme"))
     return trials
 
 

@@ -97,7 +97,8 @@ def test_containerd_pulls_with_our_decoder(containerd: Containerd, outside: Fore
     outside.run("skopeo", "copy", "--quiet", "--dest-tls-verify=false", f"oci:{image.layout}:t", f"docker://{reference}")
 
     # containerd checks the diff ID of what the decoder printed.
-    with pytest.raises(grpc.RpcError):
+    with pytest.raises(grpc.RpcError) as refused:
         containerd.pull(reference)
+    assert "no key of this node opens it" in (refused.value.details() or "")
     shutil.copy(outside.keys / key, containerd.keys / "key")
     assert containerd.pull(reference).startswith("sha256:")

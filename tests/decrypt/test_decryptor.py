@@ -80,6 +80,22 @@ def test_a_bad_item_or_scheme_never_hides_a_good_one(
     assert decrypt(unwrap(decryptor, damaged), sealed.blob) == PLAIN
 
 
+def test_broken_configuration_of_helpers_never_hides_a_key(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    write_key(keys, rsa_key)
+    (keys / "token.yaml").write_text("pkcs11: {uri: nonsense}")
+    (tmp_path / "broken").write_text("{")
+    decryptor = LayerDecryptor(Settings(keys, SALT, keyprovider_config=tmp_path / "broken", ocicrypt_config=str(tmp_path / "broken")))
+    sealed = seal(PLAIN)
+    others = {"pkcs11": b'{"recipients": []}', "provider_vault": b"x"}
+
+    assert decrypt(unwrap(decryptor, sealed.descriptor(**others, jwe=wrapped(sealed, rsa_key))), sealed.blob) == PLAIN
+    with pytest.raises(KeyMissing) as caught:
+        unwrap(decryptor, sealed.descriptor(**others))
+    assert str(caught.value).count(f"{tmp_path}/broken") == 2
+
+
 def test_c_e3_the_error_names_schemes_recipients_and_skipped_files(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
     sealed = seal(PLAIN)
     (tmp_path / "locked.pem").write_bytes(dump(rsa_key, "PEM", "PKCS8", b"password"))
