@@ -207,7 +207,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("size", [40, 80], ids=["full-while-unpacking", "full-while-downloading"])
+@pytest.mark.parametrize("size", [50, 80], ids=["full-while-unpacking", "full-while-downloading"])
 def test_c_d3_a_full_disk_is_one_clear_error_and_the_space_comes_back(
     make_daemon: Callable[..., Daemon], registry: RealRegistry, small_disk: Path, size: int
 ) -> None:
