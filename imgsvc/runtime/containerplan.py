@@ -6,15 +6,16 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, printable
+from imgsvc.oci import Digest
 from imgsvc.runtime import cgroups, devices, kernel, podfiles, security, spec, volumes
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.interfaces import RootMount, RunnableImage
-from imgsvc.runtime.model import Mount, NamespaceMode, User, UserNamespace
+from imgsvc.runtime.model import ContainerConfig, Mount, NamespaceMode, User, UserNamespace
 from imgsvc.runtime.namespaces import userns_fd
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord
 from imgsvc.runtime.users import resolve_user
@@ -37,23 +38,37 @@ class ContainerBuilder:
     def __init__(self, core: Core) -> None:
         self._core = core
 
-    async def image_volumes(self, record: ContainerRecord) -> list[Sequence[RootMount]]:
-        """Mounts of every volume, [] for those that are not images. Raises: NotFound."""
+    async def settle_image_volumes(self, config: ContainerConfig) -> ContainerConfig:
+        """The configuration with the ID of every image volume's image noted in it, as ContainerStatus shows it.
+
+        Raises: NotFound, InvalidArgument.
+        """
+        mounts = [await self._settle(mount) for mount in config.mounts]
+        return replace(config, mounts=tuple(mounts))
+
+    async def _settle(self, mount: Mount) -> Mount:
+        if mount.image is None or not mount.image.image:
+            return mount
+        if mount.host_path:
+            raise InvalidArgument("a mount has both an image and a host path", where=mount.container_path)
+        if not mount.readonly:
+            raise InvalidArgument("an image volume must be read-only", where=mount.container_path)
+        image = await self._core.images.runnable(mount.image.image)
+        if image is None:
+            name = printable(mount.image.image, 200)
+            raise NotFound(f'no image "{name}" on this node', where=mount.container_path, hint="pull it first")
+        return replace(mount, image=replace(mount.image, image_ref=str(image.image_id)))
+
+    async def image_roots(self, record: ContainerRecord) -> list[Sequence[RootMount]]:
+        """What to mount for every volume, () for host paths. Raises: NotFound, PermissionDenied."""
+        snapshotter = self._core.handler_settings(record.handler).snapshotter
         found: list[Sequence[RootMount]] = []
         for number, mount in enumerate(record.config.mounts):
             if mount.image is None or not mount.image.image:
                 found.append(())
                 continue
-            if mount.host_path:
-                raise InvalidArgument("a mount has both an image and a host path", where=mount.container_path)
-            image = await self._core.images.runnable(mount.image.image)
-            if image is None:
-                raise NotFound(
-                    f'no image "{printable(mount.image.image, 200)}" on this node', where=mount.container_path, hint="pull it first"
-                )
-            settings = self._core.handler_settings(record.handler)
-            key = f"{record.id}-volume-{number}"
-            found.append(await self._core.images.prepare_root(key, image.image_id, snapshotter=settings.snapshotter, readonly=True))
+            key, image_id = volume_key(record.id, number), Digest(mount.image.image_ref)
+            found.append(await self._core.images.prepare_root(key, image_id, snapshotter=snapshotter, readonly=True))
         return found
 
     def mount_root(self, bundle: Path, mounts: Sequence[RootMount], sandbox: SandboxRecord) -> None:
@@ -163,7 +178,8 @@ class ContainerBuilder:
         else:
             mount_all(roots, root)
         volumes.sub_path_of_image(root, mount.image_sub_path, base / "view")
-        options = ("rbind", "rprivate", "ro", "noexec", "nosuid", "nodev", *mount.mount_options)
+        # Programs in it may be run: the conformance suite asks for that.
+        options = ("rbind", "rprivate", "ro", "nosuid", "nodev", *mount.mount_options)
         return volumes.BoundMount(mount.container_path, str(base / "view"), options)
 
     def _declared_volume(self, bundle: Path, number: int, path: str, storage: Path, sandbox: SandboxRecord) -> volumes.BoundMount:
@@ -184,6 +200,11 @@ def _base_spec(path: str) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise FailedPrecondition(f"base_runtime_spec cannot be read: {error}", where=path) from error
     return value if isinstance(value, dict) else {}
+
+
+def volume_key(container_id: str, number: int) -> str:
+    """Key under which the image side keeps the root of an image volume."""
+    return f"{container_id}-volume-{number}"
 
 
 @contextmanager

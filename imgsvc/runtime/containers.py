@@ -24,7 +24,7 @@ from typing import Final
 from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, from_os_error, printable
 from imgsvc.failpoints import afailpoint
 from imgsvc.runtime import kernel, spec, validate
-from imgsvc.runtime.containerplan import BuiltContainer, ContainerBuilder
+from imgsvc.runtime.containerplan import BuiltContainer, ContainerBuilder, volume_key
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.events import EventType
 from imgsvc.runtime.exits import UNKNOWN_EXIT, alive, now_ns, start_time
@@ -69,6 +69,7 @@ class Containers:
         image = await core.images.runnable(config.image.image)
         if image is None:
             raise NotFound(f'no image "{printable(config.image.image, 200)}" on this node', hint="pull it first")
+        config = await self._builder.settle_image_volumes(config)
         record = self._new_record(sandbox, config, image)
         core.records.reserve(container_name(sandbox.id, config), record.id)
         try:
@@ -147,7 +148,7 @@ class Containers:
     async def _build(
         self, record: ContainerRecord, sandbox: SandboxRecord, image: RunnableImage, mounts: Sequence[RootMount]
     ) -> BuiltContainer:
-        volumes = await self._builder.image_volumes(record)
+        volumes = await self._builder.image_roots(record)
         return await asyncio.to_thread(self._build_blocking, record, sandbox, image, mounts, volumes)
 
     def _build_blocking(
@@ -359,11 +360,6 @@ class Containers:
             watcher.cancel()
         if self._watchers:
             await asyncio.wait(self._watchers.values())
-
-
-def volume_key(container_id: str, number: int) -> str:
-    """Key under which the image side keeps the root of an image volume."""
-    return f"{container_id}-volume-{number}"
 
 
 def merge_resources(old: LinuxContainerResources | None, new: LinuxContainerResources) -> LinuxContainerResources:

@@ -13,7 +13,8 @@ from imgsvc.concurrency import KeyedLock
 from imgsvc.fsutil import private_dir
 from imgsvc.metadb import MetaDB
 from imgsvc.runtime import host
-from imgsvc.runtime.containers import Containers, volume_key
+from imgsvc.runtime.containerplan import volume_key
+from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, Paths
 from imgsvc.runtime.events import Events
 from imgsvc.runtime.exits import boot_id, now_ns

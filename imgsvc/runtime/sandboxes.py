@@ -173,7 +173,10 @@ class Sandboxes:
                 "oomScoreAdj": spec.oom_score(_PAUSE_OOM_SCORE, core.host, restrict=False),
             },
             "root": {"path": "rootfs", "readonly": True},
-            "mounts": [{"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]}],
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "noexec", "mode=755", "size=64k"]},
+            ],
             "annotations": {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": record.id},
             "linux": linux,
         }

@@ -119,7 +119,7 @@ def sub_path_of_image(root: Path, sub_path: str, target: Path) -> None:
         kernel.bind_fd(fd, str(target))
     finally:
         os.close(fd)
-    flags = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOEXEC | kernel.MS_NOSUID | kernel.MS_NODEV
+    flags = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
     kernel.mount("", str(target), "", flags)
 
 
