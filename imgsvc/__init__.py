@@ -2,8 +2,9 @@
 
 Start reading at docs/architecture.md. Imports point down only::
 
-    edge        server, cli, image_service, admin_service, rpc, notify     the only code that names concrete classes
-    use cases   pull, images, leases, gc, gc_sources, fsck, df, roots      see packages through their interfaces only
+    edge        server, pods, care, cli, image_service, admin_service, rpc, notify      names concrete classes
+    use cases   pull, layers, blobs, images, leases                        see packages through their interfaces only
+    use cases   gc, gc_sources, fsck, df, roots
     use cases   archive, verification, mirror, prepull, config_import
     packages    registry, content, snapshot, decrypt, runtime              never import one another
     base        errors, oci, reference, config, tomlfile, fsutil, concurrency, metadb, failpoints, cosign, metrics, events, http1

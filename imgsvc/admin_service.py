@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import grpc.aio
 
 from imgsvc.api import admin_pb2, admin_pb2_grpc
-from imgsvc.errors import NotFound, printable
+from imgsvc.errors import InvalidArgument, NotFound, printable
 from imgsvc.image_service import describe
 from imgsvc.images import ImageStore
 from imgsvc.oci import Digest, Platform
@@ -78,7 +78,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         """Everything known of one image."""
         image = self._images.find(request.image)
         if image is None:
-            raise NotFound(f'no image "{printable(request.image, 200)}" on this node', hint="see `imgsvc images`, or pull it")
+            raise NotFound(f"{_full_name(request.image)} is not on this node", hint="see `imgsvc images`, or pull it")
         return _json({**describe(image), "pinned": self._images.pinned(image)})
 
     async def Tag(self, request: admin_pb2.TagRequest, context: Context) -> admin_pb2.TagReply:
@@ -149,6 +149,14 @@ class _Reporter:
         if self._events:
             return self._events.pop(next(iter(self._events)))
         return None
+
+
+def _full_name(text: str) -> str:
+    """As it was looked for: the normalised name, or the ID as it was given."""
+    try:
+        return f"image {Reference.parse(text)}"
+    except InvalidArgument:
+        return f'image "{printable(text, 200)}"'
 
 
 def _json(value: dict[str, Any]) -> admin_pb2.JsonReply:

@@ -6,9 +6,8 @@ The order of a pull, and what makes it safe:
 2. A lease names everything the pull will need before it looks what is there, so that no collection takes it away.
 3. Index, manifest and config are verified and stored. Layers are named by chain ID (see layer_names), so a layer that is
    there under its name is complete and is not fetched again.
-4. Each missing layer is one flight: its blob streams into the content store, which checks size and digest, while an
-   unpack worker follows the growing file; the worker's diff ID is checked; the layer is committed after its parent.
-   A second pull that needs the same layer or blob joins the flight. The last to leave cancels it; bytes stay for resume.
+4. Each missing layer is one flight (layers.py) over one download (blobs.py); a second pull that needs the same joins it.
+   The last to leave cancels it; bytes stay for resume.
 5. Only then the image gets its name, in one transaction. A kill anywhere before leaves no image and no half layer.
 
 Source: needs.md A1, A6, B5; docs/architecture.md ("The life of a pull").
@@ -17,28 +16,26 @@ Source: needs.md A1, A6, B5; docs/architecture.md ("The life of a pull").
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import time
 import uuid
-from collections.abc import Awaitable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Protocol
 
-from imgsvc.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both
-from imgsvc.content.interfaces import Store, Writer
+from imgsvc.blobs import Blobs
+from imgsvc.concurrency import SingleFlight, Threads, all_of
+from imgsvc.content.interfaces import Store
 from imgsvc.content.verify import read_verified
-from imgsvc.decrypt.interfaces import ChainRun, Decryptor, LayerKey
-from imgsvc.errors import Aborted, DataLoss, Internal, InvalidArgument, NotFound, ResourceExhausted
+from imgsvc.decrypt.interfaces import Decryptor
+from imgsvc.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
 from imgsvc.failpoints import afailpoint
 from imgsvc.images import Image, ImageStore, build_image
+from imgsvc.layers import LayerPlan, Layers, PullReporter, Silent, layer_names
 from imgsvc.leases import LeaseManager
 from imgsvc.oci import (
     MAX_DOCUMENT,
     MAX_INDEX_DEPTH,
     Descriptor,
-    Digest,
     ImageConfig,
     Index,
     Manifest,
@@ -47,32 +44,8 @@ from imgsvc.oci import (
     parse_document,
 )
 from imgsvc.reference import Reference
-from imgsvc.registry.interfaces import Attempt, BlobSource, Credential, Fetcher, Registry
-from imgsvc.snapshot.interfaces import Applied, Key, LayerInput, Mount, Name, Snapshotter, Unpacker, UnpackJob, Usage
-
-log = logging.getLogger(__name__)
-
-LAYER_STATES: Final = ("waiting", "downloading", "unpacking", "done", "exists")
-
-
-class PullReporter(Protocol):
-    """Told how a pull goes; must not block. Sizes [bytes]."""
-
-    def resolved(self, digest: Digest, endpoint: str) -> None:
-        """The reference stands for this digest."""
-
-    def layer(self, digest: Digest, size: int, downloaded: int, state: str) -> None:
-        """A layer moved on; state is one of LAYER_STATES."""
-
-
-class Silent:
-    """The reporter of those who do not watch."""
-
-    def resolved(self, digest: Digest, endpoint: str) -> None:
-        """Ignored."""
-
-    def layer(self, digest: Digest, size: int, downloaded: int, state: str) -> None:
-        """Ignored."""
+from imgsvc.registry.interfaces import Attempt, Credential, Fetcher, Registry
+from imgsvc.snapshot.interfaces import Snapshotter, Unpacker
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,113 +88,6 @@ class Pulled:
     timings: dict[str, float]
 
 
-class _Stage:
-    """How far a layer is: `key` is its active snapshot once `settled`, when its files are as they will be."""
-
-    def __init__(self) -> None:
-        self.key = Key("")
-        self.settled = asyncio.Event()
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Everything known of one image before its layers move. names, keys: one per layer, base first."""
-
-    request: PullRequest
-    fetcher: Fetcher
-    manifest: Manifest
-    diff_ids: tuple[Digest, ...]
-    names: tuple[Name, ...]
-    keys: tuple[LayerKey | None, ...]
-    snapshotter: Snapshotter
-    sources: dict[str, BlobSource]
-    timings: dict[str, float]
-
-
-def layer_names(diff_ids: Sequence[Digest], secrets: Sequence[tuple[Digest, str] | None]) -> list[Name]:
-    """The snapshot names of a stack of layers, base first.
-
-    Plain layers are named by chain ID. From the first encrypted layer on, the name also covers the ciphertext's digest
-    and the fingerprint of the unwrapped key: a plain descriptor can never reuse a decrypted layer, and an encrypted one
-    only with the same blob and the same key (facts/ocicrypt.md section 9).
-
-    Args: secrets: None for a plain layer, else (blob digest, key fingerprint).
-    """
-    names: list[Name] = []
-    sealed = False
-    for diff_id, secret in zip(diff_ids, secrets, strict=True):
-        parts = [names[-1], diff_id] if names else [diff_id]
-        if secret is not None:
-            sealed = True
-            parts += [*secret]
-        if len(parts) == 1:
-            names.append(Name(diff_id))
-            continue
-        digest = Digest.of(" ".join(parts).encode())
-        names.append(Name(f"sealed-{digest}" if sealed else digest))
-    return names
-
-
-class GrowingBlob:
-    """A blob on its way in: followers learn how many bytes, from the start and without a gap, can be read."""
-
-    def __init__(self) -> None:
-        self.available = 0
-        self.opened = asyncio.Event()
-        self._fd = -1
-        self._followers: list[UnpackJob] = []
-
-    def open(self, fd: int, available: int) -> None:
-        """The file exists; its descriptor is duplicated here and lives until close(). A retry opens anew."""
-        self.close()
-        self._followers.clear()
-        self._fd = os.dup(fd)
-        self.available = available
-        self.opened.set()
-
-    def follow(self, job: UnpackJob) -> None:
-        """Tell `job` what is there now and whenever there is more."""
-        self._followers.append(job)
-        job.advance(self.available)
-
-    def grew(self, available: int) -> None:
-        """More bytes from the start are readable."""
-        if available > self.available:
-            self.available = available
-            for job in self._followers:
-                job.advance(available)
-
-    def duplicate(self) -> int:
-        """A descriptor of the file for the caller to close."""
-        return os.dup(self._fd)
-
-    def close(self) -> None:
-        """No more followers will come."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-class _Sink:
-    """A download's way into the content store: one hop to a thread per chunk, then the followers are told."""
-
-    def __init__(self, writer: Writer, blob: GrowingBlob, threads: Threads, request: PullRequest, layer: Descriptor) -> None:
-        self._writer, self._blob, self._threads = writer, blob, threads
-        self._request, self._layer = request, layer
-
-    def missing(self) -> list[tuple[int, int]]:
-        return self._writer.missing()
-
-    async def write_at(self, offset: int, data: bytes) -> None:
-        available = await self._threads.run(self._write, offset, data)
-        self._blob.grew(available)
-        self._request.reporter.layer(self._layer.digest, self._layer.size, available, "downloading")
-
-    def _write(self, offset: int, data: bytes) -> int:
-        self._writer.write_at(offset, data)
-        return self._writer.status().offset
-
-
 class Puller:
     """Pulls images. One per daemon."""
 
@@ -242,17 +108,12 @@ class Puller:
         self._registry = registry
         self._content = content
         self._snapshotters = snapshotters
-        self._unpacker = unpacker
         self._decryptor = decryptor
         self._images = images
         self._leases = leases
         self._threads = threads
-        self._layers: SingleFlight[None] = SingleFlight()
-        self._blobs: SingleFlight[BlobSource] = SingleFlight()
+        self._layers = Layers(Blobs(content, threads), snapshotters, unpacker, decryptor, threads)
         self._documents: SingleFlight[bytes] = SingleFlight()
-        self._growing: Shared[GrowingBlob] = Shared(GrowingBlob, GrowingBlob.close)
-        self._stages: Shared[_Stage] = Shared(_Stage)
-        self._syncs = {name: _Sync(snapshotter, threads) for name, snapshotter in snapshotters.items()}
 
     async def pull(self, request: PullRequest) -> Pulled:
         """Make the image complete and visible on this node. Cancelling the last caller cancels the work.
@@ -277,9 +138,9 @@ class Puller:
             await self._store(documents)
             await afailpoint("pull.documents")
             if manifest.is_artifact or not config.diff_ids:
-                await all_of(*(self._fetch(plan, layer) for layer in manifest.layers))
+                await all_of(*(self._layers.bring(plan, layer) for layer in manifest.layers))
             else:
-                await all_of(*(self._layer(plan, position) for position in range(len(plan.names))))
+                await all_of(*(self._layers.ensure(plan, position) for position in range(len(plan.layers))))
             await afailpoint("pull.layers")
             image = build_image(
                 documents[-2][0],
@@ -340,216 +201,29 @@ class Puller:
 
     async def _plan(
         self, request: PullRequest, fetcher: Fetcher, manifest: Manifest, config: ImageConfig, timings: dict[str, float]
-    ) -> _Plan:
+    ) -> LayerPlan:
         snapshotter = self._snapshotters.get(request.snapshotter)
         if snapshotter is None:
             raise NotFound(f'no snapshotter "{request.snapshotter}"', hint=f"this node has {', '.join(self._snapshotters)}")
-        keys: list[LayerKey | None] = [
-            await self._decryptor.unwrap(layer) if self._decryptor.encrypted(layer) else None for layer in manifest.layers
-        ]
+        keys = [await self._decryptor.unwrap(layer) if self._decryptor.encrypted(layer) else None for layer in manifest.layers]
         diff_ids = config.diff_ids or tuple(layer.digest for layer in manifest.layers)
         secrets = [(layer.digest, key.fingerprint) if key else None for layer, key in zip(manifest.layers, keys, strict=True)]
-        names = tuple(layer_names(diff_ids, secrets))
-        return _Plan(request, fetcher, manifest, diff_ids, names, tuple(keys), snapshotter, {}, timings)
-
-    async def _layer(self, plan: _Plan, position: int) -> None:
-        """Make one layer's snapshot exist, joining whoever is at it already."""
-        layer = plan.manifest.layers[position]
-        name = plan.names[position]
-        if await self._threads.run(plan.snapshotter.stat, name) is None:
-            await self._layers.run(f"{plan.snapshotter.name}/{name}", lambda: self._unpack(plan, position))
-            plan.request.reporter.layer(layer.digest, layer.size, layer.size, "done")
-        else:
-            plan.request.reporter.layer(layer.digest, layer.size, layer.size, "exists")
-
-    async def _unpack(self, plan: _Plan, position: int) -> None:
-        """One layer from the registry to a committed snapshot; nothing of it stays when that fails."""
-        name = plan.names[position]
-        parent = plan.names[position - 1] if position else None
-        snapshotter = plan.snapshotter
-        if await self._threads.run(snapshotter.stat, name) is not None:
-            return
-        key = Key(f"unpack-{uuid.uuid4().hex}")
-        with self._stages.use(f"{snapshotter.name}/{name}") as stage:
-            try:
-                usage = await (self._beside if snapshotter.parallel else self._on_parent)(plan, position, key)
-                await afailpoint("layer.settled")
-                stage.key = key
-                stage.settled.set()
-                await both(self._syncs[snapshotter.name](key), self._committed(plan, position - 1))
-                await afailpoint("layer.synced")
-                await self._threads.run(snapshotter.commit, name, key, parent=parent, usage=usage)
-                await afailpoint("layer.committed")
-            except BaseException:
-                await asyncio.shield(self._threads.run(snapshotter.remove, key))
-                raise
-
-    async def _beside(self, plan: _Plan, position: int, key: Key) -> Usage | None:
-        """Unpack a layer while its parents are still on their way, then fit it to them."""
-        job, _ = await both(self._extract(plan, position, key, None), self._settled(plan, position - 1))
-        try:
-            await afailpoint("layer.unpacked")
-            return await self._unpacker.settle(await self._mounts(plan, position, key), job)
-        except Aborted:
-            # It came through a pipe and needs its parents while it is unpacked.
-            await self._threads.run(plan.snapshotter.remove, key)
-            return await self._on_parent(plan, position, key)
-        except BaseException:
-            await asyncio.shield(job.abort())
-            raise
-
-    async def _on_parent(self, plan: _Plan, position: int, key: Key) -> Usage | None:
-        """Unpack a layer onto its committed parent."""
-        await both(self._fetch(plan, plan.manifest.layers[position]), self._committed(plan, position - 1))
-        job = await self._extract(plan, position, key, plan.names[position - 1] if position else None)
-        return await self._unpacker.settle([], job)
-
-    async def _committed(self, plan: _Plan, position: int) -> None:
-        if position >= 0:
-            await self._layer(plan, position)
-
-    async def _settled(self, plan: _Plan, position: int) -> None:
-        """Until a layer's files are as they will be, committed or not."""
-        if position < 0:
-            return
-        with self._stages.use(f"{plan.snapshotter.name}/{plan.names[position]}") as stage:
-            layer = asyncio.ensure_future(self._layer(plan, position))
-            try:
-                await _first_of(layer, stage.settled.wait())
-                if layer.done():
-                    layer.result()
-            finally:
-                layer.cancel()
-                await asyncio.wait([layer])
-
-    async def _mounts(self, plan: _Plan, position: int, key: Key) -> list[Mount]:
-        """The layer on its parents, of which some may be settled but not committed yet."""
-        for _ in plan.names:
-            below: list[str] = []
-            for name in reversed(plan.names[:position]):
-                if await self._threads.run(plan.snapshotter.stat, name) is not None:
-                    below.append(name)
-                    break
-                with self._stages.use(f"{plan.snapshotter.name}/{name}") as stage:
-                    below.append(stage.key)
-            try:
-                return await self._threads.run(plan.snapshotter.mounts, key, below=below)
-            except NotFound:
-                continue  # a parent was committed between the two looks: its key is gone, its name is there now
-        raise Internal("the parents of a layer keep changing", where=str(plan.request.reference))
-
-    async def _extract(self, plan: _Plan, position: int, key: Key, parent: Name | None) -> UnpackJob:
-        """Unpack one layer into a new active snapshot while its blob arrives. Returns the finished job."""
-        layer = plan.manifest.layers[position]
-        mounts = await self._threads.run(plan.snapshotter.prepare, key, parent)
-        rebase = parent is None and plan.snapshotter.parallel
-        await afailpoint("layer.prepared")
-        with self._growing.use(layer.digest) as blob:
-            async with AsyncExitStack() as stack:
-                fetch = asyncio.ensure_future(self._fetch(plan, layer))
-                stack.push_async_callback(_end, fetch)
-                if self._decryptor.processed(layer):
-                    await fetch
-                    source, available, chain = await self._processed(plan, layer, stack)
-                else:
-                    await _first_of(fetch, blob.opened.wait())
-                    source, available, chain = await self._source(layer, fetch, blob), blob.available, None
-                    stack.callback(os.close, source)
-                job = await self._unpacker.start(_layer_input(plan, position, source, chain), mounts, rebase=rebase)
-                try:
-                    plan.request.reporter.layer(layer.digest, layer.size, available, "unpacking")
-                    blob.follow(job)
-                    if fetch.done():
-                        job.advance(layer.size)
-                    applied, _ = await both(_judged(job.finish(), chain), _awaited(fetch))
-                except BaseException:
-                    await asyncio.shield(job.abort())
-                    raise
-                for phase, seconds in applied.timings.items():
-                    plan.timings[phase] = plan.timings.get(phase, 0.0) + seconds
-                return job
-
-    async def _source(self, layer: Descriptor, fetch: asyncio.Future[None], blob: GrowingBlob) -> int:
-        """A descriptor of the stored or of the growing blob; the caller closes it."""
-        if not fetch.done():
-            return blob.duplicate()
-        fetch.result()
-        return await self._threads.run(_stored_fd, self._content, layer.digest)
-
-    async def _processed(self, plan: _Plan, layer: Descriptor, stack: AsyncExitStack) -> tuple[int, int, ChainRun]:
-        """The output of the configured stream processors for a stored blob."""
-        stored = await self._threads.run(_stored_fd, self._content, layer.digest)
-        try:
-            chain = await self._decryptor.open_chain(layer, stored)
-        finally:
-            os.close(stored)
-        stack.push_async_callback(chain.kill)
-        return chain.output, layer.size, chain
-
-    async def _fetch(self, plan: _Plan, layer: Descriptor) -> None:
-        """Make one blob be in the content store, joining whoever fetches it already."""
-        if await self._threads.run(self._content.info, layer.digest) is None:
-            source = await self._blobs.run(layer.digest, lambda: self._download(plan, layer))
-            plan.sources[layer.digest] = source
-
-    async def _download(self, plan: _Plan, layer: Descriptor) -> BlobSource:
-        began = time.monotonic()
-        try:
-            try:
-                return await self._download_once(plan, layer)
-            except _Lied as lied:
-                # Who served wrong bytes is not asked for this blob again; somebody else may have the right ones.
-                await plan.fetcher.rejected(layer, lied.source)
-                log.warning("%s", lied.error)
-            try:
-                return await self._download_once(plan, layer)
-            except _Lied as lied:
-                raise lied.error from None
-        finally:
-            plan.timings["download"] = plan.timings.get("download", 0.0) + time.monotonic() - began
-
-    async def _download_once(self, plan: _Plan, layer: Descriptor) -> BlobSource:
-        writer = await self._threads.run(self._content.writer, f"layer-{layer.digest}", total=layer.size, expected=layer.digest)
-        with self._growing.use(layer.digest) as blob:
-            try:
-                blob.open(writer.fileno(), writer.status().offset)
-                source = await plan.fetcher.download(layer, _Sink(writer, blob, self._threads, plan.request, layer))
-                await afailpoint("layer.downloaded")
-                try:
-                    await self._threads.run(writer.commit, layer.size, layer.digest)
-                except DataLoss as error:
-                    raise _Lied(error, source) from error
-                blob.grew(layer.size)
-            finally:
-                await asyncio.shield(self._threads.run(writer.close))
-        return source
+        return LayerPlan(
+            label=str(request.reference),
+            fetcher=fetcher,
+            layers=manifest.layers,
+            diff_ids=diff_ids,
+            names=tuple(layer_names(diff_ids, secrets)),
+            keys=tuple(keys),
+            snapshotter=snapshotter,
+            reporter=request.reporter,
+            timings=timings,
+        )
 
 
-class _Lied(Exception):
-    """The bytes that `source` gave are not the blob."""
-
-    def __init__(self, error: DataLoss, source: BlobSource) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.source = source
-
-
-def _layer_input(plan: _Plan, position: int, source: int, chain: ChainRun | None) -> LayerInput:
-    layer, key = plan.manifest.layers[position], plan.keys[position]
-    media_type = key.media_type if key else layer.media_type
-    return LayerInput(
-        media_type=chain.media_type if chain else media_type,
-        digest=layer.digest,
-        diff_id=plan.diff_ids[position],
-        source=source,
-        size=layer.size,
-        secret=key.secret if key and not chain else None,
-    )
-
-
-def _resources(plan: _Plan, documents: Sequence[tuple[Descriptor, bytes]]) -> list[tuple[str, str]]:
+def _resources(plan: LayerPlan, documents: Sequence[tuple[Descriptor, bytes]]) -> list[tuple[str, str]]:
     """Everything a pull needs, for its lease: documents, layer blobs, snapshots."""
-    content = [d.digest for d, _ in documents] + [layer.digest for layer in plan.manifest.layers]
+    content = [d.digest for d, _ in documents] + [layer.digest for layer in plan.layers]
     return [("content", digest) for digest in content] + [("snapshot", f"{plan.snapshotter.name}/{name}") for name in plan.names]
 
 
@@ -581,54 +255,3 @@ def _store_small(content: Store, descriptor: Descriptor, data: bytes) -> None:
         writer.commit(len(data), descriptor.digest)
     finally:
         writer.close()
-
-
-def _stored_fd(content: Store, digest: Digest) -> int:
-    with content.reader(digest) as reader:
-        return os.dup(reader.fileno())
-
-
-async def _judged(verdict: Awaitable[Applied], chain: ChainRun | None) -> Applied:
-    """The worker's verdict; where stream processors feed it, theirs counts first, for the cause is usually there."""
-    if chain is None:
-        return await verdict
-    try:
-        return await verdict
-    finally:
-        await chain.wait()
-
-
-async def _end(task: asyncio.Future[None]) -> None:
-    """Stop a task that may be done already; its error, if any, has been told or no longer matters."""
-    task.cancel()
-    await asyncio.wait([task])
-
-
-async def _awaited(task: asyncio.Future[None]) -> None:
-    await task
-
-
-async def _first_of(task: asyncio.Future[Any], other: Coroutine[Any, Any, Any]) -> None:
-    """Until either is done; the second is dropped then, the first is left alone."""
-    waiting = asyncio.ensure_future(other)
-    try:
-        await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        waiting.cancel()
-
-
-class _Sync:
-    """Puts finished layers on disk, all that wait at a time in one go."""
-
-    def __init__(self, snapshotter: Snapshotter, threads: Threads) -> None:
-        self._snapshotter, self._threads = snapshotter, threads
-        self._keys: list[Key] = []
-        self._coalesced = Coalesced(self._run)
-
-    async def __call__(self, key: Key) -> None:
-        self._keys.append(key)
-        await self._coalesced()
-
-    async def _run(self) -> None:
-        keys, self._keys = self._keys, []
-        await self._threads.run(self._snapshotter.sync, keys)

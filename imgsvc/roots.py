@@ -7,14 +7,14 @@ one the layer was decrypted with (facts/ocicrypt.md section 9; CVE-2022-24778).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from imgsvc.concurrency import Threads
 from imgsvc.decrypt.interfaces import Decryptor
 from imgsvc.errors import FailedPrecondition, NotFound, PermissionDenied
 from imgsvc.images import Image, ImageStore
+from imgsvc.layers import layer_names
 from imgsvc.oci import Digest
-from imgsvc.pull import layer_names
 from imgsvc.runtime.interfaces import RootMount, RunnableImage
 from imgsvc.snapshot.interfaces import Key, Name, Snapshotter
 
@@ -32,8 +32,10 @@ class ContainerRoots:
         threads: Threads,
         *,
         default: str,
+        check: Callable[[Image], Awaitable[None]] | None = None,
     ) -> None:
-        """default: the snapshotter used where none is named."""
+        """default: the snapshotter used where none is named. check: raises for an image that may not be used (any more)."""
+        self._check = check
         self._images = images
         self._snapshotters = snapshotters
         self._decryptor = decryptor
@@ -57,6 +59,8 @@ class ContainerRoots:
             raise NotFound(f'no snapshotter "{snapshotter}"', hint=f"this node has {', '.join(self._snapshotters)}")
         key = Key(KEY_PREFIX + container_id)
         parent = Name(image.top_snapshot) if image.top_snapshot else None
+        if self._check is not None:
+            await self._check(image)
         await self._authorise(image)
         if parent and await self._threads.run(driver.stat, parent) is None:
             raise FailedPrecondition(

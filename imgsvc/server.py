@@ -109,7 +109,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     stack.callback(threads.close)
     db = MetaDB(root / "metadata", sync=sync)
     stack.callback(db.close)
-    content = LocalStore(root / "content", db, sync=sync)
+    content = LocalStore(root, db, sync=sync)
     for finding in await threads.run(recover, content, db.last_end):
         log.warning("repaired after an unclean end: %s", finding)
     snapshotters = await _snapshotters(settings, root / "snapshots", db, threads, stack)
@@ -247,7 +247,8 @@ async def _listen(settings: Config, services: Services) -> grpc.aio.Server:
         raise Unavailable(f"cannot listen: {error}", where=settings.address) from error
     finally:
         os.umask(private)
-    os.chown(path, settings.grpc.uid, settings.grpc.gid)
+    if os.geteuid() == 0:
+        os.chown(path, settings.grpc.uid, settings.grpc.gid)
     await server.start()
     return server
 

@@ -20,12 +20,12 @@ def add_commands(commands: Any) -> None:
     default = actions.add_parser("default", help="print the embedded defaults")
     default.set_defaults(run=run_default)
     dump = actions.add_parser("dump", help="print what a daemon would run with, each value with its origin")
-    dump.add_argument("--config", type=Path, help="file to read instead of the usual one")
+    dump.add_argument("file", nargs="?", type=Path, metavar="FILE", help="read this instead of the usual one")
     dump.add_argument("--running", action="store_true", help="ask the running daemon instead")
     add_address(dump)
     dump.set_defaults(run=run_dump)
     check = actions.add_parser("check", help="say whether a configuration is good")
-    check.add_argument("--config", type=Path, help="file to read instead of the usual one")
+    check.add_argument("file", nargs="?", type=Path, metavar="FILE", help="read this instead of the usual one")
     check.set_defaults(run=run_check)
     convert = actions.add_parser("import", help="turn a containerd configuration into ours, naming every key that is not carried over")
     convert.add_argument("file", type=Path, metavar="FILE", help="containerd's config.toml, version 2 or newer")
@@ -48,14 +48,14 @@ def run_dump(arguments: argparse.Namespace) -> int:
         with connect(arguments) as daemon:
             print(daemon.admin.Config(admin_pb2.ConfigRequest()).toml, end="")
         return 0
-    loaded = config.load(arguments.config)
+    loaded = config.load(arguments.file)
     print(config.to_toml(loaded.config, loaded.origins), end="")
     return 0
 
 
 def run_check(arguments: argparse.Namespace) -> int:
     """`imgsvc config check`."""
-    loaded = config.load(arguments.config)
+    loaded = config.load(arguments.file)
     files = sorted({origin.split(":")[0] for origin in loaded.origins.values() if origin != "flag"})
     print(f"good: {', '.join(files)}" if files else "good: embedded defaults, no file")
     return 0

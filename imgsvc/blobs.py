@@ -1,0 +1,144 @@
+"""Bringing blobs in: one download per digest, however many ask, and followers that read while it grows."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+
+from imgsvc.concurrency import Shared, SingleFlight, Threads
+from imgsvc.content.interfaces import Store, Writer
+from imgsvc.errors import DataLoss
+from imgsvc.failpoints import afailpoint
+from imgsvc.oci import Descriptor, Digest
+from imgsvc.registry.interfaces import BlobSource, Fetcher, PullFailed
+from imgsvc.snapshot.interfaces import UnpackJob
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int], None]  # told how many bytes, from the start and without a gap, are here
+
+
+class GrowingBlob:
+    """A blob on its way in: followers learn how many bytes, from the start and without a gap, can be read.
+
+    They are not verified before the download's end; whoever uses them earlier uses nothing of it before that.
+    """
+
+    def __init__(self) -> None:
+        self.available = 0
+        self.opened = asyncio.Event()
+        self._fd = -1
+        self._followers: list[UnpackJob] = []
+
+    def open(self, fd: int, available: int) -> None:
+        """The file exists; its descriptor is duplicated here and lives until close().
+
+        A later try opens anew: those who followed the failed one have failed with it.
+        """
+        self.close()
+        self._followers.clear()
+        self._fd = os.dup(fd)
+        self.available = available
+        self.opened.set()
+
+    def follow(self, job: UnpackJob) -> None:
+        """Tell `job` what is there now and whenever there is more."""
+        self._followers.append(job)
+        job.advance(self.available)
+
+    def grew(self, available: int) -> None:
+        """More bytes from the start are readable."""
+        if available > self.available:
+            self.available = available
+            for job in self._followers:
+                job.advance(available)
+
+    def duplicate(self) -> int:
+        """A descriptor of the file for the caller to close."""
+        return os.dup(self._fd)
+
+    def close(self) -> None:
+        """No more followers will come."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class _Sink:
+    """A download's way into the content store: one hop to a thread per chunk, then the followers are told."""
+
+    def __init__(self, writer: Writer, blob: GrowingBlob, threads: Threads, progress: Progress) -> None:
+        self._writer, self._blob, self._threads, self._progress = writer, blob, threads, progress
+
+    def missing(self) -> list[tuple[int, int]]:
+        return self._writer.missing()
+
+    async def write_at(self, offset: int, data: bytes) -> None:
+        available = await self._threads.run(self._write, offset, data)
+        self._blob.grew(available)
+        self._progress(available)
+
+    def _write(self, offset: int, data: bytes) -> int:
+        self._writer.write_at(offset, data)
+        return self._writer.status().offset
+
+
+class Blobs:
+    """Downloads into one content store. `growing` has, by digest, what is on its way in."""
+
+    def __init__(self, content: Store, threads: Threads) -> None:
+        self._content = content
+        self._threads = threads
+        self._flights: SingleFlight[BlobSource] = SingleFlight()
+        self.growing: Shared[GrowingBlob] = Shared(GrowingBlob, GrowingBlob.close)
+
+    async def fetch(self, fetcher: Fetcher, blob: Descriptor, progress: Progress) -> BlobSource | None:
+        """Make one blob be in the content store, joining whoever fetches it already.
+
+        Returns:  who served it; None when it was here.
+        Raises:   DataLoss when the bytes are not the blob. Who served them is not asked for it again, so another call
+                  may succeed. PullFailed, ResourceExhausted.
+        """
+        if await self._threads.run(self._content.info, blob.digest) is not None:
+            return None
+        return await self._flights.run(blob.digest, lambda: self._download(fetcher, blob, progress))
+
+    async def bring(self, fetcher: Fetcher, blob: Descriptor, progress: Progress) -> BlobSource | None:
+        """As fetch, with a second try at other endpoints when the first gave wrong bytes."""
+        try:
+            return await self.fetch(fetcher, blob, progress)
+        except DataLoss as error:
+            log.warning("%s", error)
+            try:
+                return await self.fetch(fetcher, blob, progress)
+            except PullFailed as second:
+                raise DataLoss(f"{error.what}, and nobody else has it: {second.what}", where=error.where, hint=error.hint) from second
+
+    async def _download(self, fetcher: Fetcher, blob: Descriptor, progress: Progress) -> BlobSource:
+        writer = await self._threads.run(self._content.writer, f"layer-{blob.digest}", total=blob.size, expected=blob.digest)
+        with self.growing.use(blob.digest) as growing:
+            try:
+                growing.open(writer.fileno(), writer.status().offset)
+                source = await fetcher.download(blob, _Sink(writer, growing, self._threads, progress))
+                await afailpoint("layer.downloaded")
+                try:
+                    await self._threads.run(writer.commit, blob.size, blob.digest)
+                except DataLoss as error:
+                    await fetcher.rejected(blob, source)
+                    served = ", ".join(source.by_endpoint) or "bytes from an earlier try"
+                    raise DataLoss(error.what, where=served, hint="nothing of it was kept; pull again to ask elsewhere") from error
+                growing.grew(blob.size)
+                return source
+            finally:
+                await asyncio.shield(self._threads.run(writer.close))
+
+    def has(self, digest: Digest) -> bool:
+        """Whether a blob is stored. Blocking."""
+        return self._content.info(digest) is not None
+
+    def stored_fd(self, digest: Digest) -> int:
+        """A descriptor of a stored blob for the caller to close. Blocking."""
+        with self._content.reader(digest) as reader:
+            return os.dup(reader.fileno())

@@ -1,0 +1,349 @@
+"""Layers from blob to committed snapshot: side by side, each by one flight that everybody who needs it joins.
+
+A layer's stages: its blob grows (blobs.Blobs) while an unpack worker follows it; the worker's verdict; *settled*, when it
+is fitted to its parents and its files are as they will be; on disk; *committed* on its parent. Stages overlap between
+layers as far as they can: unpacking needs no parent (where the snapshotter can do without), settling needs settled
+parents, committing needs committed ones, and one sync serves all layers that wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import uuid
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from imgsvc.blobs import Blobs, GrowingBlob
+from imgsvc.concurrency import Coalesced, Shared, SingleFlight, Threads, both
+from imgsvc.decrypt.interfaces import ChainRun, Decryptor, LayerKey
+from imgsvc.errors import Aborted, DataLoss, Internal, InvalidArgument, NotFound
+from imgsvc.failpoints import afailpoint
+from imgsvc.oci import Descriptor, Digest
+from imgsvc.registry.interfaces import BlobSource, Fetcher
+from imgsvc.snapshot.interfaces import Applied, Key, LayerInput, Mount, Name, Snapshotter, Unpacker, UnpackJob, Usage
+
+LAYER_STATES: Final = ("downloading", "unpacking", "done", "exists")
+
+
+class PullReporter(Protocol):
+    """Told how a pull goes; must not block. Sizes [bytes]."""
+
+    def resolved(self, digest: Digest, endpoint: str) -> None:
+        """The reference stands for this digest."""
+
+    def layer(self, digest: Digest, size: int, downloaded: int, state: str) -> None:
+        """A layer moved on; state is one of LAYER_STATES."""
+
+
+class Silent:
+    """The reporter of those who do not watch."""
+
+    def resolved(self, digest: Digest, endpoint: str) -> None:
+        """Ignored."""
+
+    def layer(self, digest: Digest, size: int, downloaded: int, state: str) -> None:
+        """Ignored."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """The layers of one image, and what bringing them takes. All sequences: one entry per layer, base first.
+
+    names: of the snapshots, see layer_names. keys: None for plain layers. label: the image, for errors.
+    sources and timings are filled while the layers come: who served a blob, by digest; seconds by phase, added up.
+    """
+
+    label: str
+    fetcher: Fetcher
+    layers: tuple[Descriptor, ...]
+    diff_ids: tuple[Digest, ...]
+    names: tuple[Name, ...]
+    keys: tuple[LayerKey | None, ...]
+    snapshotter: Snapshotter
+    reporter: PullReporter
+    sources: dict[str, BlobSource] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def report(self, layer: Descriptor, downloaded: int, state: str) -> None:
+        """Tell the reporter."""
+        self.reporter.layer(layer.digest, layer.size, downloaded, state)
+
+    def spent(self, phase: str, seconds: float) -> None:
+        """Add to a phase's time."""
+        self.timings[phase] = self.timings.get(phase, 0.0) + seconds
+
+
+def layer_names(diff_ids: Sequence[Digest], secrets: Sequence[tuple[Digest, str] | None]) -> list[Name]:
+    """The snapshot names of a stack of layers, base first.
+
+    Plain layers are named by chain ID. From the first encrypted layer on, the name also covers the ciphertext's digest
+    and the fingerprint of the unwrapped key: a plain descriptor can never reuse a decrypted layer, and an encrypted one
+    only with the same blob and the same key (facts/ocicrypt.md section 9).
+
+    Args: secrets: None for a plain layer, else (blob digest, key fingerprint).
+    """
+    names: list[Name] = []
+    sealed = False
+    for diff_id, secret in zip(diff_ids, secrets, strict=True):
+        parts = [names[-1], diff_id] if names else [diff_id]
+        if secret is not None:
+            sealed = True
+            parts += [*secret]
+        if len(parts) == 1:
+            names.append(Name(diff_id))
+            continue
+        digest = Digest.of(" ".join(parts).encode())
+        names.append(Name(f"sealed-{digest}" if sealed else digest))
+    return names
+
+
+class _Stage:
+    """How far a layer is: `key` is its active snapshot once `settled`, when its files are as they will be."""
+
+    def __init__(self) -> None:
+        self.key = Key("")
+        self.settled = asyncio.Event()
+
+
+class Layers:
+    """Brings layers in. One per daemon, so that all pulls share flights."""
+
+    def __init__(
+        self, blobs: Blobs, snapshotters: Mapping[str, Snapshotter], unpacker: Unpacker, decryptor: Decryptor, threads: Threads
+    ) -> None:
+        self._blobs = blobs
+        self._unpacker = unpacker
+        self._decryptor = decryptor
+        self._threads = threads
+        self._flights: SingleFlight[None] = SingleFlight()
+        self._stages: Shared[_Stage] = Shared(_Stage)
+        self._syncs = {name: _Sync(snapshotter, threads) for name, snapshotter in snapshotters.items()}
+
+    async def ensure(self, plan: LayerPlan, position: int) -> None:
+        """Make one layer's snapshot exist, with all below it, joining whoever is at it already.
+
+        Raises: PullFailed, DataLoss, InvalidArgument, ResourceExhausted. Nothing of a failed layer stays but its blob.
+        """
+        layer, name = plan.layers[position], plan.names[position]
+        if await self._threads.run(plan.snapshotter.stat, name) is None:
+            await self._flights.run(f"{plan.snapshotter.name}/{name}", lambda: self._make(plan, position))
+            plan.report(layer, layer.size, "done")
+        else:
+            plan.report(layer, layer.size, "exists")
+
+    async def _make(self, plan: LayerPlan, position: int) -> None:
+        name = plan.names[position]
+        parent = plan.names[position - 1] if position else None
+        snapshotter = plan.snapshotter
+        if await self._threads.run(snapshotter.stat, name) is not None:
+            return
+        key = Key(f"unpack-{uuid.uuid4().hex}")
+        with self._stages.use(f"{snapshotter.name}/{name}") as stage:
+            try:
+                usage = await (self._beside if snapshotter.parallel else self._on_parent)(plan, position, key)
+                await afailpoint("layer.settled")
+                stage.key = key
+                stage.settled.set()
+                await both(self._syncs[snapshotter.name](key), self._committed(plan, position - 1))
+                await afailpoint("layer.synced")
+                await self._threads.run(snapshotter.commit, name, key, parent=parent, usage=usage)
+                await afailpoint("layer.committed")
+            except BaseException:
+                await asyncio.shield(self._threads.run(snapshotter.remove, key))
+                raise
+
+    async def _beside(self, plan: LayerPlan, position: int, key: Key) -> Usage | None:
+        """Unpack a layer while its parents are still on their way, then fit it to them."""
+        job, _ = await both(self._unpack(plan, position, key, None), self._settled(plan, position - 1))
+        try:
+            await afailpoint("layer.unpacked")
+            return await self._unpacker.settle(await self._mounts(plan, position, key), job)
+        except Aborted:
+            # It came through a pipe and needs its parents while it is unpacked.
+            await self._threads.run(plan.snapshotter.remove, key)
+            return await self._on_parent(plan, position, key)
+        except BaseException:
+            await asyncio.shield(job.abort())
+            raise
+
+    async def _on_parent(self, plan: LayerPlan, position: int, key: Key) -> Usage | None:
+        """Unpack a layer onto its committed parent."""
+        await both(self.bring(plan, plan.layers[position]), self._committed(plan, position - 1))
+        job = await self._unpack(plan, position, key, plan.names[position - 1] if position else None)
+        return await self._unpacker.settle([], job)
+
+    async def _committed(self, plan: LayerPlan, position: int) -> None:
+        if position >= 0:
+            await self.ensure(plan, position)
+
+    async def _settled(self, plan: LayerPlan, position: int) -> None:
+        """Until a layer's files are as they will be, committed or not."""
+        if position < 0:
+            return
+        with self._stages.use(f"{plan.snapshotter.name}/{plan.names[position]}") as stage:
+            layer = asyncio.ensure_future(self.ensure(plan, position))
+            try:
+                await _first_of(layer, stage.settled.wait())
+                if layer.done():
+                    layer.result()
+            finally:
+                await _end(layer)
+
+    async def _mounts(self, plan: LayerPlan, position: int, key: Key) -> list[Mount]:
+        """The layer on its parents, of which some may be settled but not committed yet."""
+        for _ in plan.names:
+            below: list[str] = []
+            for name in reversed(plan.names[:position]):
+                if await self._threads.run(plan.snapshotter.stat, name) is not None:
+                    below.append(name)
+                    break
+                with self._stages.use(f"{plan.snapshotter.name}/{name}") as stage:
+                    below.append(stage.key)
+            try:
+                return await self._threads.run(plan.snapshotter.mounts, key, below=below)
+            except NotFound:
+                continue  # a parent was committed between the two looks: its key is gone, its name is there now
+        raise Internal("the parents of a layer keep changing", where=plan.label)
+
+    async def bring(self, plan: LayerPlan, layer: Descriptor) -> None:
+        """Have a layer's blob in the store, verified; unpacking it or not."""
+        began = time.monotonic()
+        source = await self._blobs.bring(plan.fetcher, layer, lambda count: plan.report(layer, count, "downloading"))
+        _note(plan, layer, source, began)
+
+    async def _fetch(self, plan: LayerPlan, layer: Descriptor) -> None:
+        began = time.monotonic()
+        source = await self._blobs.fetch(plan.fetcher, layer, lambda count: plan.report(layer, count, "downloading"))
+        _note(plan, layer, source, began)
+
+    async def _unpack(self, plan: LayerPlan, position: int, key: Key, parent: Name | None) -> UnpackJob:
+        """Unpack one layer into a new active snapshot, from its growing blob if need be. Returns the finished job.
+
+        A worker that fails on bytes nobody has verified yet proves nothing against the layer: the download is judged
+        first, and where another endpoint has the right bytes the layer is unpacked again from those.
+        """
+        layer = plan.layers[position]
+        mounts = await self._threads.run(plan.snapshotter.prepare, key, parent)
+        await afailpoint("layer.prepared")
+        rebase = parent is None and plan.snapshotter.parallel
+        if self._decryptor.processed(layer):
+            await self.bring(plan, layer)
+        unverified = not await self._threads.run(self._blobs.has, layer.digest)
+        try:
+            return await self._follow(plan, position, mounts, rebase)
+        except (DataLoss, InvalidArgument):
+            if not unverified:
+                raise
+            await self.bring(plan, layer)
+        await self._threads.run(plan.snapshotter.remove, key)
+        mounts = await self._threads.run(plan.snapshotter.prepare, key, parent)
+        return await self._follow(plan, position, mounts, rebase)
+
+    async def _follow(self, plan: LayerPlan, position: int, mounts: Sequence[Mount], rebase: bool) -> UnpackJob:
+        layer = plan.layers[position]
+        async with AsyncExitStack() as stack:
+            blob = stack.enter_context(self._blobs.growing.use(layer.digest))
+            fetch = asyncio.ensure_future(self._fetch(plan, layer))
+            stack.push_async_callback(_end, fetch)
+            await _first_of(fetch, blob.opened.wait())
+            source, chain = await self._source(layer, fetch, blob, stack)
+            job = await self._unpacker.start(_layer_input(plan, position, source, chain), mounts, rebase=rebase)
+            try:
+                plan.report(layer, layer.size if fetch.done() else blob.available, "unpacking")
+                blob.follow(job)
+                if fetch.done():
+                    job.advance(layer.size)
+                applied, _ = await both(_judged(job.finish(), chain), _awaited(fetch))
+            except BaseException:
+                await asyncio.shield(job.abort())
+                raise
+            for phase, seconds in applied.timings.items():
+                plan.spent(phase, seconds)
+            return job
+
+    async def _source(
+        self, layer: Descriptor, fetch: asyncio.Future[None], blob: GrowingBlob, stack: AsyncExitStack
+    ) -> tuple[int, ChainRun | None]:
+        """What the worker reads: the growing blob, the stored one, or what stream processors make of that."""
+        if fetch.done():
+            fetch.result()
+            source = await self._threads.run(self._blobs.stored_fd, layer.digest)
+        else:
+            source = blob.duplicate()
+        stack.callback(os.close, source)
+        if not self._decryptor.processed(layer):
+            return source, None
+        chain = await self._decryptor.open_chain(layer, source)
+        stack.push_async_callback(chain.kill)
+        return chain.output, chain
+
+
+def _note(plan: LayerPlan, layer: Descriptor, source: BlobSource | None, began: float) -> None:
+    if source is not None:
+        plan.sources[layer.digest] = source
+        plan.spent("download", time.monotonic() - began)
+
+
+def _layer_input(plan: LayerPlan, position: int, source: int, chain: ChainRun | None) -> LayerInput:
+    layer, key = plan.layers[position], plan.keys[position]
+    media_type = key.media_type if key else layer.media_type
+    return LayerInput(
+        media_type=chain.media_type if chain else media_type,
+        digest=layer.digest,
+        diff_id=plan.diff_ids[position],
+        source=source,
+        size=layer.size,
+        secret=key.secret if key and not chain else None,
+    )
+
+
+async def _judged(verdict: Awaitable[Applied], chain: ChainRun | None) -> Applied:
+    """The worker's verdict; where stream processors feed it, theirs counts first, for the cause is usually there."""
+    if chain is None:
+        return await verdict
+    try:
+        return await verdict
+    finally:
+        await chain.wait()
+
+
+async def _end(task: asyncio.Future[None]) -> None:
+    """Stop a task that may be done already; its error, if any, has been told or no longer matters."""
+    task.cancel()
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()
+
+
+async def _awaited(task: asyncio.Future[None]) -> None:
+    await task
+
+
+async def _first_of(task: asyncio.Future[Any], other: Coroutine[Any, Any, Any]) -> None:
+    """Until either is done; the second is dropped then, the first is left alone."""
+    waiting = asyncio.ensure_future(other)
+    try:
+        await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+
+
+class _Sync:
+    """Puts finished layers on disk, all that wait at a time in one go."""
+
+    def __init__(self, snapshotter: Snapshotter, threads: Threads) -> None:
+        self._snapshotter, self._threads = snapshotter, threads
+        self._keys: list[Key] = []
+        self._coalesced = Coalesced(self._run)
+
+    async def __call__(self, key: Key) -> None:
+        self._keys.append(key)
+        await self._coalesced()
+
+    async def _run(self) -> None:
+        keys, self._keys = self._keys, []
+        await self._threads.run(self._snapshotter.sync, keys)
