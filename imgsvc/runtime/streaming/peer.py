@@ -11,7 +11,7 @@ from imgsvc.errors import Cancelled, DeadlineExceeded
 from imgsvc.runtime.streaming.interfaces import CHUNK
 
 _WRITE_HIGH: Final = 256 * 1024  # [bytes] unsent before a sender waits
-_CHECK_S: Final = 5.0
+_CHECK_S: Final = 2.0
 _LINGER_S: Final = 5.0
 _TCP_CLOSE: Final = 7
 _TCP_ENDED: Final = (_TCP_CLOSE, 8, 9)  # also CLOSE_WAIT, LAST_ACK. Source: tcp_info.tcpi_state, linux/tcp_states.h
