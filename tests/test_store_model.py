@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from imgsvc import failpoints
 from imgsvc.concurrency import Threads
 from imgsvc.content.local import LocalStore
 from imgsvc.fsck import recover
@@ -34,6 +35,14 @@ T = TypeVar("T")
 LAYERS = [os.urandom(200 + n) for n in range(8)]
 DIGESTS = [Digest.of(layer) for layer in LAYERS]
 IMAGES = {"a": (0, 1, 2), "b": (0, 1, 3), "c": (4,), "d": (2, 4, 5, 6), "e": (7, 0)}
+# Where to be slow, so that the others get in between.
+RACES = [
+    "",
+    "gc.marked=delay:8*1",
+    "gc.remove=delay:4*2",
+    "gc.marked=delay:4*1; gc.remove=delay:4*1",
+    "lease.add=delay:3; gc.slice=delay:3",
+]
 NAMES = st.sampled_from(sorted(IMAGES))
 
 
@@ -92,6 +101,10 @@ class StoreMachine(RuleBasedStateMachine):
         finally:
             await self.leases.release(lease)
 
+    async def pull_later(self, name: str, turn: int) -> None:
+        await asyncio.sleep(0.003 * turn)
+        await self.pull(name, owner=f"{turn}-")
+
     def fetch(self, layer: int, ingest_ref: str) -> None:
         data = LAYERS[layer]
         writer = self.store.writer(ingest_ref, total=len(data), expected=DIGESTS[layer])
@@ -116,15 +129,17 @@ class StoreMachine(RuleBasedStateMachine):
     def remove(self, name: str) -> None:
         self.table.visible.discard(name)
 
-    @rule(names=st.lists(NAMES, min_size=1, max_size=4), gone=st.lists(NAMES, max_size=2))
-    def pull_and_remove_while_collecting(self, names: list[str], gone: list[str]) -> None:
+    @rule(names=st.lists(NAMES, min_size=1, max_size=4), gone=st.lists(NAMES, max_size=3), slow=st.sampled_from(RACES))
+    def pull_and_remove_while_collecting(self, names: list[str], gone: list[str], slow: str) -> None:
         async def all_at_once() -> None:
             for name in gone:
                 self.table.visible.discard(name)
-            pulls = [self.pull(name, owner=f"{n}-") for n, name in enumerate(names)]
+            pulls = [self.pull_later(name, n) for n, name in enumerate(names)]
             await asyncio.gather(self.collector.collect(), *pulls, self.collector.collect())
 
+        failpoints.arm(slow)
         self.do(all_at_once())
+        failpoints.arm("")
 
     @rule()
     def collect(self) -> None:
