@@ -37,7 +37,11 @@ async def upgrade(
     reader, writer = await asyncio.open_connection(target.hostname, target.port, ssl=tls)
     lines = [f"{method} {target.path} HTTP/1.1", f"Host: {target.netloc}", *(f"{k}: {v}" for k, v in headers.items())]
     writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
-    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), WAIT_S)).decode().split("\r\n")
+    try:
+        head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), WAIT_S)).decode().split("\r\n")
+    except BaseException:
+        writer.transport.abort()
+        raise
     fields = {k.lower(): v for k, _, v in (line.partition(": ") for line in head[1:] if line)}
     return Answer(int(head[0].split()[1]), fields), reader, writer
 
