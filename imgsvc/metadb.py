@@ -11,6 +11,8 @@ Decisions, and what they cost:
   without a restart and without the quiet moment that resizing a map in use would need.
 * `sync=False` (images.sync = "none") leaves out LMDB's second fsync per commit only. A power cut may then undo the last
   transactions, but never breaks the database; leaving out both could lose all of it.
+* LMDB writes new pages to delete something, so on a full disk nothing could be removed any more. The file therefore owns
+  a few MiB of blocks beyond its end, which only a disk that is full already lets shrink.
 * LMDB keeps no checksums. A file cut short is noticed when opened; a flipped bit only when a record no longer parses.
 * Records carry a format number: a newer one is refused untouched, an older one is migrated in one transaction.
 """
@@ -26,7 +28,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -36,7 +38,7 @@ import lmdb
 
 from imgsvc.errors import DataLoss, FailedPrecondition, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error
 from imgsvc.failpoints import failpoint
-from imgsvc.fsutil import boot_id, free_space, lock_exclusive, private_dir
+from imgsvc.fsutil import boot_id, free_space, lock_exclusive, private_dir, reserve_blocks
 from imgsvc.oci import GIB, MIB
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ MAX_BATCH: Final = 256  # writes that share one commit; bounds how long the firs
 MAX_KEY: Final = 511  # [bytes], LMDB's limit
 _MAP_SIZE: Final = 16 * GIB  # [bytes] of address space; 100 000 layers need about 0.1 GiB of it
 _SMALLEST_MAP: Final = 64 * MIB  # [bytes] below which a limit on address space is an error
+_HEADROOM: Final = 4 * MIB  # [bytes] of blocks ahead of the last page; deleting a whole image writes less than 1 MiB
 _MAX_READERS: Final = 512  # read transactions open at one time
 _DATA: Final = "data.mdb"
 _SET_ASIDE: Final = "data.mdb.broken"
@@ -141,6 +144,7 @@ class MetaDB:
         self._queue: queue.SimpleQueue[_Change | None] = queue.SimpleQueue()  # bounded by its callers: each waits for its own
         self._closing = threading.Lock()
         self._closed = True
+        self._reserved = 0  # [bytes] from the start of the file that have blocks
         try:
             self._env = _open_env(path, sync, len(self._schema.tables))
             try:
@@ -154,6 +158,7 @@ class MetaDB:
 
     def _start(self) -> None:
         failpoint("metadb.opened")
+        self._keep_headroom()
         self._tables: dict[str, Any] = {}
         self._refuse_newer()
         self._tables.update({name: self._env.open_db(name.encode()) for name in self._schema.tables})
@@ -226,6 +231,7 @@ class MetaDB:
     def _run(self) -> None:
         while (batch := self._next_batch()) is not None:
             self._commit([change for change in batch if change.future.set_running_or_notify_cancel()])
+            self._keep_headroom()
 
     def _next_batch(self) -> list[_Change] | None:
         """What is waiting, in order; None when closed. The closing mark is put back for the next call."""
@@ -259,6 +265,14 @@ class MetaDB:
                 change.future.set_result(change.value)
             else:
                 change.future.set_exception(change.error)
+
+    def _keep_headroom(self) -> None:
+        used = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        if self._reserved - used >= _HEADROOM // 2:
+            return
+        with suppress(OSError), (self._path / _DATA).open("r+b") as file:
+            if reserve_blocks(file.fileno(), used + _HEADROOM):
+                self._reserved = used + _HEADROOM
 
     def _apply(self, change: _Change, txn: lmdb.Transaction, *, nested: bool) -> None:
         try:

@@ -18,6 +18,7 @@ import pytest
 from imgsvc import failpoints
 from imgsvc.errors import DataLoss, FailedPrecondition, Internal, InvalidArgument, NotFound, ResourceExhausted
 from imgsvc.metadb import MAX_KEY, LastEnd, MetaDB, Schema, WriteTxn, set_aside
+from imgsvc.oci import MIB
 from tests.support.faults import no_descriptors, tmpfs
 
 
@@ -301,6 +302,21 @@ def test_c_d3_a_full_disk_is_told_and_survived(tmp_path: Path) -> None:
         for key in stored:  # LMDB gives freed pages out again two transactions later
             db.write(delete("images", key))
         db.write(lambda txn: txn.put("images", "after", {"x": "y" * 100_000}))
+        db.close()
+
+
+@pytest.mark.root
+def test_c_d3_what_is_stored_can_be_removed_on_a_full_disk(tmp_path: Path) -> None:
+    with tmpfs(tmp_path, "size=16m"):
+        db = MetaDB(tmp_path / "meta")
+        names = [f"image{n}" for n in range(500)]
+        for name in names:
+            db.write(put("images", name, {"x": "y" * 500}))
+        with pytest.raises(OSError, match="No space left"):
+            (tmp_path / "other").write_bytes(bytes(32 * MIB))
+        for name in names:
+            db.write(delete("images", name))
+        assert keys(db) == []
         db.close()
 
 
