@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 import time
 from collections.abc import Iterator
@@ -90,8 +91,8 @@ async def _speed(endpoint: Endpoint, reference: Reference) -> float:
         return 0.0
     ask = Ask("GET", f"/{reference.repository}/blobs/{layer.digest}", "fetch", (f"repository:{reference.repository}:pull",))
     received, started = 0, time.monotonic()
-    async with await endpoint.ask(ask) as response:
-        async for chunk in response.chunks():
+    async with await endpoint.ask(ask) as response, contextlib.aclosing(response.chunks()) as chunks:
+        async for chunk in chunks:
             received += len(chunk)
             if received >= _SAMPLE or time.monotonic() - started > _SAMPLE_S:
                 break

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -230,8 +230,7 @@ class Download:
         announced_end = span.end
         async with _Writes(self._sink, span.position) as writes:
             clock = _Clock(self._pace, shown_url(response.url))
-            chunks = response.chunks()
-            async with contextlib.aclosing(chunks):  # type: ignore[type-var]  # an async generator behind its interface
+            async with contextlib.aclosing(response.chunks()) as chunks:
                 while (chunk := await clock.next(chunks)) is not None:
                     if skip:
                         dropped = min(skip, len(chunk))
@@ -263,10 +262,10 @@ class _Clock:
         self._waited = 0.0
         self._bytes = 0
 
-    async def next(self, chunks: object) -> bytes | None:
+    async def next(self, chunks: AsyncIterator[bytes]) -> bytes | None:
         """The next chunk, None at the end. Raises: RequestFailed when the connection is too slow."""
         started = time.monotonic()
-        chunk: bytes | None = await anext(chunks, None)  # type: ignore[call-overload]
+        chunk: bytes | None = await anext(chunks, None)
         self._waited += time.monotonic() - started
         self._bytes += len(chunk or b"")
         if self._waited >= self._pace.window:

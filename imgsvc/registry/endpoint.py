@@ -29,6 +29,7 @@ from imgsvc.registry.transport import Body, RequestFailed, Response, Route, Tran
 USER_AGENT: Final = "imgsvc"
 MAX_REDIRECTS: Final = 10
 _MAX_ROUNDS: Final = 3  # requests one call may cost: unauthenticated, authenticated, with a renewed credential
+_GUESS_TIMEOUT_S: Final = 3.0  # for localhost to show which protocol it speaks
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 
 
@@ -221,15 +222,12 @@ class Endpoint:
 
     async def _send_with_fallback(self, ask: Ask, answer: Answer | None) -> Response:
         """An http:// host with TLS options is tried with HTTPS; a server that evidently speaks HTTP gets HTTP."""
+        is_guess = self.host.try_tls_first and self.base.startswith("https://")
         try:
             return await self._follow(ask, answer)
         except RequestFailed as error:
-            can_fall_back = self.host.try_tls_first and self.base.startswith("https://") and error.phase == "tls"
-            if (
-                not can_fall_back
-                or (error.failure is not Failure.DEFINITE and not self.host.downgrade_is_safe)
-                or "not trusted" in error.what
-            ):
+            # Somebody between us and the server can make TLS fail: only where that gains nothing any failure counts.
+            if not is_guess or not (error.is_plain_http or (error.phase == "tls" and self.host.downgrade_is_safe)):
                 raise
         self._session.downgraded[self.host.url] = None
         credential = await self._pick_credential()
@@ -285,7 +283,7 @@ class Endpoint:
         return Route(
             tls=tls.without_identity() if is_foreign else tls if url.startswith("https:") else Tls(),
             proxy=proxy_for(url, self.host.proxy, self._session.environ),
-            connect_timeout=self.host.dial_timeout,
+            connect_timeout=_GUESS_TIMEOUT_S if self.host.downgrade_is_safe and not self.host.dial_timeout else self.host.dial_timeout,
             reachable=allowed_from(self._reach) if is_foreign else ANYWHERE,
         )
 

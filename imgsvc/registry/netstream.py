@@ -36,12 +36,11 @@ class AddressRefused(httpcore.ConnectError):
 
 
 class TlsFailed(httpcore.ConnectError):
-    """No TLS session. plain: the peer evidently speaks no TLS; reset: it hung up in the middle."""
+    """No TLS session. plain: the peer evidently speaks no TLS."""
 
-    def __init__(self, text: str, *, plain: bool, reset: bool) -> None:
+    def __init__(self, text: str, *, plain: bool) -> None:
         super().__init__(text)
         self.plain = plain
-        self.reset = reset
 
 
 class Backend(httpcore.AsyncNetworkBackend):
@@ -236,16 +235,16 @@ class TlsStream(httpcore.AsyncNetworkStream):
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_hostname)
 
     async def handshake(self, timeout: float | None) -> None:
-        """Raises: TlsFailed, httpcore.ConnectTimeout."""
+        """Raises: TlsFailed."""
         try:
             async with asyncio.timeout(timeout):
                 await self._handshake()
         except TimeoutError as error:
-            raise httpcore.ConnectTimeout(f"no TLS session within {timeout:g} s") from error
+            raise TlsFailed(f"no TLS session within {timeout:g} s", plain=False) from error
         except ssl.SSLError as error:
-            raise TlsFailed(_tls_reason(error), plain=_is_plain(error), reset=False) from error
+            raise TlsFailed(_tls_reason(error), plain=_is_plain(error)) from error
         except (httpcore.ReadError, httpcore.WriteError) as error:
-            raise TlsFailed(f"connection lost during the TLS handshake: {error}", plain=False, reset=True) from error
+            raise TlsFailed(f"connection lost during the TLS handshake: {error}", plain=False) from error
 
     async def _handshake(self) -> None:
         while True:

@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Final
 
-TRIES_PER_HOST: Final = 4  # the first and three more
+_TRIES: Final = 4  # on the last host: the first and three more
+_TRIES_WITH_OTHERS: Final = 2  # on a host with others behind it
 _FIRST_DELAY_S: Final = 0.25
 _MAX_DELAY_S: Final = 8.0
 MAX_WAIT_S: Final = 60.0  # longest wait for a rate limit within one pull
@@ -80,7 +81,7 @@ def decide(failure: Failure, tries: int, *, is_last: bool, parked_for: float, ji
     is_last: no other host is left to ask.  parked_for: how long the endpoint is to be left alone [seconds].
     jitter: random, 0 ≤ jitter < 1.  has_budget: the endpoint's retry budget is not used up.
     """
-    if failure in (Failure.DEFINITE, Failure.LIED) or tries >= TRIES_PER_HOST:
+    if failure in (Failure.DEFINITE, Failure.LIED) or tries >= (_TRIES if is_last else _TRIES_WITH_OTHERS):
         return Decision(Action.NEXT_HOST)
     if failure is Failure.LIMITED:
         if is_last and parked_for <= MAX_WAIT_S:

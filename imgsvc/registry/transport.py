@@ -8,9 +8,10 @@ stream of bytes, and several connections beat several streams of one connection 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import ssl
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -36,7 +37,7 @@ class RequestFailed(ImgsvcError):
     """One request to one endpoint did not succeed. `code` is the category of this very failure.
 
     phase: "connect", "tls", "auth", "resolve", "fetch", "push". status: HTTP status, 0 without an answer.
-    wait: Retry-After [seconds] where the server said so.
+    wait: Retry-After [seconds] where the server said so. is_plain_http: it answered HTTP where TLS was tried.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class RequestFailed(ImgsvcError):
         where: str = "",
         hint: str = "",
         wait: float | None = None,
+        is_plain_http: bool = False,
     ) -> None:
         super().__init__(what, where=where, hint=hint)
         self.code = code  # type: ignore[misc]  # an instance may narrow the class's category
@@ -58,6 +60,7 @@ class RequestFailed(ImgsvcError):
         self.phase = phase
         self.status = status
         self.wait = wait
+        self.is_plain_http = is_plain_http
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,7 @@ class Response:
         except (OSError, TypeError):  # the peer has hung up already
             return Reach.PUBLIC
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body as it arrives, not decoded, up to 1 MiB at a time. Raises: RequestFailed."""
         try:
             async for chunk in self._raw.aiter_stream():
@@ -135,13 +138,14 @@ class Response:
         length = self.headers.get("content-length")
         parts, total = [], 0
         if not length.isdigit() or int(length[:20]) <= limit:
-            async for chunk in self.chunks():
-                total += len(chunk)
-                if total > limit:
-                    break
-                parts.append(chunk)
-            else:
-                return b"".join(parts)
+            async with contextlib.aclosing(self.chunks()) as chunks:
+                async for chunk in chunks:
+                    total += len(chunk)
+                    if total > limit:
+                        break
+                    parts.append(chunk)
+                else:
+                    return b"".join(parts)
         await self.close()
         raise ResourceExhausted(f"answer larger than {limit} bytes", where=shown_url(self.url))
 
@@ -149,8 +153,8 @@ class Response:
         """The start of the body, whatever happens after it: for error texts."""
         parts, total = [], 0
         try:
-            async with asyncio.timeout(5):
-                async for chunk in self.chunks():
+            async with asyncio.timeout(5), contextlib.aclosing(self.chunks()) as chunks:
+                async for chunk in chunks:
                     parts.append(chunk[: limit - total])
                     total += len(parts[-1])
                     if total >= limit:
@@ -310,7 +314,7 @@ def _mapped(error: Exception, url: str, phase: str) -> RequestFailed:
         untrusted = "not trusted" in text
         hint = _HINTS["plain"] if error.plain else _HINTS["untrusted"] if untrusted else ""
         failure = Failure.DEFINITE if untrusted or error.plain else Failure.UNREACHABLE
-        return RequestFailed(text, code="UNAVAILABLE", failure=failure, phase="tls", where=where, hint=hint)
+        return RequestFailed(text, code="UNAVAILABLE", failure=failure, phase="tls", where=where, hint=hint, is_plain_http=error.plain)
     if isinstance(error, httpcore.ConnectTimeout):
         return RequestFailed(text, code="DEADLINE_EXCEEDED", failure=Failure.UNREACHABLE, phase="connect", where=where)
     if isinstance(error, ConnectFailed | httpcore.ConnectError):
