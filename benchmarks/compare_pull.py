@@ -1,0 +1,264 @@
+"""Pulls of the same images by imgsvc and by a peer, in turn, both through CRI PullImage; prints ratios.
+
+    python -m benchmarks.compare_pull [--containerd PATH] [--rounds N] [--directory DIR] [--tree PATH ...]
+
+Both daemons keep their data below --directory (default: a tmpfs), so the file system is the same; both pull from one
+docker-registry on loopback through a mirror in hosts.toml. CPU is that of the daemon and all its descendants, also
+those that ended; memory is the largest sum of their resident sets, sampled. The floor is what the parts cost without any
+service: the same layers through `curl | igzip -d | tar -x`, two at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from imgsvc.api import cri_pb2, cri_pb2_grpc
+from imgsvc.oci import MIB
+from tests.support.images import BuiltDocument, Layer, image, layer
+from tests.support.registries import RealRegistry, real_registry
+
+HOST = "bench.example"
+SAMPLE_S = 0.05
+LEFT_FILES = 200  # what either daemon keeps for itself without an image; every image here has thousands
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One pull. Seconds, and bytes."""
+
+    wall: float
+    cpu: float
+    memory: int
+
+
+class Peer:
+    """A CRI server as a child process, with its descendants measured."""
+
+    def __init__(self, name: str, command: Sequence[str], socket: Path, log: Path) -> None:
+        self.name = name
+        self._directory = log.parent
+        with log.open("wb") as stream:
+            self._process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        self._channel = grpc.insecure_channel(f"unix://{socket}")
+        grpc.channel_ready_future(self._channel).result(timeout=30)
+        self._images = cri_pb2_grpc.ImageServiceStub(self._channel)
+
+    def pull(self, reference: str) -> Cost:
+        """Pull and measure."""
+        spec = cri_pb2.ImageSpec(image=reference)
+        with _sampling(self._process.pid) as sampled:
+            cpu, began = _cpu(self._process.pid), time.monotonic()
+            self._images.PullImage(cri_pb2.PullImageRequest(image=spec), timeout=600)
+            wall = time.monotonic() - began
+        return Cost(wall, _cpu(self._process.pid) - cpu, sampled.peak)
+
+    def remove(self, reference: str) -> None:
+        """Forget the image and wait until its files are gone, so that the next pull starts from nothing."""
+        self._images.RemoveImage(cri_pb2.RemoveImageRequest(image=cri_pb2.ImageSpec(image=reference)), timeout=600)
+        deadline = time.monotonic() + 60
+        while sum(len(files) for _, _, files in os.walk(self._directory)) > LEFT_FILES:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{self.name} did not give back the image's files within a minute")
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        """End it."""
+        self._channel.close()
+        self._process.terminate()
+        self._process.wait(timeout=30)
+
+
+class _Sampler:
+    def __init__(self) -> None:
+        self.peak = 0
+
+
+@contextlib.contextmanager
+def _sampling(pid: int) -> Iterator[_Sampler]:
+    sampler, stop = _Sampler(), threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(SAMPLE_S):
+            sampler.peak = max(sampler.peak, sum(_resident(p) for p in _family(pid)))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield sampler
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all its living descendants."""
+    found, waiting = [], [pid]
+    while waiting:
+        current = waiting.pop()
+        found.append(current)
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{current}/task"):
+                waiting += [int(child) for child in Path(f"/proc/{current}/task/{task}/children").read_text().split()]
+    return found
+
+
+def _cpu(pid: int) -> float:
+    """CPU seconds of a process and its descendants, ended and waited-for ones included."""
+    total = 0.0
+    for member in _family(pid):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
+            total += sum(int(ticks) for ticks in fields[11:15]) / TICKS
+    return total
+
+
+def _resident(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return 0
+
+
+def imgsvc(directory: Path, hosts: Path) -> Peer:
+    """Our daemon on its defaults."""
+    directory.mkdir()
+    config = directory / "config.toml"
+    config.write_text(
+        f'version = 1\nroot = "{directory}/root"\nstate = "{directory}/state"\nimports = []\n'
+        f'[registry]\nconfig_path = "{hosts}"\n[runtime]\nenabled = false\n[gc]\nstartup_delay = "0s"\nschedule_delay = "0s"\n'
+    )
+    command = [sys.executable, "-m", "imgsvc.cli", "serve", "--config", str(config)]
+    return Peer("imgsvc", command, directory / "state" / "imgsvc.sock", directory / "log")
+
+
+def containerd(program: str, directory: Path, hosts: Path) -> Peer:
+    """Containerd with its CRI plugin, otherwise on its defaults."""
+    directory.mkdir()
+    config = directory / "config.toml"
+    config.write_text(
+        f'version = 2\nroot = "{directory}/root"\nstate = "{directory}/state"\n[grpc]\naddress = "{directory}/c.sock"\n'
+        f'[plugins."io.containerd.grpc.v1.cri"]\n[plugins."io.containerd.grpc.v1.cri".registry]\nconfig_path = "{hosts}"\n'
+        f'[plugins."io.containerd.grpc.v1.cri".cni]\nconf_dir = "{directory}/cni"\n'
+    )
+    return Peer("containerd", [program, "--config", str(config)], directory / "c.sock", directory / "log")
+
+
+def tree_layer(path: Path) -> Layer:
+    """A directory of this machine as one gzip layer."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        archive.add(path, arcname=str(path).lstrip("/"))
+    return layer(buffer.getvalue())
+
+
+def build(trees: Sequence[Path], parts: int) -> BuiltDocument:
+    """One image of one layer per tree; with `parts`, the children of each tree spread over that many layers."""
+    if parts <= 1:
+        return image([tree_layer(tree) for tree in trees])
+    children = sorted(child for tree in trees for child in tree.iterdir())
+    layers = []
+    for number in range(parts):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            for child in children[number::parts]:
+                archive.add(child, arcname=str(child).lstrip("/"))
+        layers.append(layer(buffer.getvalue()))
+    return image(layers)
+
+
+def floor(registry: RealRegistry, repository: str, document: BuiltDocument, directory: Path) -> float:
+    """Seconds that `curl | igzip -d | tar -x` takes for the same layers, two at a time."""
+    digests = [digest for digest in document.blobs if digest != document.config_digest]
+    waiting, running = list(enumerate(digests)), []
+    began = time.monotonic()
+    while waiting or running:
+        while waiting and len(running) < 2:
+            number, digest = waiting.pop(0)
+            target = directory / str(number)
+            target.mkdir(parents=True)
+            url = f"{registry.url}/v2/{repository}/blobs/{digest}"
+            running.append(subprocess.Popen(["sh", "-c", 'curl -sL "$0" | igzip -d | tar -x -C "$1"', url, str(target)]))
+        running = [process for process in running if process.poll() is None]
+        time.sleep(0.002)
+    return time.monotonic() - began
+
+
+def compare(name: str, document: BuiltDocument, registry: RealRegistry, peers: Sequence[Peer], rounds: int, directory: Path) -> None:
+    """Pull one image `rounds` times with each peer in turn and print medians and ratios."""
+    registry.push(document, f"bench/{name}")
+    reference = f"{HOST}/bench/{name}:latest"
+    costs: dict[str, list[Cost]] = {peer.name: [] for peer in peers}
+    floors: list[float] = []
+    for _ in range(rounds):
+        for peer in peers:
+            costs[peer.name].append(peer.pull(reference))
+            peer.remove(reference)
+        scratch = directory / "floor"
+        floors.append(floor(registry, f"bench/{name}", document, scratch))
+        shutil.rmtree(scratch)
+    size = sum(len(data) for data in document.blobs.values())
+    print(f"\n{name}: {len(document.blobs) - 1} layers, {size / MIB:.0f} MiB compressed; medians of {rounds} rounds")
+    for peer, found in costs.items():
+        print(
+            f"  {peer:11} wall {_median(found, lambda c: c.wall):7.3f} s   cpu {_median(found, lambda c: c.cpu):7.3f} s   "
+            f"peak {_median(found, lambda c: c.memory) / MIB:6.0f} MiB"
+        )
+    print(f"  {'floor':11} wall {statistics.median(floors):7.3f} s")
+    ours, theirs = (costs[peer.name] for peer in peers)
+    for label, pick in (("wall", lambda c: c.wall), ("cpu", lambda c: c.cpu), ("memory", lambda c: c.memory)):
+        ratio = statistics.median(pick(a) / max(pick(b), 1e-9) for a, b in zip(ours, theirs, strict=True))
+        print(f"  ratio {label:7} {ratio:5.2f} x {peers[1].name}")
+    print(f"  ratio wall    {statistics.median(c.wall / f for c, f in zip(ours, floors, strict=True)):5.2f} x floor")
+
+
+def _median(costs: Sequence[Cost], pick: Callable[[Cost], float]) -> float:
+    return statistics.median(pick(cost) for cost in costs)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--containerd", default=shutil.which("containerd") or "containerd")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--directory", type=Path, help="where both keep their data; default: a tmpfs made for this run")
+    parser.add_argument("--tree", type=Path, action="append", help="directories that make up the image (default: this Python's packages)")
+    arguments = parser.parse_args()
+    packages = Path(next(p for p in sys.path if p.endswith("site-packages")))
+    trees = arguments.tree or [packages]
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imgsvc-bench-", dir=arguments.directory)))
+        if arguments.directory is None:
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(directory)], check=True)
+            stack.callback(subprocess.run, ["umount", "-l", str(directory)], check=True)
+        store = directory / "registry"
+        store.mkdir()
+        registry = stack.enter_context(real_registry(store))
+        hosts = directory / "hosts.d" / HOST
+        hosts.mkdir(parents=True)
+        # containerd 1.6 refuses a file without a [host] table.
+        (hosts / "hosts.toml").write_text(f'server = "http://{registry.address}"\n[host."http://{registry.address}"]\n')
+        peers = [imgsvc(directory / "imgsvc", hosts.parent), containerd(arguments.containerd, directory / "containerd", hosts.parent)]
+        for peer in peers:
+            stack.callback(peer.stop)
+        compare("one-layer", build(trees, 1), registry, peers, arguments.rounds, directory)
+        compare("many-layers", build(trees, 12), registry, peers, arguments.rounds, directory)
+
+
+if __name__ == "__main__":
+    main()
