@@ -2,7 +2,7 @@
 
 Start reading at docs/architecture.md. Imports point down only::
 
-    edge        server, pods, care, cli, image_service, admin_service, rpc, notify      names concrete classes
+    edge        server, pods, care, cli, image_service, admin_service, decryption, rpc, notify      names concrete classes
     use cases   pull, layers, blobs, images, leases                        see packages through their interfaces only
     use cases   gc, gc_sources, fsck, df, roots
     use cases   archive, verification, mirror, prepull, config_import

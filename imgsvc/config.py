@@ -104,7 +104,9 @@ class Decrypt:
     key_model: str = "node"
     keys_path: str = "/etc/imgsvc/keys"
     keyprovider_config: str = ""  # "": OCICRYPT_KEYPROVIDER_CONFIG of the environment
+    ocicrypt_config: str = ""  # which PKCS#11 modules may be loaded; "": OCICRYPT_CONFIG of the environment
     passwords: dict[str, str] = field(default_factory=dict)  # key file name → file that holds its password
+    provider_parameters: dict[str, str] = field(default_factory=dict)  # key provider → file that holds what it is sent
 
 
 @dataclass(frozen=True, slots=True)

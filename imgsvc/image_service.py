@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import grpc.aio
 
 from imgsvc.api import cri_pb2, cri_pb2_grpc
+from imgsvc.decrypt.decryptor import recipients
 from imgsvc.errors import InvalidArgument, printable
 from imgsvc.images import Image, ImageStore
 from imgsvc.oci import Platform
@@ -183,7 +184,7 @@ def _server_host(address: str) -> str:
 
 
 def describe(image: Image) -> dict[str, Any]:
-    """Everything known of an image, for verbose status and `imgsvc inspect`."""
+    """Everything known of an image, for verbose status and `imgsvc inspect`. recipients: for whom a layer's key is wrapped."""
     return {
         "id": image.image_id,
         "repoTags": list(image.repo_tags),
@@ -199,6 +200,7 @@ def describe(image: Image) -> dict[str, Any]:
                 "diffID": layer.diff_id,
                 "snapshot": layer.snapshot,
                 "encrypted": layer.encrypted,
+                "recipients": [{"scheme": r.scheme, "name": r.name} for r in recipients(layer.descriptor)],
                 "from": image.provenance.get("blobs", {}).get(layer.descriptor.digest, {}),
             }
             for layer in image.layers

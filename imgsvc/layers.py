@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from imgsvc.blobs import Blobs, GrowingBlob
-from imgsvc.concurrency import Coalesced, Shared, SingleFlight, Threads, both
+from imgsvc.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both
 from imgsvc.decrypt.interfaces import ChainRun, Decryptor, LayerKey
 from imgsvc.errors import Aborted, DataLoss, Internal, InvalidArgument, NotFound
 from imgsvc.failpoints import afailpoint
@@ -99,6 +99,23 @@ def layer_names(diff_ids: Sequence[Digest], secrets: Sequence[tuple[Digest, str]
         digest = Digest.of(" ".join(parts).encode())
         names.append(Name(f"sealed-{digest}" if sealed else digest))
     return names
+
+
+async def unwrap_layers(decryptor: Decryptor, layers: Sequence[Descriptor]) -> list[LayerKey | None]:
+    """Leave to use each layer: the key of an encrypted one, unwrapped now; None for a plain one. All side by side.
+
+    Raises: KeyMissing (of whichever layer is refused first) and what else Decryptor.unwrap raises.
+    """
+
+    async def one(layer: Descriptor) -> LayerKey | None:
+        return await decryptor.unwrap(layer) if decryptor.encrypted(layer) else None
+
+    return await all_of(*(one(layer) for layer in layers))
+
+
+def layer_secrets(layers: Sequence[Descriptor], keys: Sequence[LayerKey | None]) -> list[tuple[Digest, str] | None]:
+    """What layer_names takes, of layers and their keys."""
+    return [(layer.digest, key.fingerprint) if key else None for layer, key in zip(layers, keys, strict=True)]
 
 
 class _Stage:

@@ -30,7 +30,7 @@ from imgsvc.decrypt.interfaces import Decryptor
 from imgsvc.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
 from imgsvc.failpoints import afailpoint
 from imgsvc.images import Image, ImageStore, build_image
-from imgsvc.layers import LayerPlan, Layers, PullReporter, Silent, layer_names
+from imgsvc.layers import LayerPlan, Layers, PullReporter, Silent, layer_names, layer_secrets, unwrap_layers
 from imgsvc.leases import LeaseManager
 from imgsvc.oci import (
     MAX_DOCUMENT,
@@ -205,15 +205,17 @@ class Puller:
         snapshotter = self._snapshotters.get(request.snapshotter)
         if snapshotter is None:
             raise NotFound(f'no snapshotter "{request.snapshotter}"', hint=f"this node has {', '.join(self._snapshotters)}")
-        keys = [await self._decryptor.unwrap(layer) if self._decryptor.encrypted(layer) else None for layer in manifest.layers]
+        began = time.monotonic()
+        keys = await unwrap_layers(self._decryptor, manifest.layers)
+        if any(keys):
+            timings["unwrap"] = time.monotonic() - began
         diff_ids = config.diff_ids or tuple(layer.digest for layer in manifest.layers)
-        secrets = [(layer.digest, key.fingerprint) if key else None for layer, key in zip(manifest.layers, keys, strict=True)]
         return LayerPlan(
             label=str(request.reference),
             fetcher=fetcher,
             layers=manifest.layers,
             diff_ids=diff_ids,
-            names=tuple(layer_names(diff_ids, secrets)),
+            names=tuple(layer_names(diff_ids, layer_secrets(manifest.layers, keys))),
             keys=tuple(keys),
             snapshotter=snapshotter,
             reporter=request.reporter,

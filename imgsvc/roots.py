@@ -13,7 +13,7 @@ from imgsvc.concurrency import Threads
 from imgsvc.decrypt.interfaces import Decryptor
 from imgsvc.errors import FailedPrecondition, NotFound, PermissionDenied
 from imgsvc.images import Image, ImageStore
-from imgsvc.layers import layer_names
+from imgsvc.layers import layer_names, layer_secrets, unwrap_layers
 from imgsvc.oci import Digest
 from imgsvc.runtime.interfaces import RootMount, RunnableImage
 from imgsvc.snapshot.interfaces import Key, Name, Snapshotter
@@ -89,10 +89,8 @@ class ContainerRoots:
         return 0, 0
 
     async def _authorise(self, image: Image) -> None:
-        secrets: list[tuple[Digest, str] | None] = []
-        for layer in image.layers:
-            key = await self._decryptor.unwrap(layer.descriptor) if layer.encrypted else None
-            secrets.append((layer.descriptor.digest, key.fingerprint) if key else None)
+        descriptors = [layer.descriptor for layer in image.layers]
+        secrets = layer_secrets(descriptors, await unwrap_layers(self._decryptor, descriptors))
         if layer_names([layer.diff_id for layer in image.layers], secrets) != [layer.snapshot for layer in image.layers]:
             raise PermissionDenied(
                 f"{_label(image)} was decrypted with other keys than this node has now", hint="pull it again with the right keys"

@@ -18,16 +18,14 @@ from pathlib import Path
 
 import grpc.aio
 
-from imgsvc import __version__, config
+from imgsvc import __version__, config, decryption
 from imgsvc.admin_service import AdminService
 from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc
 from imgsvc.care import ContainerKeeper, StoreCare
 from imgsvc.concurrency import Threads
 from imgsvc.config import Config, Loaded
 from imgsvc.content.local import LocalStore
-from imgsvc.decrypt.authorise import load_salt
-from imgsvc.decrypt.decryptor import LayerDecryptor, Settings
-from imgsvc.decrypt.processors import Processor
+from imgsvc.decrypt.decryptor import LayerDecryptor
 from imgsvc.errors import FailedPrecondition, ImgsvcError, Unavailable
 from imgsvc.fsck import recover
 from imgsvc.fsutil import private_dir
@@ -120,7 +118,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     stack.push_async_callback(registry.close)
     for directory in registry.directories.missing_roots():
         log.info("registry.config_path: %s is not there", directory)
-    decryptor = LayerDecryptor(await threads.run(_decrypt_settings, settings, root))
+    decryptor = LayerDecryptor(await threads.run(decryption.settings, settings, root))
     stack.push_async_callback(decryptor.close)
     unpacker = _unpacker(settings)
     stack.push_async_callback(unpacker.close)
@@ -201,19 +199,6 @@ def _registry_settings(settings: Config) -> RegistrySettings:
         timeouts=Timeouts(timeouts.connect, timeouts.headers, min(timeouts.stall, stall) if stall else timeouts.stall),
         max_downloads=settings.images.max_concurrent_downloads,
         max_downloads_per_image=settings.images.max_concurrent_downloads_per_image,
-    )
-
-
-def _decrypt_settings(settings: Config, root: Path) -> Settings:
-    provider = settings.decrypt.keyprovider_config or os.environ.get("OCICRYPT_KEYPROVIDER_CONFIG", "")
-    return Settings(
-        keys_path=Path(settings.decrypt.keys_path) if settings.decrypt.keys_path else None,
-        salt=load_salt(root / "salt"),
-        key_model=settings.decrypt.key_model,
-        password_files={name: Path(file) for name, file in settings.decrypt.passwords.items()},
-        keyprovider_config=Path(provider) if provider else None,
-        ocicrypt_config=os.environ.get("OCICRYPT_CONFIG", ""),
-        processors=tuple(Processor(name, p.accepts, p.returns, p.path, p.args, p.env) for name, p in settings.stream_processors.items()),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from imgsvc import config
 from imgsvc.cli.client import add_address, connect
 from imgsvc.cli.output import print_json
+from imgsvc.errors import InvalidArgument
 from imgsvc.fsutil import write_atomic
 
 
@@ -55,7 +56,11 @@ def run_dump(arguments: argparse.Namespace) -> int:
 
 def run_check(arguments: argparse.Namespace) -> int:
     """`imgsvc config check`."""
-    loaded = config.load(arguments.file)
+    from imgsvc import decryption
+
+    loaded = decryption.check(config.load(arguments.file))
+    if problem := decryption.provider_problem(loaded.config):
+        raise InvalidArgument(problem)
     files = sorted({origin.split(":")[0] for origin in loaded.origins.values() if origin != "flag"})
     print(f"good: {', '.join(files)}" if files else "good: embedded defaults, no file")
     return 0

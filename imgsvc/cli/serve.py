@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from imgsvc import config, failpoints
+from imgsvc import config, decryption, failpoints
 
 
 def add_commands(commands: Any) -> None:
@@ -34,4 +34,4 @@ def run_serve(arguments: argparse.Namespace) -> int:
     failpoints.arm(os.environ.get(failpoints.ENV, ""))
     given = {"root": arguments.root, "state": arguments.state, "grpc.address": arguments.address}
     flags = {key: value for key, value in given.items() if value}
-    return server.run(lambda: config.load(arguments.config, flags))
+    return server.run(lambda: decryption.check(config.load(arguments.config, flags)))

@@ -22,6 +22,14 @@ UNPACKABLE: Final = frozenset(
 )
 
 
+class BadProcessor(InvalidArgument):
+    """An entry that cannot work. Field: processor, its ID."""
+
+    def __init__(self, processor: Processor, what: str, *, hint: str = "") -> None:
+        super().__init__(what, where=f'stream_processors."{_short(processor.id)}"', hint=hint)
+        self.processor = processor.id
+
+
 @dataclass(frozen=True, slots=True)
 class Processor:
     """One entry of the table; keys mean what they mean in containerd. env: "NAME=VALUE", added to the daemon's."""
@@ -58,7 +66,7 @@ class Chain:
 def plan_chain(processors: Sequence[Processor], media_type: str) -> Chain:
     """Follow accepts and returns until plain tar, or until nobody accepts the type. Exact match, as in containerd.
 
-    Raises: InvalidArgument for a loop, or an end that cannot be unpacked.
+    Raises: BadProcessor for a loop, or an end that cannot be unpacked.
     """
     by_type = {accepted: p for p in processors for accepted in p.accepts}
     steps: list[Step] = []
@@ -67,35 +75,33 @@ def plan_chain(processors: Sequence[Processor], media_type: str) -> Chain:
         steps.append(Step(by_type[current], current))
         current = by_type[current].returns
         if current in seen:
-            raise InvalidArgument(
-                f'the chain for "{_short(media_type)}" never ends: it comes back to "{_short(current)}"', where=_where(steps[-1].processor)
+            raise BadProcessor(
+                steps[-1].processor, f'the chain for "{_short(media_type)}" never ends: it comes back to "{_short(current)}"'
             )
         seen.add(current)
     if steps and current not in UNPACKABLE:
-        raise InvalidArgument(
+        raise BadProcessor(
+            steps[-1].processor,
             f'the chain for "{_short(media_type)}" ends with "{_short(current)}", which cannot be unpacked',
-            where=_where(steps[-1].processor),
             hint=f'let it return "{PLAIN_TAR}", or add a processor that accepts what it returns',
         )
     return Chain(tuple(steps), current)
 
 
 def check_processors(processors: Sequence[Processor]) -> None:
-    """Judge a whole table when the configuration is read. Raises: InvalidArgument naming the entry."""
+    """Judge a whole table when the configuration is read. Raises: BadProcessor naming the entry."""
     owners: dict[str, Processor] = {}
     for processor in processors:
         for name, value in (("path", processor.path), ("returns", processor.returns), ("accepts", processor.accepts)):
             if not value:
-                raise InvalidArgument(f"{name} is missing", where=_where(processor))
+                raise BadProcessor(processor, f"{name} is missing")
         for entry in processor.env:
             if "=" not in entry[1:] or "\0" in entry:
-                raise InvalidArgument(f'env "{_short(entry.partition("=")[0])}" is not NAME=VALUE', where=_where(processor))
+                raise BadProcessor(processor, f'env "{_short(entry.partition("=")[0])}" is not NAME=VALUE')
         for accepted in processor.accepts:
             other = owners.setdefault(accepted, processor)
             if other is not processor:
-                raise InvalidArgument(
-                    f'"{_short(accepted)}" is already accepted by stream_processors."{_short(other.id)}"', where=_where(processor)
-                )
+                raise BadProcessor(processor, f'"{_short(accepted)}" is already accepted by stream_processors."{_short(other.id)}"')
     for accepted in owners:
         plan_chain(processors, accepted)
 
@@ -104,10 +110,6 @@ def child_environment(step: Step, base: Mapping[str, str]) -> dict[str, str]:
     """The daemon's environment, the entry's, and the type; later ones win."""
     own = dict(entry.split("=", 1) for entry in step.processor.env)
     return {**base, **own, "STREAM_PROCESSOR_MEDIATYPE": step.media_type}
-
-
-def _where(processor: Processor) -> str:
-    return f'stream_processors."{_short(processor.id)}"'
 
 
 def _short(text: str) -> str:
