@@ -8,18 +8,19 @@ from imgsvc.errors import ImgsvcError
 from imgsvc.runtime.interfaces import OCIRuntime
 from imgsvc.runtime.monitor import MonitorPaths
 from imgsvc.runtime.oci_runtime import OCICommand
+from imgsvc.runtime.reaper import Reaper
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
 
 log = logging.getLogger(__name__)
 
 
-async def start_handlers(settings: RuntimeSettings, paths: MonitorPaths) -> tuple[dict[str, OCIRuntime], dict[str, str]]:
+async def start_handlers(settings: RuntimeSettings, paths: MonitorPaths, reaper: Reaper) -> tuple[dict[str, OCIRuntime], dict[str, str]]:
     """Working handlers by name, and why the others do not work."""
     working: dict[str, OCIRuntime] = {}
     broken: dict[str, str] = {}
     for name, handler in settings.handlers.items():
         try:
-            runtime = build_handler(handler, settings, paths)
+            runtime = build_handler(handler, settings, paths, reaper)
             await runtime.start()
         except ImgsvcError as error:
             log.error("runtime handler %s is not usable: %s", name, error)
@@ -29,6 +30,6 @@ async def start_handlers(settings: RuntimeSettings, paths: MonitorPaths) -> tupl
     return working, broken
 
 
-def build_handler(handler: HandlerSettings, settings: RuntimeSettings, paths: MonitorPaths) -> OCIRuntime:
+def build_handler(handler: HandlerSettings, settings: RuntimeSettings, paths: MonitorPaths, reaper: Reaper) -> OCIRuntime:
     """The implementation for a handler's type. Raises: InvalidArgument."""
-    return OCICommand(handler, settings, paths)
+    return OCICommand(handler, settings, paths, reaper)

@@ -28,10 +28,12 @@ from imgsvc.errors import DeadlineExceeded, FailedPrecondition, NotFound, from_o
 from imgsvc.runtime.exits import UNKNOWN_EXIT, now_ns, process_gone, read_exit_file, settle, start_time
 from imgsvc.runtime.interfaces import Exit, NewTask
 from imgsvc.runtime.process import SAFE_PATH
+from imgsvc.runtime.reaper import Reaper
 
 CREATE_TIMEOUT_S: Final = 120.0
 _EXIT_FILE_WAIT_S: Final = 12.0  # conmon drains the container's pipes before it stores the code
 _REOPEN_WAIT_S: Final = 5.0
+_REAP_WAIT_S: Final = 0.05  # the reaper is quicker
 _MAX_MESSAGE: Final = 65536
 
 
@@ -51,9 +53,10 @@ class MonitorPaths:
 class Conmon:
     """Starts conmon and reads what it leaves."""
 
-    def __init__(self, program: str, paths: MonitorPaths) -> None:
+    def __init__(self, program: str, paths: MonitorPaths, reaper: Reaper) -> None:
         self._program = program
         self._paths = paths
+        self._reaper = reaper
 
     async def create(self, task: NewTask, runtime: str, runtime_args: Sequence[str], flags: Sequence[str]) -> int:
         """Have conmon run `RUNTIME ARGS create`; the pid of the container's init.
@@ -76,6 +79,7 @@ class Conmon:
             async with asyncio.timeout(CREATE_TIMEOUT_S):
                 await launcher.wait()
                 answer = await _read_line(sync_read)
+            self._reaper.adopt(self.pid(task.container_id))
         except TimeoutError as error:
             raise DeadlineExceeded(f"container {task.container_id} was not created within {CREATE_TIMEOUT_S:g} s") from error
         finally:
@@ -107,14 +111,17 @@ class Conmon:
             return 0
 
     async def wait(self, container_id: str, pid: int, pid_start: int) -> Exit:
-        """Until the container has ended and conmon stored the code; 255 when conmon died before it could."""
+        """Until the container has ended and conmon stored the code; 255 when conmon died before and nobody else saw it."""
         monitor = self.pid(container_id)
         monitor_start = start_time(monitor)
+        if not monitor_start:
+            self._reaper.adopt(pid)
         await process_gone(pid, pid_start)
         found = await self._stored_exit(container_id, monitor, monitor_start)
         oom = (self._paths.bundle(container_id) / "oom").exists()
         if found is None:
-            return Exit(UNKNOWN_EXIT, now_ns(), oom, known=False)
+            code = self._reaper.exit_code(pid)  # without its monitor, the container was our child
+            return Exit(UNKNOWN_EXIT if code is None else code, now_ns(), oom, known=code is not None)
         return Exit(found[0], found[1], oom)
 
     async def _stored_exit(self, container_id: str, monitor: int, monitor_start: int) -> tuple[int, int] | None:
@@ -122,6 +129,7 @@ class Conmon:
         pause, waited = 0.001, 0.0
         while (found := read_exit_file(path)) is None:
             if waited >= _EXIT_FILE_WAIT_S or start_time(monitor) != monitor_start or not monitor_start:
+                await asyncio.sleep(_REAP_WAIT_S)
                 return read_exit_file(path)  # it may have been stored between the two looks
             await asyncio.sleep(pause)
             waited += pause

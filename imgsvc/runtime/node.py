@@ -58,7 +58,7 @@ class RuntimeNode:
         await asyncio.to_thread(_make_directories, paths)
         records = Records(database)
         records.load()
-        working, broken = await start_handlers(settings, MonitorPaths(paths.bundles, paths.exits, paths.sockets))
+        working, broken = await start_handlers(settings, MonitorPaths(paths.bundles, paths.exits, paths.sockets), reaper)
         core = Core(
             settings=settings,
             paths=paths,

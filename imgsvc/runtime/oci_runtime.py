@@ -20,6 +20,7 @@ from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask
 from imgsvc.runtime.monitor import Conmon, MonitorPaths, runtime_message
 from imgsvc.runtime.pause import write_pause
 from imgsvc.runtime.process import Finished, run
+from imgsvc.runtime.reaper import Reaper
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
 from imgsvc.runtime.streaming.exec_target import exec_sync
 from imgsvc.runtime.streaming.interfaces import ContainerProcess
@@ -35,12 +36,12 @@ _VERSION = re.compile(r"version\s+v?(\d+)\.(\d+)(?:\.(\d+))?(-\w+)?")
 class OCICommand:
     """One handler of type "oci"."""
 
-    def __init__(self, handler: HandlerSettings, settings: RuntimeSettings, paths: MonitorPaths) -> None:
+    def __init__(self, handler: HandlerSettings, settings: RuntimeSettings, paths: MonitorPaths, reaper: Reaper) -> None:
         self._handler = handler
         self._settings = settings
         self._paths = paths
         self._root = str(handler.options.get("Root") or settings.state_dir / "oci" / handler.name)
-        self._monitor = Conmon(settings.conmon, paths)
+        self._monitor = Conmon(settings.conmon, paths, reaper)
         self._systemd = bool(handler.options.get("SystemdCgroup", settings.cgroup_driver == "systemd"))
         self._program = ""
         self._features = HandlerFeatures()

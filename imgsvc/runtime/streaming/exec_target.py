@@ -217,7 +217,10 @@ def _signal_process(child: Child, pid_file: Path, number: signal.Signals) -> Non
         return  # not started yet
     if child.running and pid > 1:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, number)
+            # crun's process is a member of a group whose leader, a process of crun's own, is gone.
+            group = os.getpgid(pid)
+            if group != os.getpgid(0):
+                os.killpg(group, number)
 
 
 async def _wait_up_to(child: Child, seconds: float) -> None:
