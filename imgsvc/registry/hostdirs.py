@@ -103,7 +103,8 @@ class HostDirectories:
         path = directory / "hosts.toml"
         try:
             names = [entry.name for entry in os.scandir(directory) if not entry.is_dir()]
-            is_empty = "hosts.toml" not in names or path.stat().st_size == 0
+            # An empty file means the same as none; anything else by that name, a dangling link too, must be readable.
+            is_empty = not os.path.lexists(path) or (path.is_file() and path.stat().st_size == 0)
         except OSError as error:
             raise from_os_error(error, "reading registry configuration", where=str(directory)) from error
         if not is_empty:

@@ -122,7 +122,7 @@ def _headers(table: Mapping[str, Any], where: str) -> tuple[tuple[str, str], ...
 
 
 def _table(tables: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
-    value = tables.get(name) or {}
+    value = tables.get(name, {})
     if not isinstance(value, Mapping):
         raise InvalidArgument(f"registry.{name} is not a table", where=where)
     return value
