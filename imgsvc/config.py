@@ -68,7 +68,7 @@ class Images:
 
 @dataclass(frozen=True, slots=True)
 class HostCredential:
-    """[registry.credentials.hosts."HOST"]: one secret for one registry namespace; a file keeps it out of this one."""
+    """[registry.credentials.hosts."HOST"]: one secret for one registry; files keep it out of this one."""
 
     username: str = ""
     password_file: str = ""
@@ -78,11 +78,16 @@ class HostCredential:
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """[registry.credentials]: node-level credential sources, asked in this order: hosts, files, helpers."""
+    """[registry.credentials]: the node's own credentials, asked in this order after hosts.d's credentials.toml.
 
-    files: tuple[str, ...] = ()  # Docker config.json or Podman auth.json
-    helpers: dict[str, str] = field(default_factory=dict)  # host → docker-credential-NAME
+    provider_config, provider_bin_dir: the kubelet's --image-credential-provider-config and --image-credential-provider-bin-dir.
+    """
+
     hosts: dict[str, HostCredential] = field(default_factory=dict)
+    files: tuple[str, ...] = ()  # Docker config.json or Podman auth.json
+    helpers: dict[str, str] = field(default_factory=dict)  # registry → NAME of docker-credential-NAME
+    provider_config: str = ""
+    provider_bin_dir: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,12 @@ async def check(operations: Operations, reference: Reference, credential: Creden
     return [await _check(Endpoint(host, operation.session), reference) for host in operation.config.hosts]
 
 
+async def check_namespace(operations: Operations, namespace: str) -> list[Checked]:
+    """Ask all endpoints of a registry whether they are there and let us in, without naming an image. Raises: as check."""
+    operation = await operations.operation(Reference(namespace, "", ""), None)
+    return [await _check(Endpoint(host, operation.session), None) for host in operation.config.hosts]
+
+
 def render(results: list[Checked]) -> Iterator[str]:
     """Lines for people."""
     for result in results:
@@ -65,10 +71,16 @@ def render(results: list[Checked]) -> Iterator[str]:
             yield f"  its clock differs from ours by {result.clock_skew:+.0f} s"
 
 
-async def _check(endpoint: Endpoint, reference: Reference) -> Checked:
+def _question(endpoint: Endpoint, reference: Reference | None) -> Ask:
+    if reference is None:
+        return Ask("GET", "/", "resolve", ())
     may_resolve = Capability.RESOLVE in endpoint.host.capabilities
     path = f"/{reference.repository}/manifests/{reference.target}"
-    ask = Ask("HEAD" if may_resolve else "GET", path, "resolve", (f"repository:{reference.repository}:pull",), headers=(ACCEPT_HEADER,))
+    return Ask("HEAD" if may_resolve else "GET", path, "resolve", (f"repository:{reference.repository}:pull",), headers=(ACCEPT_HEADER,))
+
+
+async def _check(endpoint: Endpoint, reference: Reference | None) -> Checked:
+    ask = _question(endpoint, reference)
     started = time.monotonic()
     status, tls, skew, speed, error = 0, "not reached", None, 0.0, ""
     latency = 0.0
@@ -76,7 +88,7 @@ async def _check(endpoint: Endpoint, reference: Reference) -> Checked:
         async with await endpoint.ask(ask) as response:
             latency = time.monotonic() - started
             status, tls, skew = response.status, _tls(response), _skew(response)
-        if Capability.PULL in endpoint.host.capabilities:
+        if reference is not None and Capability.PULL in endpoint.host.capabilities:
             speed = await _speed(endpoint, reference)
     except ImgsvcError as failure:
         latency = latency or time.monotonic() - started

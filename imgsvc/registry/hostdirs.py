@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, from_os_error
-from imgsvc.registry.hosts import HostsConfig, default_host, directory_names, docker_certificates, parse_hosts
+from imgsvc.registry.hosts import HostsConfig, default_host, directory_names, docker_certificates, namespace_of, parse_hosts
 from imgsvc.registry.legacy import for_namespace
 from imgsvc.tomlfile import load
 
@@ -41,6 +41,13 @@ class HostDirectories:
     def missing_roots(self) -> list[str]:
         """Configured roots that are not there, for a warning at start."""
         return [root for root in self._roots if not os.path.isdir(root)]
+
+    def namespaces(self) -> list[str]:
+        """Every registry that has a directory of its own, or an entry of the legacy tables."""
+        found = {name for name in self._inline if name != "*"}
+        for root in filter(os.path.isdir, self._roots):
+            found.update(namespace_of(name) for name in os.listdir(root) if name != "_default")
+        return sorted(found)
 
     def lookup(self, namespace: str) -> HostsConfig:
         """The endpoints of a namespace.

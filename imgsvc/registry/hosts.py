@@ -147,6 +147,12 @@ def directory_names(namespace: str) -> list[str]:
     return [*spelled, namespace, "_default"]
 
 
+def namespace_of(directory: str) -> str:
+    """The namespace a directory's name stands for: `host_port_` is `host:port`."""
+    host, _, port = directory.removesuffix("_").rpartition("_")
+    return f"{host}:{port}" if directory.endswith("_") and host and port.isdigit() else directory
+
+
 def canonical_name(server: str) -> str:
     """The namespace a server address stands for: scheme and path dropped, Docker Hub's names made one."""
     _, _, rest = server.rpartition("://")

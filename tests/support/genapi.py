@@ -14,7 +14,7 @@ from typing import Final
 ROOT: Final = Path(__file__).resolve().parents[2]
 API: Final = ROOT / "imgsvc" / "api"
 # The only services spoken over gRPC; shims speak ttrpc and need the messages alone.
-GRPC: Final = ("admin", "cri", "keyprovider")
+GRPC: Final = ("admin", "cri", "imagetools", "keyprovider")
 
 
 def generate(out: Path) -> None:

@@ -1,0 +1,68 @@
+"""hosts explain|check: which endpoints a pull would ask, and whether they answer. Needs no daemon."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+from imgsvc import config
+from imgsvc.cli.output import print_json
+from imgsvc.reference import Reference
+
+
+def add_commands(commands: Any) -> None:
+    """Add this module's commands."""
+    parser = commands.add_parser("hosts", help="registries and their mirrors")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    explain = actions.add_parser("explain", help="print the endpoints of an image in order, and why; asks nobody")
+    explain.add_argument("reference", metavar="REF")
+    explain.set_defaults(run=run_explain)
+    check = actions.add_parser("check", help="really ask each endpoint; without REF, those of every configured registry")
+    check.add_argument("reference", nargs="?", metavar="REF")
+    check.set_defaults(run=run_check)
+    for action in (explain, check):
+        action.add_argument("--config", type=Path, metavar="FILE", help="the daemon's configuration file, if not the usual one")
+        action.add_argument("--json", action="store_true")
+
+
+def run_explain(arguments: argparse.Namespace) -> int:
+    """`imgsvc hosts explain`: 1 when a pull would fail before it asks anybody."""
+    from imgsvc.registries import open_registries
+    from imgsvc.registry.explain import explain, render
+
+    registries = open_registries(config.load(arguments.config))
+    explanation = explain(registries.client.directories, registries.credentials, Reference.parse(arguments.reference), os.environ)
+    if arguments.json:
+        print_json({**explanation.to_json(), "deprecations": list(registries.warnings)})
+    else:
+        print("\n".join([*render(explanation), *(f"  warning: {warning}" for warning in registries.warnings)]))
+    return 1 if explanation.problem else 0
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """`imgsvc hosts check`: 1 when an endpoint does not do."""
+    return asyncio.run(_check(arguments))
+
+
+async def _check(arguments: argparse.Namespace) -> int:
+    from imgsvc.registries import open_registries
+    from imgsvc.registry.check import check, check_namespace, render
+
+    registries = open_registries(config.load(arguments.config))
+    results = []
+    try:
+        if arguments.reference:
+            results = await check(registries.client, Reference.parse(arguments.reference))
+        else:
+            for namespace in registries.client.directories.namespaces():
+                results += await check_namespace(registries.client, namespace)
+    finally:
+        await registries.client.close()
+    if arguments.json:
+        print_json([result.to_json() for result in results])
+    else:
+        print("\n".join(render(results)) if results else "no registry is configured; name an image to check its registry")
+    return 0 if all(result.ok for result in results) else 1

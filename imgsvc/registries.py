@@ -1,0 +1,61 @@
+"""From configuration to a registry client: mirrors, legacy tables, the node's credentials. For the daemon and the CLI."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict, dataclass
+
+from imgsvc.config import Loaded
+from imgsvc.registry.client import RegistryClient, RegistrySettings
+from imgsvc.registry.credentials import CredentialSettings, NodeCredentials, StoredCredential
+from imgsvc.registry.hostdirs import split_config_path
+from imgsvc.registry.legacy import parse_legacy
+from imgsvc.registry.transport import Timeouts
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Registries:
+    """A client and the credentials it looks in. warnings: what the configuration should no longer say."""
+
+    client: RegistryClient
+    credentials: NodeCredentials
+    warnings: tuple[str, ...]
+
+
+def open_registries(loaded: Loaded) -> Registries:
+    """Build the client; no I/O with registries. Raises: InvalidArgument for legacy tables that cannot be honoured."""
+    settings = loaded.config
+    registry = settings.registry
+    tables = {"mirrors": registry.mirrors, "configs": registry.configs, "auths": registry.auths, "headers": registry.headers}
+    used = next((name for name, table in tables.items() if table), "mirrors")
+    legacy = parse_legacy(tables, loaded.origin(f"registry.{used}"))
+    ours = {
+        host: StoredCredential(**asdict(c), source=loaded.origin(f"registry.credentials.hosts.{host}"))
+        for host, c in registry.credentials.hosts.items()
+    }
+    credentials = NodeCredentials(
+        CredentialSettings(
+            files=registry.credentials.files,
+            helpers=registry.credentials.helpers,
+            hosts={**legacy.credentials, **ours},
+            provider_config=registry.credentials.provider_config,
+            provider_directory=registry.credentials.provider_bin_dir,
+        )
+    )
+    stall = settings.images.image_pull_progress_timeout
+    timeouts = Timeouts()
+    client = RegistryClient(
+        RegistrySettings(
+            roots=split_config_path(registry.config_path),
+            inline=legacy.hosts,
+            timeouts=Timeouts(timeouts.connect, timeouts.headers, min(timeouts.stall, stall) if stall else timeouts.stall),
+            max_downloads=settings.images.max_concurrent_downloads,
+            max_downloads_per_image=settings.images.max_concurrent_downloads_per_image,
+            environ=dict(os.environ),
+        ),
+        credentials,
+    )
+    return Registries(client, credentials, legacy.warnings)
