@@ -5,8 +5,6 @@ Source: CRI v1 api.proto; needs.md B5 for what the kubelet and critest compare.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -21,6 +19,7 @@ from imgsvc.images import Image, ImageStore
 from imgsvc.oci import Platform
 from imgsvc.pull import Puller, PullRequest
 from imgsvc.reference import Reference
+from imgsvc.registry.dockerconfig import credential_from_cri
 from imgsvc.registry.interfaces import Credential
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -62,7 +61,7 @@ class ImageService(cri_pb2_grpc.ImageServiceServicer):
         reference = Reference.parse(request.image.image)
         wanted = PullRequest(
             reference=reference,
-            credential=credential_from_cri(request.auth) if request.HasField("auth") else None,
+            credential=_credential(request.auth) if request.HasField("auth") else None,
             platform=Platform.host(),
             snapshotter=self._snapshotter_of(request.image.runtime_handler),
         )
@@ -152,35 +151,16 @@ def image_user(user: str) -> tuple[int | None, str]:
     return None, name
 
 
-def credential_from_cri(auth: cri_pb2.AuthConfig) -> Credential | None:
+def _credential(auth: cri_pb2.AuthConfig) -> Credential | None:
     """CRI's AuthConfig with all its fields; None when it is empty. Raises: InvalidArgument without showing the secret."""
-    username, password = auth.username, auth.password
-    if auth.auth and not username:
-        try:
-            decoded = base64.b64decode(auth.auth, validate=True).decode("utf-8").rstrip("\0")
-        except (binascii.Error, UnicodeDecodeError):
-            # Without the cause: it would carry bytes of the secret.
-            raise InvalidArgument("auth of the image credential is not base64 of user:password") from None
-        username, colon, password = decoded.partition(":")
-        if not colon:
-            raise InvalidArgument("auth of the image credential is not base64 of user:password")
-    if not (username or password or auth.identity_token or auth.registry_token):
-        return None
-    return Credential(
-        source="CRI request",
-        username=username,
-        password=password,
+    return credential_from_cri(
+        username=auth.username,
+        password=auth.password,
+        auth=auth.auth,
+        server_address=auth.server_address,
         identity_token=auth.identity_token,
         registry_token=auth.registry_token,
-        host=_server_host(auth.server_address),
     )
-
-
-def _server_host(address: str) -> str:
-    """`https://index.docker.io/v1/` → `docker.io`; "" stays ""."""
-    host = address.partition("://")[2] or address
-    host = host.partition("/")[0].lower()
-    return "docker.io" if host in ("index.docker.io", "registry-1.docker.io") else host
 
 
 def describe(image: Image) -> dict[str, Any]:
