@@ -12,6 +12,7 @@ import fnmatch
 import json
 import os
 import re
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -23,6 +24,7 @@ from imgsvc.registry.interfaces import Credential
 from imgsvc.tomlfile import parse_duration
 
 _MAX_OUTPUT: Final = MIB  # [bytes]
+_LAST_WAIT_S: Final = 2.0  # for a killed program to be gone
 _PROGRAM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 _NOT_FOUND: Final = b"credentials not found"  # what helpers print, on stdout or stderr, when they have none
 _API: Final = "credentialprovider.kubelet.k8s.io/"
@@ -35,7 +37,12 @@ async def run(argv: Sequence[str], data: bytes, *, env: Mapping[str, str], timeo
     """
     try:
         process = await asyncio.create_subprocess_exec(
-            *argv, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=dict(env)
+            *argv,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=dict(env),
+            start_new_session=True,
         )
     except OSError as error:
         raise Unavailable(
@@ -49,9 +56,11 @@ async def run(argv: Sequence[str], data: bytes, *, env: Mapping[str, str], timeo
         raise Unavailable(f"credential program gave no answer within {timeout_s:g} s", where=argv[0]) from error
     finally:
         if process.returncode is None:
+            # The whole session: a child of the program would keep the pipes open, and asyncio waits for their end.
             with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), _LAST_WAIT_S)
     if len(stdout) > _MAX_OUTPUT:
         raise Unavailable(f"credential program printed more than {_MAX_OUTPUT} bytes", where=argv[0])
     return status, stdout, stderr
