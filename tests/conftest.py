@@ -1,4 +1,4 @@
-"""Fixtures of all tests: registries, and the real daemon with its own root, network and registry mirror."""
+"""Fixtures of all tests: registries, the tools that encrypt images, and the real daemon with its own root, network and mirror."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.decrypt.foreign import Foreign, foreign
 from tests.support.daemon import Daemon, new_daemon
 from tests.support.registries import RealRegistry, ScriptedRegistry, real_registry, scripted_registry
 
@@ -79,3 +80,14 @@ def daemon(make_daemon: Callable[..., Daemon], registry: RealRegistry) -> Iterat
     if running.process:
         running.remove_all_pods()
         assert running.leftovers() == [], running.log[-4000:]
+
+
+@pytest.fixture(scope="session")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Foreign]:
+    """skopeo, gpg and openssl, with keys they made."""
+    missing = [name for name in ("skopeo", "gpg", "openssl") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    # Short, because gpg-agent's socket lies in it.
+    with foreign(Path(tmp_path_factory.mktemp("f"))) as made:
+        yield made

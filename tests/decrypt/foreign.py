@@ -57,9 +57,17 @@ class Foreign:
         """Have skopeo encrypt the source image of that packing."""
         target = self.root / "images" / name
         if not target.exists():
-            keys = [word for r in recipients for word in ("--encryption-key", r)]
-            self.run("skopeo", "copy", "--quiet", *keys, f"oci:{self.source(packing)}:t", f"oci:{target}:t")
+            self.encrypt_layout(self.source(packing), target, recipients)
         return read_layout(target)
+
+    def encrypt_layout(self, source: Path, target: Path, recipients: Sequence[str], *extra: str) -> None:
+        """Have skopeo encrypt image "t" of an OCI layout into another one; `extra` are more options of it."""
+        keys = [word for r in recipients for word in ("--encryption-key", r)]
+        self.run("skopeo", "copy", "--quiet", *keys, *extra, f"oci:{source}:t", f"oci:{target}:t")
+
+    def push(self, layout: Path, reference: str) -> None:
+        """Have skopeo push image "t" of a layout over plain HTTP."""
+        self.run("skopeo", "copy", "--quiet", "--dest-tls-verify=false", f"oci:{layout}:t", f"docker://{reference}")
 
     def source(self, packing: str) -> Path:
         layout = self.root / "sources" / (packing or "plain")

@@ -94,7 +94,7 @@ def containerd(tmp_path: Path) -> Iterator[Containerd]:
 def test_containerd_pulls_with_our_decoder(containerd: Containerd, outside: Foreign, registry: RealRegistry, scheme: str, key: str) -> None:
     image = outside.encrypt(f"{scheme}+gzip", "+gzip", outside.recipients()[scheme])
     reference = f"{registry.address}/encrypted/{scheme}:t"
-    outside.run("skopeo", "copy", "--quiet", "--dest-tls-verify=false", f"oci:{image.layout}:t", f"docker://{reference}")
+    outside.push(image.layout, reference)
 
     # containerd checks the diff ID of what the decoder printed.
     with pytest.raises(grpc.RpcError) as refused:

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,9 @@ from imgsvc.concurrency import CancelToken
 from imgsvc.decrypt.interfaces import NotOpened
 from imgsvc.decrypt.keyprovider import GrpcTls, Provider, ProviderWrapper, load_providers
 from imgsvc.errors import Cancelled, InvalidArgument
+from tests.decrypt.providers import COMMAND, Server, reverse
 
 OPTIONS = b'{"symkey":"AAAA"}'
-# What the providers of these tests do: the packet is the options, reversed.
-COMMAND = """
-import base64, json, sys
-request = json.load(sys.stdin)
-json.dump(request, open(sys.argv[1], "w"))
-packet = base64.b64decode(request["keyunwrapparams"]["annotation"])
-print(json.dumps({"keyunwrapresults": {"optsdata": base64.b64encode(packet[::-1]).decode()}}))
-"""
 
 
 def command(script: str, *arguments: str) -> Provider:
@@ -126,37 +118,6 @@ def test_a_cancelled_caller_does_not_wait_for_the_deadline() -> None:
 def test_a_missing_program_is_a_reason() -> None:
     with pytest.raises(NotOpened, match="/no/such/program: cannot start"):
         ProviderWrapper(Provider("test", ("/no/such/program",))).unwrap(b"x")
-
-
-class Server:
-    """A key provider service; `behave` answers the request's JSON."""
-
-    def __init__(self, behave: Any, credentials: grpc.ServerCredentials | None = None) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.release = threading.Event()
-        self._behave = behave
-        self._server = grpc.server(ThreadPoolExecutor(2))
-        method = grpc.unary_unary_rpc_method_handler(self._unwrap)
-        handler = grpc.method_handlers_generic_handler("keyprovider.KeyProviderService", {"UnWrapKey": method})
-        self._server.add_generic_rpc_handlers((handler,))
-        port = self._server.add_secure_port("localhost:0", credentials) if credentials else self._server.add_insecure_port("localhost:0")
-        self.address = f"localhost:{port}"
-        self._server.start()
-
-    def _unwrap(self, message: bytes, context: grpc.ServicerContext) -> bytes:
-        request = json.loads(BytesValue.FromString(message).value)
-        self.requests.append(request)
-        return bytes(self._behave(self, request, context))
-
-    def stop(self) -> None:
-        self.release.set()
-        self._server.stop(0).wait()
-
-
-def reverse(_server: Server, request: dict[str, Any], _context: grpc.ServicerContext) -> bytes:
-    packet = base64.b64decode(request["keyunwrapparams"]["annotation"])
-    value = {"keyunwrapresults": {"optsdata": base64.b64encode(packet[::-1]).decode()}}
-    return BytesValue(value=json.dumps(value).encode()).SerializeToString()
 
 
 def refuse(_server: Server, _request: object, context: grpc.ServicerContext) -> bytes:

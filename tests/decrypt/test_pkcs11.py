@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -12,17 +11,15 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from imgsvc.decrypt.interfaces import NotOpened
 from imgsvc.decrypt.keys import KeyFileError, KeyRing, TokenFile
 from imgsvc.decrypt.pkcs11 import ModulePolicy, Pkcs11Wrapper, TokenKey, load_policy, parse_token_file
 from imgsvc.errors import ImgsvcError, InvalidArgument, PermissionDenied
+from tests.decrypt.softhsm import MODULE, PIN, make_token, uri
 from tests.decrypt.vectors import pkcs11
 
-MODULE = "/usr/lib/softhsm/libsofthsm2.so"
 OPTIONS = b'{"symkey":"AAAA"}'
-PIN = "s3cret-pin"
 
 
 @dataclass(frozen=True)
@@ -40,27 +37,8 @@ class Token:
 
 @pytest.fixture(scope="module")
 def token(tmp_path_factory: pytest.TempPathFactory, rsa_key: rsa.RSAPrivateKey, other_rsa_key: rsa.RSAPrivateKey) -> Token:
-    pytest.importorskip("pkcs11", reason="imgsvc[pkcs11] is not installed")
-    pytest.importorskip("yaml", reason="imgsvc[pkcs11] is not installed")
-    if not shutil.which("softhsm2-util") or not os.path.exists(MODULE):
-        pytest.skip("SoftHSM is not installed")
-    root = tmp_path_factory.mktemp("hsm")
-    (root / "tokens").mkdir()
-    (root / "conf").write_text(f"directories.tokendir = {root}/tokens\nlog.level = ERROR\n")
-    env = {"SOFTHSM2_CONF": str(root / "conf")}
-
-    def util(*arguments: str) -> None:
-        subprocess.run(["softhsm2-util", *arguments], env={**os.environ, **env}, check=True, capture_output=True)
-
-    util("--init-token", "--free", "--label", "images", "--pin", PIN, "--so-pin", PIN)
-    for number, name, key in (("01", "first", rsa_key), ("02", "second", other_rsa_key)):
-        (root / name).write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        util("--import", str(root / name), "--token", "images", "--label", name, "--id", number, "--pin", PIN)
+    env = make_token(tmp_path_factory.mktemp("hsm"), {"first": rsa_key, "second": other_rsa_key})
     return Token(env, rsa_key, other_rsa_key)
-
-
-def uri(path: str = "token=images;object=first", query: str = f"module-path={MODULE}&pin-value={PIN}") -> str:
-    return f"pkcs11:{path}?{query}"
 
 
 @pytest.mark.compat
