@@ -52,6 +52,9 @@ class Style(Protocol):
     marks_missing: bool
     """Whether whiteouts in directories that are not there have to be recorded."""
 
+    fresh_tree: bool
+    """Whether all directories are ours; else set-group-ID bits and default ACLs of others shape what we create."""
+
     def create_implied(self, parent_fd: int, name: bytes, path: bytes) -> None:
         """Make a directory that the layer implies, in place of a whiteout if there is one."""
 
@@ -100,7 +103,7 @@ class Extractor:
         self._privileged = privileged
         self._unit = os.fstatvfs(tree.root_fd).f_frsize or 4096
         self._directories: dict[bytes, DirectoryFacts] = {}
-        self._default_acl = False
+        self._inherits = not style.fresh_tree  # owner or mode of new files may come from their directory
 
     def run(self, stream: TarStream) -> None:
         """Extract all entries, then settle the directories. Raises: BadLayer, ResourceExhausted, DataLoss, and what from_os_error gives."""
@@ -224,9 +227,9 @@ class Extractor:
 
     def _metadata(self, fd: int, entry: Header) -> None:
         """Owner, mode, xattrs and times of an open file, in this order: chown clears set-ID bits and capabilities."""
-        if entry.uid or entry.gid:
+        if entry.uid or entry.gid or self._inherits:
             self._chown(fd, entry.uid, entry.gid)
-        if entry.mode & 0o7000 or self._default_acl:
+        if entry.mode & 0o7000 or self._inherits:
             os.fchmod(fd, entry.mode)
         if entry.xattrs:
             self._set_xattrs(fd, entry.xattrs)
@@ -257,7 +260,7 @@ class Extractor:
                     self.warnings[f"xattr {shown} ({error.strerror})"] += 1
                     continue
                 raise
-            self._default_acl = self._default_acl or name == _DEFAULT_ACL
+            self._inherits = self._inherits or name == _DEFAULT_ACL
 
     def _symlink(self, entry: Header, dir_fd: int, base: bytes, path: bytes) -> None:
         if not entry.link or b"\0" in entry.link:
@@ -288,7 +291,7 @@ class Extractor:
             self.warnings["device (not permitted in this user namespace)"] += 1  # runtimes bring their own /dev
             return
         self._metadata_at(entry, dir_fd, base)
-        if entry.mode & 0o7000 or self._default_acl:
+        if entry.mode & 0o7000 or self._inherits:
             fd = os.open(base, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
             try:
                 os.chmod(f"/proc/self/fd/{fd}", entry.mode)  # the descriptor's file, whatever its name means by now
@@ -298,7 +301,7 @@ class Extractor:
 
     def _metadata_at(self, entry: Header, dir_fd: int, base: bytes) -> None:
         """As _metadata, for what must not be opened: links, devices, FIFOs."""
-        if entry.uid or entry.gid:
+        if entry.uid or entry.gid or self._inherits:
             self._chown(base, entry.uid, entry.gid, dir_fd)
         if entry.xattrs:
             self._set_xattrs(b"/proc/self/fd/%d/%s" % (dir_fd, base), entry.xattrs)
@@ -383,6 +386,8 @@ class Extractor:
             finally:
                 os.close(fd)
         except OSError as error:
+            if facts is None and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return  # it was deleted or replaced after it was touched
             raise _explained(error, path) from error
 
     def _finish_directory(self, fd: int, facts: DirectoryFacts) -> None:

@@ -71,6 +71,7 @@ class OverlayStyle:
     """For an upper directory of overlayfs, parents unknown."""
 
     marks_missing = True
+    fresh_tree = True
 
     def __init__(self) -> None:
         self.journal = Journal(implied={b""})  # the root, until it has an entry
@@ -148,6 +149,7 @@ class InPlaceStyle:
     """For a tree that holds the lower layers: native snapshots, and overlay mounts where recording is not enough."""
 
     marks_missing = False
+    fresh_tree = False
 
     def __init__(self) -> None:
         self._made: set[bytes] = set()
@@ -156,7 +158,13 @@ class InPlaceStyle:
 
     def create_implied(self, parent_fd: int, name: bytes, path: bytes) -> None:
         """A plain directory."""
+        self.touch(parent_fd, path.rpartition(b"/")[0])
         os.mkdir(name, IMPLIED_MODE, dir_fd=parent_fd)
+        if os.fstat(parent_fd).st_mode & stat.S_ISGID:  # then the kernel passes group and bit on
+            fd = os.open(name, _OPEN_DIR, dir_fd=parent_fd)
+            os.fchown(fd, 0, 0)
+            os.fchmod(fd, IMPLIED_MODE)
+            os.close(fd)
 
     def touch(self, fd: int, path: bytes) -> None:
         """Changing what is inside a directory is not to change its times."""
@@ -203,10 +211,7 @@ class InPlaceStyle:
             return False  # what lower layers had there is gone already
         try:
             self._clear_lower(fd, path)
-            if path not in self._made:  # implied, and no longer a directory of the lower layers
-                os.fchown(fd, 0, 0)
-                os.fchmod(fd, IMPLIED_MODE)
-                _drop_xattrs(fd)
+            self._disown(fd, path)
         finally:
             os.close(fd)
         return True
@@ -226,10 +231,19 @@ class InPlaceStyle:
                     continue
                 try:
                     self._clear_lower(inner, there)
+                    self._disown(inner, there)
                 finally:
                     os.close(inner)
             else:
                 remove_tree(fd, child)
+
+    def _disown(self, fd: int, path: bytes) -> None:
+        """A directory the layer only implies is no longer the one that lower layers had."""
+        if path not in self._made:
+            os.fchown(fd, 0, 0)
+            os.fchmod(fd, IMPLIED_MODE)
+            _drop_xattrs(fd)
+            self._times.pop(path, None)
 
     def link_below(self, parent_fd: int, name: bytes, path: bytes, target: bytes) -> None:
         """All layers are here, so the target is nowhere."""

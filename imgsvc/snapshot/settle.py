@@ -57,10 +57,12 @@ class Settler:
             if self._lower_status(path) is None:
                 self._touch(path.rpartition(b"/")[0])
                 _unlink(self._upper, path)
-        for path in sorted(journal.fresh | journal.opaque):
-            if path == b"" or self._lower_status(path, itself=False) is not None:
-                self._mark_opaque(path)
         self._drop_empty_implied()
+        for path in sorted(journal.fresh | journal.opaque):
+            if not path:
+                self._hide_root()
+            elif self._lower_status(path, itself=False) is not None:
+                self._mark_opaque(path)
         for path, times in sorted(self._times.items(), reverse=True):
             if path not in journal.implied:
                 fd = self._upper.open_exact(path)
@@ -233,6 +235,18 @@ class Settler:
             os.close(fd)
             self._times[path] = (status.st_atime_ns, status.st_mtime_ns)
 
+    def _hide_root(self) -> None:
+        """Overlayfs always merges roots: an opaque one is spelled out, child by child."""
+        if self._lower is None:
+            return
+        self._touch(b"")
+        for name in map(os.fsencode, os.listdir(self._lower.root_fd)):
+            try:
+                os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=self._upper.root_fd)
+            except FileExistsError:
+                if stat.S_ISDIR(os.lstat(name, dir_fd=self._upper.root_fd).st_mode):
+                    self._mark_opaque(name)
+
     def _mark_opaque(self, path: bytes) -> None:
         fd = self._upper.open_exact(path)
         try:
@@ -250,15 +264,24 @@ class Settler:
             fd = self._upper.open_exact(parent)
             try:
                 os.rmdir(name, dir_fd=fd)
-                self._journal.implied.discard(path)
-                self._times.pop(path, None)
-                self.inodes, self.size = self.inodes - 1, self.size - self._unit
-                if path in self._journal.fresh and self._lower_status(path, itself=False) is not None:
-                    os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=fd)
             except OSError:
                 continue  # not empty: real entries are inside
+            else:
+                self._forget(path, fd, name)
             finally:
                 os.close(fd)
+
+    def _forget(self, path: bytes, parent_fd: int, name: bytes) -> None:
+        self.size -= self._unit
+        self._times.pop(path, None)
+        for paths in (self._journal.implied, self._journal.opaque):
+            paths.discard(path)
+        if path in self._journal.fresh:
+            self._journal.fresh.discard(path)
+            if self._lower_status(path) is not None:
+                os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=parent_fd)
+                return
+        self.inodes -= 1
 
     def _inherit(self, path: bytes) -> None:
         """Owner, mode, xattrs and times of the lower layers' directory."""

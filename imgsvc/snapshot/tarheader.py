@@ -152,6 +152,8 @@ def parse_header(block: bytes) -> Header:
 def _owner(field: bytes) -> tuple[int, int, int]:
     mode, uid, gid = number(field[:8], "mode"), number(field[8:16], "uid"), number(field[16:], "gid")
     check_ids(uid, gid)
+    if not 0 <= mode < 2**24:  # some writers add the file type's bits
+        raise BadLayer(f"mode {mode} is out of range")
     if len(_owners) < _MAX_OWNERS:
         _owners[field] = (mode & 0o7777, uid, gid)
     return mode & 0o7777, uid, gid

@@ -67,6 +67,12 @@ class Tree:
         self._retired += [fd for fd, _ in self._held.values()]
         self._held.clear()
 
+    def close(self) -> None:
+        """Close what is held; the root's descriptor stays open."""
+        self.forget()
+        while self._retired:
+            os.close(self._retired.pop())
+
     def open_exact(self, path: bytes) -> int:
         """A new descriptor of the directory at exactly this path, no links followed. Raises: OSError."""
         if not path:

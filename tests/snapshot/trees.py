@@ -1,0 +1,151 @@
+"""Reading a tree with everything that has to be identical, and making the one to compare with: GNU tar, layer by layer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import stat
+import subprocess
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_WHITEOUT = ".wh."
+_OPAQUE = ".wh..wh..opq"
+
+
+def read_tree(root: Path, *, unowned_times: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Path → (type and mode, uid, gid, mtime, size, content or target or device, xattrs), and "" → the hard link groups.
+
+    unowned_times: directories whose times nobody determined, because no layer had an entry for them.
+    """
+    found: dict[str, Any] = {}
+    groups: dict[tuple[int, int], set[str]] = {}
+    for path in [root, *root.rglob("*")]:
+        name = str(path.relative_to(root))
+        status = path.lstat()
+        xattrs = {n: os.getxattr(path, n, follow_symlinks=False) for n in os.listxattr(path, follow_symlinks=False)}
+        detail: object = None
+        if stat.S_ISREG(status.st_mode):
+            detail = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif stat.S_ISLNK(status.st_mode):
+            detail = os.readlink(path)
+        elif stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
+            detail = (os.major(status.st_rdev), os.minor(status.st_rdev))
+        directory = stat.S_ISDIR(status.st_mode)
+        size = 0 if directory else status.st_size
+        time = 0 if directory and name in unowned_times else status.st_mtime_ns
+        if not directory and status.st_nlink > 1:
+            groups.setdefault((status.st_dev, status.st_ino), set()).add(name)
+        found[name] = (oct(status.st_mode), status.st_uid, status.st_gid, time, size, detail, xattrs)
+    found[""] = sorted(sorted(group) for group in groups.values() if len(group) > 1)  # others' names are hidden
+    return found
+
+
+class ReferenceFailed(Exception):
+    """GNU tar does not take this layer either."""
+
+
+class Reference:
+    """What GNU tar makes of layers applied in order. unowned_times: see read_tree."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.unowned_times: set[str] = {"."}
+        root.mkdir()
+        root.chmod(0o755)
+
+    def apply(self, layer: bytes) -> None:
+        """One more layer: first what it hides, then its entries. Raises: ReferenceFailed."""
+        with tarfile.open(fileobj=io.BytesIO(layer), errors="surrogateescape") as archive:
+            members = archive.getmembers()
+        names = {os.path.normpath(m.name) for m in members if m.isdir()}
+        before = self._directories()
+        others = {os.path.normpath(m.name) for m in members if not m.isdir()}
+        for member in members:
+            name = os.path.normpath(member.name)
+            if os.path.basename(name).startswith(_WHITEOUT):
+                self._check_marker(name, others)
+                self._hide(name)
+        for member in members:
+            self._make_way(member)
+        self._extract(layer)
+        for name, identity in self._directories().items():
+            if name in names:
+                self.unowned_times.discard(name)
+            elif before.get(name, (None,))[0] == identity[0]:
+                os.utime(self.root / name, ns=before[name][1:])
+            else:
+                self.unowned_times.add(name)
+                os.chown(self.root / name, 0, 0)  # not what a set-group-ID parent passes on
+                (self.root / name).chmod(0o755)
+
+    def _directories(self) -> dict[str, tuple[int, int, int]]:
+        found = {}
+        for path in [self.root, *self.root.rglob("*")]:
+            status = path.lstat()
+            if stat.S_ISDIR(status.st_mode):
+                found[str(path.relative_to(self.root))] = (status.st_ino, status.st_atime_ns, status.st_mtime_ns)
+        return found
+
+    def _check_marker(self, name: str, others: set[str]) -> None:
+        """A marker below something that is no directory is an error to us, and nothing at all to tar."""
+        for parent in (str(p) for p in Path(name).parents if str(p) != "."):
+            path = self.root / parent
+            if parent in others or (os.path.lexists(path) and not path.is_dir()):
+                raise ReferenceFailed(f"{name} is below something that is no directory")
+
+    def _hide(self, name: str) -> None:
+        parent, _, base = name.rpartition("/")
+        if base == _OPAQUE:
+            if (self.root / parent).is_dir():
+                for child in (self.root / parent).iterdir():
+                    _remove(child)
+        elif base.startswith(_WHITEOUT):
+            _remove(self.root / parent / base.removeprefix(_WHITEOUT))
+
+    def _make_way(self, member: tarfile.TarInfo) -> None:
+        """Unlike an engine, tar does not replace directories by other things."""
+        path = self.root / os.path.normpath(member.name)
+        if os.path.lexists(path) and path.name and path != self.root:
+            is_dir = stat.S_ISDIR(path.lstat().st_mode)
+            if is_dir != member.isdir():
+                _remove(path)
+            elif is_dir:  # an entry describes a directory completely; tar would keep attributes it does not have
+                for xattr in os.listxattr(path):
+                    os.removexattr(path, xattr)
+
+    def _extract(self, layer: bytes) -> None:
+        command = [
+            "tar",
+            "-x",
+            "-p",
+            "-P",
+            "--numeric-owner",
+            "--same-owner",
+            "--xattrs",
+            "--xattrs-include=*",
+            "--delay-directory-restore",
+        ]
+        command += ["--exclude=.wh.*", "-C", str(self.root)]
+        done = subprocess.run(command, input=layer, capture_output=True, check=False, umask=0o022)
+        if done.returncode:
+            raise ReferenceFailed(done.stderr.decode())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def as_seen(references: Sequence[bytes], root: Path) -> Reference:
+    """The reference tree of some layers."""
+    reference = Reference(root)
+    for layer in references:
+        reference.apply(layer)
+    return reference
