@@ -86,12 +86,16 @@ class ReadTxn:
         raw = self._txn.get(_key(key), db=self._tables[table])
         return None if raw is None else _parse(table, key, raw)
 
-    def items(self, table: str, prefix: str = "") -> Iterator[tuple[str, Record]]:
-        """Records whose key starts with `prefix`, in key order. Raises: DataLoss when one cannot be parsed."""
-        start = prefix.encode()
+    def items(self, table: str, prefix: str = "", *, after: str = "") -> Iterator[tuple[str, Record]]:
+        """Records whose key starts with `prefix`, in key order. Raises: DataLoss when one cannot be parsed.
+
+        after: begin behind this key. Large tables are read in pages, so that no view stays open for long.
+        """
+        beginning = prefix.encode()
+        start = max(beginning, after.encode() + b"\0") if after else beginning
         with self._txn.cursor(db=self._tables[table]) as cursor:
             found = cursor.set_range(start) if start else cursor.first()
-            while found and (raw := bytes(cursor.key())).startswith(start):
+            while found and (raw := bytes(cursor.key())).startswith(beginning):
                 key = raw.decode()
                 yield key, _parse(table, key, cursor.value())
                 found = cursor.next()

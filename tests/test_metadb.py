@@ -49,6 +49,9 @@ def test_records_come_back_in_key_order(db: MetaDB) -> None:
     assert keys(db) == ["a/1", "b/1", "b/2", "ü"]
     assert keys(db, "b/") == ["b/1", "b/2"]
     with db.read() as txn:
+        assert [key for key, _ in txn.items("images", after="a/1")] == ["b/1", "b/2", "ü"]
+        assert [key for key, _ in txn.items("images", "b/", after="a/1")] == ["b/1", "b/2"]
+        assert [key for key, _ in txn.items("images", "b/", after="b/1")] == ["b/2"]
         assert txn.get("images", "a/1") == {"name": "a/1"}
         assert txn.get("images", "c") is None
         assert txn.count("images") == 4

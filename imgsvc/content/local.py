@@ -15,6 +15,7 @@ neither shows, a disk that returns other bytes than it was given, is for `fsck` 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,7 @@ TABLE: Final = "content"
 ALGORITHMS: Final = ("sha256", "sha512")
 # Kept free for the metadata database: deleting things, which is the way out of a full disk, has to write there first.
 DEFAULT_RESERVE: Final = 32 * MIB
+_PAGE: Final = 512  # records read at a time
 _LOCKS: Final = 64  # publishing and deleting exclude each other per digest, by hash
 
 
@@ -163,11 +165,15 @@ class LocalStore:
     # Manager
 
     def walk(self) -> Iterator[Info]:
-        """From one snapshot of the records; their files are not looked at."""
-        with self._db.read() as txn:
-            records = [(Digest(key), record) for key, record in txn.items(TABLE)]
-        for digest, record in records:
-            yield _info(digest, record)
+        """Reads the records a page at a time; their files are not looked at."""
+        last = ""
+        while True:
+            with self._db.read() as txn:
+                page = list(itertools.islice(txn.items(TABLE, after=last), _PAGE))
+            for last, record in page:
+                yield _info(Digest(last), record)
+            if len(page) < _PAGE:
+                return
 
     def update(self, digest: Digest, labels: Mapping[str, str | None]) -> Info:
         """See Manager."""

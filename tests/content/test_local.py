@@ -18,7 +18,7 @@ from imgsvc.content.local import LocalStore
 from imgsvc.content.verify import DigestMismatch, SizeMismatch
 from imgsvc.errors import DataLoss, FailedPrecondition, ResourceExhausted
 from imgsvc.fsck import ContentChecker, fsck, recover
-from imgsvc.metadb import LastEnd, MetaDB
+from imgsvc.metadb import LastEnd, MetaDB, WriteTxn
 from imgsvc.oci import MIB, Digest
 
 DATA = os.urandom(300_000)
@@ -325,3 +325,17 @@ def test_the_free_space_reserve_is_kept(db: MetaDB, tmp_path: Path) -> None:
         store.writer("x", total=MIB)
     assert store.list_statuses() == []
     store.writer("y").close()
+
+
+def test_walking_more_than_a_page_sees_every_blob_once(store: LocalStore, db: MetaDB) -> None:
+    blob_record = {"size": 0, "created": "2026-01-01T00:00:00+00:00", "updated": "2026-01-01T00:00:00+00:00", "labels": {}, "stamp": [0, 0]}
+    digests = [Digest.of(str(n).encode()) for n in range(1025)]
+
+    def put_all(txn: WriteTxn) -> None:
+        for digest in digests:
+            txn.put("content", digest, blob_record)
+
+    for count in (511, 512, 513, 1025):
+        digests[:] = [Digest.of(str(n).encode()) for n in range(count)]
+        db.write(put_all)
+        assert [info.digest for info in store.walk()] == sorted(digests)
