@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import fnmatch
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -103,7 +103,9 @@ class ImageStore:
 
     def __init__(self, db: MetaDB, pinned: Iterable[str] = ()) -> None:
         self._db = db
+        self._pinned: dict[str, tuple[str, ...]] = {}
         self.pin(pinned)
+        self._watchers: list[Callable[[str, Image], None]] = []
         self._changing = asyncio.Lock()
         self._images: dict[str, Image] = {}
         self._names: dict[str, str] = {}
@@ -142,13 +144,21 @@ class ImageStore:
         name = str(reference.with_digest(reference.digest)) if reference.digest else reference.tagged
         return self._images.get(self._names.get(name, ""))
 
-    def pin(self, patterns: Iterable[str]) -> None:
-        """Say anew what is pinned. Raises: InvalidArgument for what is neither a name nor a pattern."""
-        self._pinned = tuple(_pin_pattern(pattern) for pattern in patterns)
+    def watch(self, watcher: Callable[[str, Image], None]) -> None:
+        """Tell `watcher` of every change: ("added" | "removed" | "untagged", the image as it is or was)."""
+        self._watchers.append(watcher)
+
+    def _tell(self, change: str, image: Image) -> None:
+        for watcher in self._watchers:
+            watcher(change, image)
+
+    def pin(self, patterns: Iterable[str], *, owner: str = "configuration") -> None:
+        """Say anew what is pinned by one owner. Raises: InvalidArgument for what is neither a name nor a pattern."""
+        self._pinned[owner] = tuple(_pin_pattern(pattern) for pattern in patterns)
 
     def pinned(self, image: Image) -> bool:
-        """Whether configuration asks to keep this image: exact name, glob with `*` at the ends, or `*keyword*`."""
-        return any(fnmatch.fnmatchcase(name, pattern) for name in image.names for pattern in self._pinned)
+        """Whether somebody asks to keep this image: exact name, glob with `*` at the ends, or `*keyword*`."""
+        return any(fnmatch.fnmatchcase(name, pattern) for name in image.names for patterns in self._pinned.values() for pattern in patterns)
 
     async def add(self, image: Image, tag: str, repo_digest: str) -> Image:
         """Make a complete image visible under its names; either name may be "". Moves a tag that stood elsewhere.
@@ -169,6 +179,7 @@ class ImageStore:
             if holder and holder.image_id != image.image_id:
                 touched.append(_without(holder, tag))
             await self._write(touched)
+            self._tell("added", touched[0])
             return touched[0]
 
     async def tag(self, source: str, name: Reference) -> Image:
@@ -186,7 +197,10 @@ class ImageStore:
             await afailpoint("image.remove")
             await self._db.awrite(lambda txn: txn.delete(TABLE, image_id))
             await afailpoint("image.removed")
-            return self._hide(image_id)
+            gone = self._hide(image_id)
+            if gone is not None:
+                self._tell("removed", gone)
+            return gone
 
     async def untag(self, name: str) -> Image | None:
         """Remove one name; an image without names is removed. Returns the image that had it, None when none had."""
@@ -201,6 +215,7 @@ class ImageStore:
             return image
         async with self._changing:
             await self._write([rest])
+            self._tell("untagged", rest)
         return image
 
     async def _write(self, images: Sequence[Image]) -> None:

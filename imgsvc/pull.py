@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -44,7 +44,7 @@ from imgsvc.oci import (
     parse_document,
 )
 from imgsvc.reference import Reference
-from imgsvc.registry.interfaces import Attempt, Credential, Fetcher, Registry
+from imgsvc.registry.interfaces import Attempt, BlobSource, Credential, Fetcher, Registry
 from imgsvc.snapshot.interfaces import Snapshotter, Unpacker
 
 
@@ -82,10 +82,25 @@ class Trusting:
 
 @dataclass(slots=True)
 class Pulled:
-    """The outcome. timings [seconds] by phase, summed over layers that ran side by side."""
+    """The outcome. timings [seconds] by phase, summed over layers that ran side by side.
+
+    attempts: everything asked of registries; bytes_from: bytes of blobs by endpoint.
+    """
 
     image: Image
     timings: dict[str, float]
+    attempts: tuple[Attempt, ...] = ()
+    bytes_from: Mapping[str, int] = field(default_factory=dict)
+
+
+class PullObserver(Protocol):
+    """Told of every pull, whoever asked for it; must not block."""
+
+    def started(self, request: PullRequest) -> None:
+        """A pull begins."""
+
+    def finished(self, request: PullRequest, outcome: Pulled | BaseException, seconds: float) -> None:
+        """It ended, one way or the other."""
 
 
 class Puller:
@@ -103,8 +118,10 @@ class Puller:
         leases: LeaseManager,
         threads: Threads,
         verifier: Verifier | None = None,
+        observer: PullObserver | None = None,
     ) -> None:
         self._verifier = verifier or Trusting()
+        self._observer = observer
         self._registry = registry
         self._content = content
         self._snapshotters = snapshotters
@@ -121,6 +138,19 @@ class Puller:
         Raises: PullFailed with every attempt; DataLoss, InvalidArgument, PermissionDenied, ResourceExhausted.
         Durability: when this returns, the image survives a power cut (sync = "full").
         """
+        if self._observer is None:
+            return await self._pull(request)
+        began = time.monotonic()
+        self._observer.started(request)
+        try:
+            pulled = await self._pull(request)
+        except BaseException as error:
+            self._observer.finished(request, error, time.monotonic() - began)
+            raise
+        self._observer.finished(request, pulled, time.monotonic() - began)
+        return pulled
+
+    async def _pull(self, request: PullRequest) -> Pulled:
         began = time.monotonic()
         registry = request.source or self._registry
         resolved = await registry.resolve(request.reference, request.credential)
@@ -142,6 +172,7 @@ class Puller:
             else:
                 await all_of(*(self._layers.ensure(plan, position) for position in range(len(plan.layers))))
             await afailpoint("pull.layers")
+            attempts = (*resolved.attempts, *(a for source in plan.sources.values() for a in source.attempts))
             image = build_image(
                 documents[-2][0],
                 manifest,
@@ -151,7 +182,7 @@ class Puller:
                 [descriptor for descriptor, _ in documents],
                 {
                     "resolved_by": resolved.endpoint,
-                    "credentials": _credentials([*resolved.attempts, *(a for s in plan.sources.values() for a in s.attempts)]),
+                    "credentials": _credentials(attempts),
                     "blobs": {digest: dict(source.by_endpoint) for digest, source in plan.sources.items()},
                 },
             )
@@ -162,7 +193,7 @@ class Puller:
                 str(reference.with_digest(resolved.descriptor.digest)),
             )
             timings["total"] = time.monotonic() - began
-            return Pulled(shown, timings)
+            return Pulled(shown, timings, attempts, _bytes_from(plan.sources.values()))
         finally:
             await asyncio.shield(self._leases.release(lease))
 
@@ -227,6 +258,14 @@ def _resources(plan: LayerPlan, documents: Sequence[tuple[Descriptor, bytes]]) -
     """Everything a pull needs, for its lease: documents, layer blobs, snapshots."""
     content = [d.digest for d, _ in documents] + [layer.digest for layer in plan.layers]
     return [("content", digest) for digest in content] + [("snapshot", f"{plan.snapshotter.name}/{name}") for name in plan.names]
+
+
+def _bytes_from(sources: Iterable[BlobSource]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for source in sources:
+        for endpoint, count in source.by_endpoint.items():
+            total[endpoint] = total.get(endpoint, 0) + count
+    return total
 
 
 def _credentials(attempts: Sequence[Attempt]) -> list[str]:
