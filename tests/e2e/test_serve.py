@@ -109,7 +109,7 @@ def test_pull_list_inspect_remove(image_daemon: Daemon, busybox: str) -> None:
     assert json.loads(image_daemon.cli("images", "--json").stdout) == []
     failed = image_daemon.cli("inspect", "busybox")
     assert failed.returncode == 1
-    assert 'no image "busybox"' in failed.stderr
+    assert BUSYBOX in failed.stderr
 
 
 def test_a_failed_pull_is_one_line_and_exit_code_1(image_daemon: Daemon) -> None:
