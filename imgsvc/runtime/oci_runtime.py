@@ -22,7 +22,7 @@ from imgsvc.runtime.pause import write_pause
 from imgsvc.runtime.process import Finished, run
 from imgsvc.runtime.reaper import Reaper
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
-from imgsvc.runtime.streaming.exec_target import exec_sync
+from imgsvc.runtime.streaming.exec_target import DRAIN_S, exec_sync
 from imgsvc.runtime.streaming.interfaces import ContainerProcess
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class OCICommand:
         self._settings = settings
         self._paths = paths
         self._root = str(handler.options.get("Root") or settings.state_dir / "oci" / handler.name)
+        self._reaper = reaper
         self._monitor = Conmon(settings.conmon, paths, reaper)
         self._systemd = bool(handler.options.get("SystemdCgroup", settings.cgroup_driver == "systemd"))
         self._program = ""
@@ -198,12 +199,14 @@ class OCICommand:
             process=spec["process"],
             attach_socket=self._paths.sockets / container_id / "attach",
             ctl_fifo=bundle / "ctl",
+            reaper=self._reaper,
         )
 
     async def exec_sync(self, container_id: str, command: Sequence[str], timeout_s: float) -> ExecResult:
         """See OCIRuntime."""
         scratch = self._paths.bundle(container_id)
-        result = await exec_sync(self.process_of(container_id), tuple(command), timeout_s=timeout_s, scratch=scratch)
+        drain_s = self._settings.drain_exec_sync_io_timeout_s or DRAIN_S
+        result = await exec_sync(self.process_of(container_id), tuple(command), timeout_s=timeout_s, scratch=scratch, drain_s=drain_s)
         return ExecResult(result.stdout, result.stderr, result.exit_code)
 
 

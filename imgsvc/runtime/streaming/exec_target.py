@@ -1,9 +1,10 @@
-"""Exec sessions in a container of an OCI runtime: the runtime's own `exec`, as a child of the daemon.
+"""Exec sessions in a container of an OCI runtime: the runtime's own `exec`, detached.
 
-Without a terminal the process gets three pipes. With one, the runtime gets the far end of a terminal of ours and makes
-the container's terminal itself; it copies between the two and hands sizes on. The runtime stays in front of the process
-until that ends, so its exit code is the process's. A client that leaves takes its process with it: SIGHUP first, as from
-a lost terminal, then SIGKILL for the whole process group.
+The runtime starts the process and ends; the process is then an orphan that the daemon, a subreaper, adopts. So nothing
+stands between the process and its three pipes, or its terminal, whose master side the runtime hands over through a
+socket. (In the foreground runc copies the streams itself, 10 MB per session, and does not return while anybody holds
+them open.) A client that leaves takes its process with it: SIGHUP first, as from a lost terminal, then SIGKILL for the
+whole process group.
 """
 
 from __future__ import annotations
@@ -13,20 +14,19 @@ import contextlib
 import fcntl
 import json
 import os
-import pty
 import shutil
 import signal
+import socket
 import struct
 import tempfile
 import termios
-import tty
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from imgsvc.errors import DeadlineExceeded, Internal, printable
-from imgsvc.runtime.streaming.child import Child
+from imgsvc.runtime.streaming.child import Child, Orphan, signal_group_of
 from imgsvc.runtime.streaming.fdio import FdReader, FdWriter
 from imgsvc.runtime.streaming.flow import stop
 from imgsvc.runtime.streaming.interfaces import ContainerProcess, Sink, Sizes, Source, Streams
@@ -34,9 +34,10 @@ from imgsvc.runtime.streaming.interfaces import ContainerProcess, Sink, Sizes, S
 DRAIN_S: Final = 1.0  # for output of processes that outlive the one we started and share its pipes
 HANGUP_S: Final = 2.0  # between SIGHUP and SIGKILL for a process whose client left
 _END_OF_FILE: Final = b"\x04"  # ^D: how a terminal is told that its input ends
-KILL_S: Final = 5.0  # for the runtime to notice that its process was killed
+KILL_S: Final = 5.0  # a process in uninterruptible sleep is left to the reaper
 MAX_SYNC_OUTPUT: Final = 16 * 1024 * 1024  # [bytes] per stream: what CRI answers may hold (CVE-2022-31030)
 _MAX_LOG: Final = 64 * 1024  # [bytes]
+_MAX_NAME: Final = 4096  # [bytes] of the name that comes with a terminal
 
 
 class ExecFailed(Internal):
@@ -76,85 +77,125 @@ class ExecTarget:
         """As CommandTarget.run. Raises: ExecFailed, NotFound (no such runtime)."""
         directory = Path(tempfile.mkdtemp(prefix="exec-", dir=self.scratch))
         try:
-            code = await self._run(directory, streams)
-            if code and not (directory / "pid").exists():
-                raise ExecFailed(f"cannot start the command: {_complaint(directory / 'log.json', code)}")
-            return code
+            with contextlib.ExitStack() as ours:
+                start = self._start_on_terminal if self.terminal else self._start_on_pipes
+                wires = await start(directory, streams, ours)
+                try:
+                    return await _carry(wires, streams, self.drain_s)
+                finally:
+                    await _end(wires.process, self.hangup_s)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
-    async def _run(self, directory: Path, streams: Streams) -> int:
-        argv = self._prepare(directory)
-        with contextlib.ExitStack() as ours:
-            start = _start_on_terminal if self.terminal else _start_on_pipes
-            wires = start(argv, streams, ours)
-            try:
-                return await _carry(wires, streams, self.drain_s)
-            finally:
-                if wires.child.running:
-                    await _end(wires.child, directory / "pid", self.hangup_s)
+    async def _start_on_pipes(self, directory: Path, streams: Streams, ours: contextlib.ExitStack) -> _Wires:
+        with contextlib.ExitStack() as theirs:
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            theirs.callback(os.close, null)
+            child_fds = [null, null, null]
+            stdin = None
+            outputs = []
+            if streams.stdin:
+                child_fds[0], write_end = os.pipe()
+                theirs.callback(os.close, child_fds[0])
+                stdin = FdWriter(write_end)
+                ours.callback(stdin.close)
+            for number, sink in ((1, streams.stdout), (2, streams.stderr)):
+                if sink:
+                    read_end, child_fds[number] = os.pipe()
+                    theirs.callback(os.close, child_fds[number])
+                    reader = FdReader(read_end)
+                    ours.callback(reader.close)
+                    outputs.append((reader, sink))
+            process = await self._start(directory, child_fds, [], ours)
+        return _Wires(process, stdin, tuple(outputs))
 
-    def _prepare(self, directory: Path) -> list[str]:
+    async def _start_on_terminal(self, directory: Path, streams: Streams, ours: contextlib.ExitStack) -> _Wires:
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            with _console_socket(directory) as (listener, path):
+                process = await self._start(directory, [null, null, null], ["--console-socket", path], ours)
+                master = _receive_terminal(listener)
+        finally:
+            os.close(null)
+        reader, writer = FdReader(os.dup(master)), FdWriter(master)
+        ours.callback(reader.close)
+        ours.callback(writer.close)
+        return _Wires(process, writer, ((reader, streams.stdout or _Nowhere()),), master)
+
+    async def _start(self, directory: Path, fds: Sequence[int], options: Sequence[str], ours: contextlib.ExitStack) -> Orphan:
+        """Let the runtime start the process. Cancelled or failed, nothing of either is left running."""
+        pid_file = directory / "pid"
+        child = Child(self._argv(directory, options), stdin=fds[0], stdout=fds[1], stderr=fds[2])
+        try:
+            code = await child.wait()
+        except asyncio.CancelledError:
+            child.kill_group()
+            await child.wait()
+            if (pid := _read_pid(pid_file)) is not None:
+                signal_group_of(pid, signal.SIGKILL)
+                self.container.reaper.adopt(pid)
+            raise
+        pid = _read_pid(pid_file)
+        if code or pid is None:
+            raise ExecFailed(f"cannot start the command: {_complaint(directory / 'log.json', code)}")
+        process = Orphan(pid, self.container.reaper)
+        ours.callback(process.close)
+        return process
+
+    def _argv(self, directory: Path, options: Sequence[str]) -> list[str]:
         process = exec_process(self.container.process, self.command, terminal=self.terminal)
         (directory / "process.json").write_text(json.dumps(process))
         files = ["--process", str(directory / "process.json"), "--pid-file", str(directory / "pid")]
         log = ["--log", str(directory / "log.json"), "--log-format", "json"]
-        return [*self.container.runtime, *log, "exec", *files, self.container.container_id]
+        return [*self.container.runtime, *log, "exec", "--detach", *files, *options, self.container.container_id]
 
 
 @dataclass(frozen=True, slots=True)
 class _Wires:
-    """A started child and our ends of what it is connected to."""
+    """A started process and our ends of what it is connected to. terminal: the master side, when it has one."""
 
-    child: Child
+    process: Orphan
     stdin: FdWriter | None
     outputs: tuple[tuple[FdReader, Sink], ...]
     terminal: int | None = None
 
 
-def _start_on_pipes(argv: Sequence[str], streams: Streams, ours: contextlib.ExitStack) -> _Wires:
-    with contextlib.ExitStack() as theirs:
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        theirs.callback(os.close, null)
-        child_fds = [null, null, null]
-        stdin = None
-        outputs = []
-        if streams.stdin:
-            child_fds[0], write_end = os.pipe()
-            theirs.callback(os.close, child_fds[0])
-            stdin = FdWriter(write_end)
-            ours.callback(stdin.close)
-        for number, sink in ((1, streams.stdout), (2, streams.stderr)):
-            if sink:
-                read_end, child_fds[number] = os.pipe()
-                theirs.callback(os.close, child_fds[number])
-                reader = FdReader(read_end)
-                ours.callback(reader.close)
-                outputs.append((reader, sink))
-        child = Child(argv, stdin=child_fds[0], stdout=child_fds[1], stderr=child_fds[2])
-    return _Wires(child, stdin, tuple(outputs))
-
-
-def _start_on_terminal(argv: Sequence[str], streams: Streams, ours: contextlib.ExitStack) -> _Wires:
-    master, slave = pty.openpty()
+@contextlib.contextmanager
+def _console_socket(directory: Path) -> Iterator[tuple[socket.socket, str]]:
+    """A listening socket for the runtime to hand a terminal to, and a path to it that is short enough for sockaddr_un."""
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        tty.setraw(slave)  # all that a terminal does is done by the one inside the container
-        reader, writer = FdReader(os.dup(master)), FdWriter(master)
-        ours.callback(reader.close)
-        ours.callback(writer.close)
-        child = Child(argv, stdin=slave, stdout=slave, stderr=slave)
+        path = f"/proc/{os.getpid()}/fd/{fd}/console"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(1)
+            listener.setblocking(False)
+            yield listener, path
     finally:
-        os.close(slave)
-    return _Wires(child, writer, ((reader, streams.stdout or _Nowhere()),), master)
+        os.close(fd)
+
+
+def _receive_terminal(listener: socket.socket) -> int:
+    """The master side that the runtime has sent before it ended. Raises: ExecFailed."""
+    try:
+        connection, _ = listener.accept()
+        with connection:
+            _, fds, _, _ = socket.recv_fds(connection, _MAX_NAME, 1)
+    except OSError as error:
+        raise ExecFailed("the runtime did not hand over the terminal") from error
+    if len(fds) != 1:
+        raise ExecFailed("the runtime did not hand over the terminal")
+    os.set_inheritable(fds[0], False)
+    return fds[0]
 
 
 async def _carry(wires: _Wires, streams: Streams, drain_s: float) -> int:
-    """Move bytes until the child has ended and its output is delivered. Raises: what a sink raises."""
+    """Move bytes until the process has ended and its output is delivered. Raises: what a sink raises."""
     side = []
     if streams.stdin and wires.stdin:
         side.append(asyncio.create_task(_feed(streams.stdin, wires.stdin, terminal=wires.terminal is not None)))
     if streams.sizes and wires.terminal is not None:
-        side.append(asyncio.create_task(_resize(streams.sizes, wires.terminal, wires.child)))
+        side.append(asyncio.create_task(_resize(streams.sizes, wires.terminal)))
     ended = asyncio.create_task(_ended(wires, drain_s))
     outputs = [asyncio.create_task(_deliver(reader, sink)) for reader, sink in wires.outputs]
     try:
@@ -167,7 +208,7 @@ async def _carry(wires: _Wires, streams: Streams, drain_s: float) -> int:
 
 
 async def _ended(wires: _Wires, drain_s: float) -> int:
-    code = await wires.child.wait()
+    code = await wires.process.wait()
     for reader, _ in wires.outputs:
         reader.end_within(drain_s)
     return code
@@ -191,42 +232,31 @@ async def _feed(source: Source, sink: FdWriter, *, terminal: bool) -> None:
         sink.close()
 
 
-async def _resize(sizes: Sizes, terminal: int, child: Child) -> None:
+async def _resize(sizes: Sizes, terminal: int) -> None:
     while size := await sizes.next():
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", size.height, size.width, 0, 0))
-        # The terminal is not the runtime's controlling terminal, so the kernel does not tell it.
-        child.send(signal.SIGWINCH)
 
 
-async def _end(child: Child, pid_file: Path, hangup_s: float) -> None:
-    """End the process in the container and then the runtime in front of it."""
-    if hangup_s:
-        _signal_process(child, pid_file, signal.SIGHUP)
-        await _wait_up_to(child, hangup_s)
-    _signal_process(child, pid_file, signal.SIGKILL)
-    await _wait_up_to(child, KILL_S)
-    child.kill_group()
-    await child.wait()
+async def _end(process: Orphan, hangup_s: float) -> None:
+    """End a process that still runs, with its process group."""
+    if process.running and hangup_s:
+        process.signal_group(signal.SIGHUP)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(hangup_s):
+                await process.wait()
+    if process.running:
+        process.signal_group(signal.SIGKILL)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(KILL_S):
+                await process.wait()
 
 
-def _signal_process(child: Child, pid_file: Path, number: signal.Signals) -> None:
-    """Signal the process group inside the container. While the runtime waits for the process, its pid is not given anew."""
+def _read_pid(pid_file: Path) -> int | None:
     try:
         pid = int(pid_file.read_text())
     except (OSError, ValueError):
-        return  # not started yet
-    if child.running and pid > 1:
-        with contextlib.suppress(ProcessLookupError):
-            # crun's process is a member of a group whose leader, a process of crun's own, is gone.
-            group = os.getpgid(pid)
-            if group != os.getpgid(0):
-                os.killpg(group, number)
-
-
-async def _wait_up_to(child: Child, seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await child.wait()
+        return None  # the process was not started
+    return pid if pid > 1 else None
 
 
 def _complaint(log: Path, code: int) -> str:

@@ -101,6 +101,16 @@ class PortTarget(Protocol):
         """Connect to a port of the sandbox. Raises: ImgsvcError when nothing answers."""
 
 
+class Adopter(Protocol):
+    """Waits for processes whose parent is gone: the daemon is their subreaper."""
+
+    def adopt(self, pid: int) -> None:
+        """This process is an orphan of ours: reap it when it ends."""
+
+    def exit_code(self, pid: int) -> int | None:
+        """How a reaped orphan ended, 128+N for signal N; None when that is not known. To be asked once."""
+
+
 @dataclass(frozen=True, slots=True)
 class ContainerProcess:
     """What exec and attach need to know about a running container of an OCI runtime.
@@ -109,6 +119,7 @@ class ContainerProcess:
         container_id: as the runtime knows it.
         runtime: the runtime's command line before the verb, e.g. ("/usr/sbin/runc", "--root", "/run/…").
         process: the `process` object of the container's OCI config.json.
+        reaper: adopts what the runtime leaves behind.
         attach_socket: conmon's attach socket (or a path to it of at most 107 characters), ctl_fifo its control FIFO.
     """
 
@@ -117,3 +128,4 @@ class ContainerProcess:
     process: Mapping[str, Any]
     attach_socket: Path
     ctl_fifo: Path
+    reaper: Adopter
