@@ -12,7 +12,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -71,7 +71,7 @@ class Authorizer:
     def __init__(self, transport: Transport, environ: Mapping[str, str]) -> None:
         self._transport = transport
         self._environ = environ
-        self._known: OrderedDict[tuple[str, ...], Challenge] = OrderedDict()
+        self._known: OrderedDict[tuple[str, ...], tuple[Challenge, Reach]] = OrderedDict()
         self._tokens: OrderedDict[tuple[str, ...], tuple[Token, float]] = OrderedDict()
         self._get_only: OrderedDict[str, None] = OrderedDict()
         self._flights: SingleFlight[Token] = SingleFlight()
@@ -88,11 +88,14 @@ class Authorizer:
         """What to send without being asked, learnt from an earlier challenge."""
         if credential and credential.registry_token:
             return Answer(f"Bearer {credential.registry_token}")
-        challenge = self._known.get(self._key(peer, wanted, credential))
-        return await self._respond(peer, challenge, wanted, credential) if challenge else None
+        known = self._known.get(self._key(peer, wanted, credential))
+        # Where the registry was found to live goes with what it asked for: nothing has been sent to it this time.
+        return await self._respond(replace(peer, reach=known[1]), known[0], wanted, credential) if known else None
 
-    async def answer(self, peer: Peer, wanted: Sequence[str], credential: Credential | None, refused: Response) -> Answer | None:
-        """An answer to a 401, None when there is none to give. Raises: RequestFailed when the token service fails."""
+    async def answer(
+        self, peer: Peer, wanted: Sequence[str], credential: Credential | None, refused: Response, sent: Answer | None
+    ) -> Answer | None:
+        """An answer to a 401 that was given to `sent`; None when there is none. Raises: RequestFailed when the token service fails."""
         if credential and credential.registry_token:
             return None
         key = self._key(peer, wanted, credential)
@@ -100,10 +103,11 @@ class Authorizer:
         if challenge is None:
             self._known.pop(key, None)
             return None
-        if challenge.scheme == "bearer":
-            # The one we sent, if any, was refused.
-            self._tokens.pop(self._token_key(peer, challenge, scopes_for(challenge, wanted), credential), None)
-        _remember(self._known, key, challenge)
+        if sent:
+            for name, (token, _) in list(self._tokens.items()):
+                if sent.value == f"Bearer {token.value}":
+                    del self._tokens[name]
+        _remember(self._known, key, (challenge, peer.reach))
         return await self._respond(peer, challenge, wanted, credential)
 
     async def _respond(self, peer: Peer, challenge: Challenge, wanted: Sequence[str], credential: Credential | None) -> Answer | None:

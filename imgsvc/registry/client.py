@@ -171,12 +171,14 @@ class RepositoryFetcher:
             await run.run()
         return BlobSource(dict(run.by_endpoint), reused, tuple(operation.session.attempts))
 
-    async def rejected(self, descriptor: Descriptor, source: BlobSource) -> None:
+    async def rejected(self, descriptor: Descriptor, source: BlobSource) -> bool:
         """As Fetcher.rejected."""
         operation = await self._client.operation(self._reference, self._credential)
-        for endpoint in operation.endpoints(Capability.PULL):
+        endpoints = operation.endpoints(Capability.PULL)
+        for endpoint in endpoints:
             if endpoint.base in source.by_endpoint:
                 self._client.book.of(endpoint).quarantine(descriptor.digest)
+        return not all(operation.lied(endpoint, descriptor.digest) for endpoint in endpoints)
 
 
 def registry(settings: RegistrySettings, credentials: CredentialSource | None = None) -> Registry:

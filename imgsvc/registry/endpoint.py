@@ -136,13 +136,14 @@ class Endpoint:
     async def _ask(self, ask: Ask) -> Response:
         credential = await self._pick_credential()
         answer = await self._session.authorizer.preempt(self._peer(), ask.scopes, credential)
+        self._credential_note = (answer.note if answer else "") or self._credential_note
         response = await self._send_with_fallback(ask, answer)
         for _ in range(_MAX_ROUNDS - 1):
             if response.status != 401:
                 break
             self._reach = response.reach()
             try:
-                next_answer = await self._session.authorizer.answer(self._peer(), ask.scopes, self._credential, response)
+                next_answer = await self._session.authorizer.answer(self._peer(), ask.scopes, self._credential, response, answer)
                 if next_answer is None or (answer and next_answer.value == answer.value):
                     next_answer = await self._renewed(ask, response) if answer else None
             except BaseException:
@@ -168,7 +169,7 @@ class Endpoint:
         if fresh is None or session.authorizer.identity(fresh) == session.authorizer.identity(self._credential):
             return None
         self._credential = fresh
-        return await session.authorizer.answer(self._peer(), ask.scopes, fresh, refused)
+        return await session.authorizer.answer(self._peer(), ask.scopes, fresh, refused, None)
 
     def _peer(self) -> Peer:
         return Peer(self.host, self.base, self._reach)

@@ -101,8 +101,11 @@ class Fetcher(Protocol):
         Raises: PullFailed, DataLoss. What was written stays in the sink for the next try.
         """
 
-    async def rejected(self, descriptor: Descriptor, source: BlobSource) -> None:
-        """The digest of a downloaded blob was wrong: those who served it are not asked for it again. Then download anew."""
+    async def rejected(self, descriptor: Descriptor, source: BlobSource) -> bool:
+        """The digest of a downloaded blob was wrong: those who served it are asked for it last from now on.
+
+        Returns:  whether somebody else can be asked: then download anew.
+        """
 
 
 class BlobReader(Protocol):

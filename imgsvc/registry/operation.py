@@ -24,9 +24,13 @@ class Operation:
     book: HealthBook
 
     def endpoints(self, capability: Capability, digest: str = "") -> list[Endpoint]:
-        """Those that may be asked, in order, without any that lied about this digest."""
+        """Those that may be asked, in order; any that lied about this digest come last, when nobody else has it."""
         found = [Endpoint(host, self.session) for host in self.config.able(capability)]
-        return [endpoint for endpoint in found if not digest or digest not in self.book.of(endpoint).bad_digests]
+        return sorted(found, key=lambda endpoint: bool(digest) and self.lied(endpoint, digest))
+
+    def lied(self, endpoint: Endpoint, digest: str) -> bool:
+        """Whether it served other bytes under this digest."""
+        return digest in self.book.of(endpoint).bad_digests
 
     def failover(self, endpoints: list[Endpoint]) -> Failover:
         """One host after another, attempts recorded in the session."""

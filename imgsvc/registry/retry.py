@@ -161,7 +161,7 @@ class Health:
         return True
 
     def quarantine(self, digest: str) -> None:
-        """It served wrong bytes under this digest: not asked for it again while we run. The latest 256 are remembered."""
+        """It served wrong bytes under this digest: asked for it last from now on. The latest 256 are remembered."""
         self.bad_digests[digest] = None
         if len(self.bad_digests) > 256:
             del self.bad_digests[next(iter(self.bad_digests))]
