@@ -69,10 +69,14 @@ class _Worker:
 
     async def verdict(self) -> dict[str, Any]:
         """Wait for the worker's answer. Raises: the error it carries, or Internal when it died without one."""
-        try:
-            data = await asyncio.get_running_loop().sock_recv(self._job, _VERDICT_LIMIT)
-        except ConnectionError:
-            data = b""
+        loop = asyncio.get_running_loop()
+        data = b""
+        for _ in range(2):
+            # A worker that ends with counts unread, as one on a pipe does, resets the connection: Linux reports that
+            # first, and hands out the verdict that is queued when asked again.
+            with contextlib.suppress(ConnectionError):
+                data = await loop.sock_recv(self._job, _VERDICT_LIMIT)
+                break
         if not data:
             raise Internal("the unpack worker was killed", hint="look for the out-of-memory killer in the kernel log")
         verdict: dict[str, Any] = json.loads(data)
