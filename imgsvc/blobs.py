@@ -17,6 +17,16 @@ from imgsvc.snapshot.interfaces import UnpackJob
 
 log = logging.getLogger(__name__)
 
+class WrongBytes(DataLoss):
+    """A download gave other bytes than the digest names. elsewhere: whether somebody else can be asked."""
+
+    def __init__(self, cause: DataLoss, source: BlobSource, *, elsewhere: bool) -> None:
+        served = ", ".join(source.by_endpoint) or "bytes kept from an earlier try"
+        super().__init__(cause.what, where=served, hint="nothing of it was kept; tell who runs that registry or mirror")
+        self.source = source
+        self.elsewhere = elsewhere
+
+
 Progress = Callable[[int], None]  # told how many bytes, from the start and without a gap, are here
 
 
@@ -98,8 +108,7 @@ class Blobs:
         """Make one blob be in the content store, joining whoever fetches it already.
 
         Returns:  who served it; None when it was here.
-        Raises:   DataLoss when the bytes are not the blob. Who served them is not asked for it again, so another call
-                  may succeed. PullFailed, ResourceExhausted.
+        Raises:   WrongBytes, PullFailed, ResourceExhausted.
         """
         if await self._threads.run(self._content.info, blob.digest) is not None:
             return None
@@ -109,8 +118,10 @@ class Blobs:
         """As fetch, with a second try at other endpoints when the first gave wrong bytes."""
         try:
             return await self.fetch(fetcher, blob, progress)
-        except DataLoss as error:
-            log.warning("%s", error)
+        except WrongBytes as error:
+            if not error.elsewhere:
+                raise
+            log.warning("%s; asking elsewhere", error)
             try:
                 return await self.fetch(fetcher, blob, progress)
             except PullFailed as second:
@@ -126,9 +137,7 @@ class Blobs:
                 try:
                     await self._threads.run(writer.commit, blob.size, blob.digest)
                 except DataLoss as error:
-                    await fetcher.rejected(blob, source)
-                    served = ", ".join(source.by_endpoint) or "bytes from an earlier try"
-                    raise DataLoss(error.what, where=served, hint="nothing of it was kept; pull again to ask elsewhere") from error
+                    raise WrongBytes(error, source, elsewhere=await fetcher.rejected(blob, source)) from error
                 growing.grew(blob.size)
                 return source
             finally:

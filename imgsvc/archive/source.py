@@ -31,8 +31,9 @@ class ArchiveSource:
         """See Fetcher; asked only for what is not stored."""
         raise self._missing(descriptor)
 
-    async def rejected(self, descriptor: Descriptor, source: BlobSource) -> None:
-        """See Fetcher."""
+    async def rejected(self, descriptor: Descriptor, source: BlobSource) -> bool:
+        """See Fetcher: there is nobody else."""
+        return False
 
     def repository(self, reference: Reference, credential: Credential | None = None) -> Repository:
         """See Registry."""

@@ -135,7 +135,7 @@ class WorkerJob:
         if self._worker is None:
             raise Cancelled("unpacking was stopped", where=str(self.layer.digest))
         try:
-            verdict = _checked(await self._worker.verdict(), self.layer)
+            verdict = _checked(await self._worker.verdict(), self.layer, _directory(self.order["mounts"]))
         finally:
             await self._release()
         found = Digest(verdict["diff_id"])
@@ -144,7 +144,15 @@ class WorkerJob:
         if verdict["warnings"]:
             log.warning("layer %s: left out: %s", self.layer.digest, verdict["warnings"])
         self.usage = Usage(verdict["size"], verdict["inodes"]) if self.order["rebase"] else None
-        return Applied(found, verdict["unpacked"], verdict["entries"], self.usage, verdict["timings"], verdict["warnings"])
+        return Applied(
+            diff_id=found,
+            unpacked=verdict["unpacked"],
+            entries=verdict["entries"],
+            usage=self.usage,
+            timings=verdict["timings"],
+            warnings=verdict["warnings"],
+            peak_memory=verdict["peak_memory"],
+        )
 
     async def abort(self) -> None:
         """Kill the worker and give everything back."""
@@ -215,7 +223,7 @@ class WorkerUnpacker:
                     await worker.end()
             if verdict.get("error", {}).get("needs_parents") and stat.S_ISREG(os.fstat(job.source).st_mode):
                 return await self._again(mounts, job)
-            added = _checked(verdict, job.layer)
+            added = _checked(verdict, job.layer, _directory(job.order["mounts"]))
             assert job.usage is not None
             return Usage(job.usage.size + added["size"], job.usage.inodes + added["inodes"])
         finally:
@@ -330,9 +338,15 @@ def _plain(mounts: Sequence[Mount]) -> list[tuple[str, str, list[str]]]:
     return [(m.type, m.source, list(m.options)) for m in mounts]
 
 
-def _checked(verdict: dict[str, Any], layer: LayerInput) -> dict[str, Any]:
+def _directory(mounts: Sequence[tuple[str, str, list[str]]]) -> str:
+    """Where files are written, for errors: a full disk is a place, not a digest."""
+    upper = [option.removeprefix("upperdir=") for _, _, options in mounts for option in options if option.startswith("upperdir=")]
+    return upper[0] if upper else mounts[-1][1] if mounts else "its snapshot"
+
+
+def _checked(verdict: dict[str, Any], layer: LayerInput, directory: str) -> dict[str, Any]:
     """The verdict, or the error in it."""
     error = verdict.get("error")
     if error is not None:
-        raise _CATEGORIES[error["code"]](error["what"], where=str(layer.digest), hint=error["hint"])
+        raise _CATEGORIES[error["code"]](error["what"], where=f"layer {layer.digest} in {directory}", hint=error["hint"])
     return verdict
