@@ -35,6 +35,11 @@ class EventBus:
     def __init__(self) -> None:
         self._listeners: set[_Listener] = set()
 
+    def close(self) -> None:
+        """Let every listener end after what it has waiting."""
+        for listener in self._listeners:
+            listener.put(None)
+
     def publish(self, kind: str, subject: str, **details: Any) -> None:
         """Tell everybody. Never waits."""
         if self._listeners:
@@ -47,26 +52,26 @@ class EventBus:
         listener = _Listener()
         self._listeners.add(listener)
         try:
-            while True:
-                yield await listener.next()
+            while (event := await listener.next()) is not None:
+                yield event
         finally:
             self._listeners.discard(listener)
 
 
 class _Listener:
     def __init__(self) -> None:
-        self._waiting: deque[Event] = deque()
+        self._waiting: deque[Event | None] = deque()
         self._lost = 0
         self._news = asyncio.Event()
 
-    def put(self, event: Event) -> None:
+    def put(self, event: Event | None) -> None:
         if len(self._waiting) == MAX_WAITING:
             self._waiting.popleft()
             self._lost += 1
         self._waiting.append(event)
         self._news.set()
 
-    async def next(self) -> Event:
+    async def next(self) -> Event | None:
         while not self._waiting:
             self._news.clear()
             await self._news.wait()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
@@ -28,7 +30,10 @@ else:
 
 
 class ErrorInterceptor(_Interceptor):
-    """Turns exceptions of handlers into gRPC status."""
+    """Turns exceptions of handlers into gRPC status. observe: told method, code and seconds of every call."""
+
+    def __init__(self, observe: Observe | None = None) -> None:
+        self._observe = observe or _nobody
 
     async def intercept_service(
         self,
@@ -39,37 +44,62 @@ class ErrorInterceptor(_Interceptor):
         handler = cast("grpc.RpcMethodHandler[Any, Any] | None", await continuation(handler_call_details))
         if handler is None:
             return cast("grpc.RpcMethodHandler[Any, Any]", None)  # an unknown method; gRPC answers UNIMPLEMENTED
-        method = handler_call_details.method
+        call = _Call(handler_call_details.method, self._observe)
+        decode, encode = handler.request_deserializer, handler.response_serializer
         if handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(
-                _unary(handler.unary_unary, method), handler.request_deserializer, handler.response_serializer
-            )
+            return grpc.unary_unary_rpc_method_handler(call.single(handler.unary_unary), decode, encode)
         if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(
-                _stream(handler.unary_stream, method), handler.request_deserializer, handler.response_serializer
-            )
+            return grpc.unary_stream_rpc_method_handler(call.stream(handler.unary_stream), decode, encode)
+        if handler.stream_unary:
+            return grpc.stream_unary_rpc_method_handler(call.single(handler.stream_unary), decode, encode)
         return handler
 
 
-def _unary(handle: Any, method: str) -> Any:
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+Observe = Callable[[str, str, float], None]
+
+
+def _nobody(method: str, code: str, seconds: float) -> None:
+    """Observes nothing."""
+
+
+class _Call:
+    """One method with what is done around each of its calls."""
+
+    def __init__(self, method: str, observe: Observe) -> None:
+        self._method = method
+        self._name = method.rpartition("/")[2]
+        self._observe = observe
+
+    def single(self, handle: Any) -> Any:
+        """Around a handler that answers once."""
+
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            async with self._around(context):
+                return await handle(request, context)
+
+        return call
+
+    def stream(self, handle: Any) -> Any:
+        """Around a handler that answers in a stream."""
+
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            async with self._around(context):
+                async for reply in handle(request, context):
+                    yield reply
+
+        return call
+
+    @asynccontextmanager
+    async def _around(self, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+        began, code = time.monotonic(), "CANCELLED"
         try:
-            return await handle(request, context)
+            yield
+            code = "OK"
         except Exception as error:  # noqa: BLE001  # the RPC edge: every failure becomes a status here
-            await _abort(error, context, method)
-
-    return call
-
-
-def _stream(handle: Any, method: str) -> Any:
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        try:
-            async for reply in handle(request, context):
-                yield reply
-        except Exception as error:  # noqa: BLE001  # the RPC edge: every failure becomes a status here
-            await _abort(error, context, method)
-
-    return call
+            code = error.code if isinstance(error, ImgsvcError) else "INTERNAL"
+            await _abort(error, context, self._method)
+        finally:
+            self._observe(self._name, code, time.monotonic() - began)
 
 
 async def _abort(error: Exception, context: grpc.aio.ServicerContext[Any, Any], method: str) -> None:

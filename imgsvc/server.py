@@ -20,7 +20,7 @@ import grpc.aio
 
 from imgsvc import __version__, config, decryption
 from imgsvc.admin_service import AdminService
-from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc
+from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
 from imgsvc.care import ContainerKeeper, StoreCare
 from imgsvc.concurrency import Threads
 from imgsvc.config import Config, Loaded
@@ -31,6 +31,8 @@ from imgsvc.fsck import recover
 from imgsvc.fsutil import private_dir
 from imgsvc.gc import Policy
 from imgsvc.image_service import ImageService
+from imgsvc.image_side import Parts, Watch, open_verification, start_image_side
+from imgsvc.image_tools import ImageTools
 from imgsvc.images import ImageStore
 from imgsvc.leases import LeaseBook
 from imgsvc.metadb import MetaDB
@@ -78,6 +80,7 @@ async def _serve(loaded: Loaded, load: Callable[[], Loaded]) -> int:
         await stop.wait()
         notify("STOPPING=1")
         log.info("stopping; containers keep running")
+        services.watch.bus.close()
         await server.stop(STOP_GRACE_S)
     log.info("stopped")
     return 0
@@ -90,7 +93,9 @@ class Services:
     images: ImageService
     admin: AdminService
     runtime: cri_pb2_grpc.RuntimeServiceServicer
+    tools: ImageTools
     store: ImageStore
+    watch: Watch
 
 
 async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
@@ -122,6 +127,8 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     stack.push_async_callback(decryptor.close)
     unpacker = _unpacker(settings)
     stack.push_async_callback(unpacker.close)
+    watch = Watch.create(images)
+    verification = open_verification(settings, registry, db, threads)
     puller = Puller(
         registry=registry,
         content=content,
@@ -131,9 +138,11 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
         images=images,
         leases=leases,
         threads=threads,
+        verifier=verification,
+        observer=watch.observer,
     )
     handlers = {name: handler.snapshotter or default for name, handler in settings.runtime.runtimes.items()}
-    roots = ContainerRoots(images, snapshotters, decryptor, threads, default=default)
+    roots = ContainerRoots(images, snapshotters, decryptor, threads, default=default, check=verification.check)
     pods = await start_pods(settings, state, root, db, roots, stack)
     policy = Policy(settings.gc.startup_delay, settings.gc.schedule_delay, _cache_budget(settings), settings.gc.min_free)
     keeper = ContainerKeeper(pods.container_ids, snapshotters)
@@ -145,6 +154,8 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     def on_removed() -> None:
         care.trigger("image removed")
 
+    parts = Parts(root, registry, content, images, puller, leases, db, threads, care, verification.check, default)
+    tools = await start_image_side(settings, parts, watch, stack)
     return Services(
         images=ImageService(images, puller, care, snapshotter=default, handlers=handlers, on_removed=on_removed),
         admin=AdminService(
@@ -156,7 +167,9 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
             on_removed=on_removed,
         ),
         runtime=pods.service,
+        tools=tools,
         store=images,
+        watch=watch,
     )
 
 
@@ -213,7 +226,7 @@ def _unpacker(settings: Config) -> WorkerUnpacker:
 
 async def _listen(settings: Config, services: Services) -> grpc.aio.Server:
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor()],
+        interceptors=[ErrorInterceptor(services.watch.observer.rpc)],
         options=[
             ("grpc.max_receive_message_length", settings.grpc.max_recv_message_size),
             ("grpc.max_send_message_length", settings.grpc.max_send_message_size),
@@ -223,6 +236,7 @@ async def _listen(settings: Config, services: Services) -> grpc.aio.Server:
     cri_pb2_grpc.add_ImageServiceServicer_to_server(services.images, server)
     cri_pb2_grpc.add_RuntimeServiceServicer_to_server(services.runtime, server)
     admin_pb2_grpc.add_AdminServicer_to_server(services.admin, server)
+    imagetools_pb2_grpc.add_ImageToolsServicer_to_server(services.tools, server)
     path = Path(settings.address.removeprefix("unix://"))
     private = os.umask(0o177 if not settings.grpc.gid else 0o117)
     try:
