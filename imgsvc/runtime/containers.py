@@ -21,11 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, from_os_error, printable
+from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, printable
 from imgsvc.failpoints import afailpoint
 from imgsvc.runtime import kernel, spec, validate
 from imgsvc.runtime.containerplan import BuiltContainer, ContainerBuilder, volume_key
-from imgsvc.runtime.core import Core
+from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType
 from imgsvc.runtime.exits import UNKNOWN_EXIT, alive, now_ns, start_time
 from imgsvc.runtime.interfaces import Exit, NewTask, RootMount, RunnableImage
@@ -73,12 +73,11 @@ class Containers:
         record = self._new_record(sandbox, config, image)
         core.records.reserve(container_name(sandbox.id, config), record.id)
         try:
-            async with AsyncExitStack() as undo, core.locks.hold(record.id):
-                made = await self._make(record, sandbox, image, undo)
-                self._require_open(core.records.sandbox(sandbox.id))
-                undo.pop_all()
-        except OSError as error:
-            raise from_os_error(error, "making a container", where=str(error.filename or "")) from error
+            with os_errors("making a container"):
+                async with AsyncExitStack() as undo, core.locks.hold(record.id):
+                    made = await self._make(record, sandbox, image, undo)
+                    self._require_open(core.records.sandbox(sandbox.id))
+                    undo.pop_all()
         finally:
             if record.id not in core.records.containers:
                 core.records.release(container_name(sandbox.id, config), record.id)
@@ -187,19 +186,24 @@ class Containers:
         """Let a created container run. Raises: NotFound, FailedPrecondition."""
         core = self._core
         full_id = core.records.container(container_id).id
-        async with core.locks.hold(full_id):
-            record = core.records.container(full_id)
-            require_startable(record, core.boot_id)
-            self._require_open(core.records.sandbox(record.sandbox_id))
-            started = replace(record, started_at=now_ns())
-            try:
-                await core.handler(record.handler).start_task(record.id)
-            except ImgsvcError as error:
-                await self._start_failed(record, str(error))
-                raise
+        with os_errors("starting a container"):
+            async with core.locks.hold(full_id):
+                await self._start_locked(full_id)
+
+    async def _start_locked(self, full_id: str) -> None:
+        core = self._core
+        record = core.records.container(full_id)
+        require_startable(record, core.boot_id)
+        self._require_open(core.records.sandbox(record.sandbox_id))
+        started_at = now_ns()
+        try:
+            await core.handler(record.handler).start_task(record.id)
             await afailpoint("container.started")
-            current = core.records.container(full_id)  # it may have ended already
-            await durable(core.records.put_container(replace(current, started_at=started.started_at)))
+            current = core.records.container(full_id)
+            await durable(core.records.put_container(replace(current, started_at=started_at)))
+        except (ImgsvcError, OSError) as error:
+            await self._start_failed(record, str(error))
+            raise
         core.events.emit(EventType.STARTED, full_id, record.sandbox_id)
 
     async def _start_failed(self, record: ContainerRecord, message: str) -> None:
@@ -231,16 +235,17 @@ class Containers:
             self._ended[record.id].set()
 
     async def finish(self, container_id: str, end: Exit) -> None:
-        """Record how a container ended, once."""
+        """Record how a container ended, once; after a start that is under way, so that events keep their order."""
         core = self._core
-        record = core.records.containers.get(container_id)
-        if record is None or record.finished_at:
-            return
-        reason = "OOMKilled" if end.oom_killed else "Unknown" if not end.known else "Completed" if end.code == 0 else "Error"
-        message = "" if end.known else "the exit code was lost"
-        finished = replace(record, finished_at=end.finished_at, exit_code=end.code, reason=reason, message=message)
-        await durable(core.records.put_container(finished))
-        core.events.emit(EventType.STOPPED, container_id, record.sandbox_id)
+        async with core.locks.hold(container_id):
+            record = core.records.containers.get(container_id)
+            if record is None or record.finished_at:
+                return
+            reason = "OOMKilled" if end.oom_killed else "Unknown" if not end.known else "Completed" if end.code == 0 else "Error"
+            message = "" if end.known else "the exit code was lost"
+            finished = replace(record, finished_at=end.finished_at, exit_code=end.code, reason=reason, message=message)
+            await durable(core.records.put_container(finished))
+            core.events.emit(EventType.STOPPED, container_id, record.sandbox_id)
 
     async def stop(self, container_id: str, timeout_s: float) -> None:
         """Stop signal, then SIGKILL after `timeout_s`. Unknown and ended already are successes.
@@ -294,11 +299,12 @@ class Containers:
         except ImgsvcError:
             return
         await self.stop(full_id, 0)
-        async with core.locks.hold(full_id):
-            record = core.records.containers.get(full_id)
-            if record is None:
-                return
-            await self.discard(record)
+        with os_errors("removing a container"):
+            async with core.locks.hold(full_id):
+                record = core.records.containers.get(full_id)
+                if record is None:
+                    return
+                await self.discard(record)
         core.events.emit(EventType.DELETED, full_id, record.sandbox_id)
 
     async def discard(self, record: ContainerRecord) -> None:
@@ -324,9 +330,7 @@ class Containers:
         await self._core.images.remove_root(record.id)
 
     def _release_blocking(self, container_id: str) -> None:
-        bundle = self._core.paths.bundle(container_id)
-        unmount_below(bundle)
-        shutil.rmtree(bundle, ignore_errors=True)
+        remove_bundle(self._core.paths.bundle(container_id))
         shutil.rmtree(self._core.paths.volumes(container_id), ignore_errors=True)
 
     async def update(self, container_id: str, resources: LinuxContainerResources | None) -> None:
@@ -403,6 +407,12 @@ def prepare_log(directory: str, log_path: str) -> None:
         raise InvalidArgument(f"the log cannot be opened: {error.strerror}", where=os.path.join(directory, log_path)) from error
     finally:
         os.close(parent)
+
+
+def remove_bundle(bundle: Path) -> None:
+    """Unmount and remove everything in a bundle. Idempotent. Blocking."""
+    unmount_below(bundle)
+    shutil.rmtree(bundle, ignore_errors=True)
 
 
 def unmount_below(directory: Path) -> None:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from imgsvc.concurrency import KeyedLock
-from imgsvc.errors import FailedPrecondition, InvalidArgument, printable
+from imgsvc.errors import FailedPrecondition, InvalidArgument, from_os_error, printable
 from imgsvc.runtime.events import Events
 from imgsvc.runtime.host import Host
 from imgsvc.runtime.interfaces import Images, NetworkPlugin, OCIRuntime
 from imgsvc.runtime.records import Records
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
+
+
+@contextmanager
+def os_errors(doing: str) -> Iterator[None]:
+    """What the operating system refuses inside becomes an error of its category."""
+    try:
+        yield
+    except OSError as error:
+        raise from_os_error(error, doing, where=str(error.filename or "")) from error
 
 
 @dataclass(frozen=True, slots=True)

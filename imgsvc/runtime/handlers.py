@@ -10,6 +10,7 @@ from imgsvc.runtime.monitor import MonitorPaths
 from imgsvc.runtime.oci_runtime import OCICommand
 from imgsvc.runtime.reaper import Reaper
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
+from imgsvc.runtime.shim.handler import ShimRuntime
 
 log = logging.getLogger(__name__)
 
@@ -32,4 +33,6 @@ async def start_handlers(settings: RuntimeSettings, paths: MonitorPaths, reaper:
 
 def build_handler(handler: HandlerSettings, settings: RuntimeSettings, paths: MonitorPaths, reaper: Reaper) -> OCIRuntime:
     """The implementation for a handler's type. Raises: InvalidArgument."""
+    if handler.type != "oci":
+        return ShimRuntime(handler, settings, paths.bundles)
     return OCICommand(handler, settings, paths, reaper)

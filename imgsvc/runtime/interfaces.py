@@ -54,10 +54,14 @@ class Images(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HandlerFeatures:
-    """What a runtime handler can do on this node; shown by Status."""
+    """What a runtime handler can do on this node; shown by Status.
+
+    needs_pause: its pods need a sandbox container even without a shared PID namespace.
+    """
 
     recursive_read_only_mounts: bool = False
     user_namespaces: bool = False
+    needs_pause: bool = False
     warnings: tuple[str, ...] = ()
 
 

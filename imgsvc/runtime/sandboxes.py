@@ -18,11 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.errors import FailedPrecondition, ImgsvcError, from_os_error
+from imgsvc.errors import FailedPrecondition, ImgsvcError
 from imgsvc.failpoints import afailpoint
 from imgsvc.runtime import cgroups, kernel, podfiles, spec, validate
-from imgsvc.runtime.containers import Containers
-from imgsvc.runtime.core import Core
+from imgsvc.runtime.containers import Containers, remove_bundle
+from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType
 from imgsvc.runtime.exits import alive, now_ns, process_gone, start_time
 from imgsvc.runtime.model import LinuxContainerResources, NamespaceMode, PodSandboxConfig
@@ -65,11 +65,10 @@ class Sandboxes:
         )
         core.records.reserve(sandbox_name(config), record.id)
         try:
-            async with AsyncExitStack() as undo, core.locks.hold(record.id):
-                ready = await self._make(record, undo)
-                undo.pop_all()
-        except OSError as error:
-            raise from_os_error(error, "making a pod sandbox", where=str(error.filename or "")) from error
+            with os_errors("making a pod sandbox"):
+                async with AsyncExitStack() as undo, core.locks.hold(record.id):
+                    ready = await self._make(record, undo)
+                    undo.pop_all()
         finally:
             if record.id not in core.records.sandboxes:
                 core.records.release(sandbox_name(config), record.id)
@@ -103,7 +102,7 @@ class Sandboxes:
             )
         await afailpoint("sandbox.network")
         pause = 0
-        if config.namespaces.pid == NamespaceMode.POD:
+        if config.namespaces.pid == NamespaceMode.POD or core.handler(record.handler).features.needs_pause:
             undo.push_async_callback(self._end_pause, record)
             pause = await self._start_pause(record)
         await afailpoint("sandbox.pause")
@@ -135,7 +134,7 @@ class Sandboxes:
 
     async def _start_pause(self, record: SandboxRecord) -> int:
         core = self._core
-        bundle = core.paths.sandbox(record.id) / "pause"
+        bundle = core.paths.bundle(record.id)
         await asyncio.to_thread(self._write_pause_bundle, record, bundle)
         return await core.handler(record.handler).start_pause(record.id, bundle)
 
@@ -193,8 +192,9 @@ class Sandboxes:
             return
         core.stopping.add(full_id)
         try:
-            async with core.locks.hold(full_id):
-                await self._stop_locked(full_id)
+            with os_errors("stopping a pod sandbox"):
+                async with core.locks.hold(full_id):
+                    await self._stop_locked(full_id)
         finally:
             core.stopping.discard(full_id)
 
@@ -231,8 +231,9 @@ class Sandboxes:
             return
         core.stopping.add(full_id)
         try:
-            async with core.locks.hold(full_id):
-                await self._remove_locked(full_id)
+            with os_errors("removing a pod sandbox"):
+                async with core.locks.hold(full_id):
+                    await self._remove_locked(full_id)
         finally:
             core.stopping.discard(full_id)
 
@@ -257,13 +258,13 @@ class Sandboxes:
         await self._forget(record)
 
     async def _end_pause(self, record: SandboxRecord) -> None:
-        if record.config.namespaces.pid != NamespaceMode.POD:
-            return
         if alive(record.pause_pid, record.pause_start):
             os.kill(record.pause_pid, signal.SIGKILL)
             await process_gone(record.pause_pid, record.pause_start)
-        if (self._core.paths.sandbox(record.id) / "pause").exists():
+        bundle = self._core.paths.bundle(record.id)
+        if bundle.exists():
             await self._core.handler(record.handler).delete(record.id)
+            await asyncio.to_thread(remove_bundle, bundle)
 
     async def _detach(self, record: SandboxRecord) -> None:
         if record.network:
@@ -295,8 +296,8 @@ class Sandboxes:
     def watch_pauses(self) -> None:
         """After a restart: a pod whose pause process has died has lost its PID namespace and is not ready any more."""
         for record in list(self._core.records.sandboxes.values()):
-            shared = record.config.namespaces.pid == NamespaceMode.POD and record.started_at and not record.stopped_at
-            if shared and not alive(record.pause_pid, record.pause_start):
+            owned = record.pause_pid and record.started_at and not record.stopped_at
+            if owned and not alive(record.pause_pid, record.pause_start):
                 log.warning("the pause process of pod sandbox %s is gone", record.id)
                 self._core.records.put_sandbox(replace(record, stopped_at=now_ns()))
 

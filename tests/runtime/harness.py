@@ -58,7 +58,7 @@ async def serve(directory: Path, extra: Mapping[str, Any]) -> None:
     """Serve until SIGTERM."""
     failpoints.arm(os.environ.get(failpoints.ENV, ""))
     database = MetaDB(directory / "db")
-    images = BusyboxImages(directory / "images")
+    images = BusyboxImages(directory / "images", database)
     if "image" in extra:
         images.with_config(**{k: tuple(v) if isinstance(v, list) else v for k, v in extra["image"].items()})
     node = await RuntimeNode.start(settings_for(directory, {k: v for k, v in extra.items() if k != "image"}), database, images)
@@ -89,17 +89,18 @@ class Daemon:
 
     def start(self, *, failpoint: str = "") -> None:
         """Start and wait until it serves. failpoint: IMGSVC_FAILPOINTS."""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.runtime.harness", str(self.directory), json.dumps(self.extra)],
-            stdout=subprocess.PIPE,
-            stderr=(self.directory / "log").open("a"),
-            text=True,
-            env=os.environ | {failpoints.ENV: failpoint},
-        )
+        with (self.directory / "log").open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.runtime.harness", str(self.directory), json.dumps(self.extra)],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | {failpoints.ENV: failpoint},
+            )
         assert self.process.stdout
         line = self.process.stdout.readline()
         assert line == "ready\n", (self.directory / "log").read_text()
-        self.channel = grpc.insecure_channel(f"unix://{self.directory}/sock")
+        self.channel = grpc.insecure_channel(f"unix://{self.directory}/sock", options=[("grpc.max_receive_message_length", 64 << 20)])
         self.cri = RuntimeServiceStub(self.channel)
 
     def kill(self) -> None:
@@ -112,15 +113,15 @@ class Daemon:
 
     def _end(self, number: signal.Signals) -> None:
         if self.process:
-            self.channel.close()
             self.process.send_signal(number)
-            self.process.wait(30)
-            self.process = None
+            self.wait_dead()
 
     def wait_dead(self) -> None:
         """After a failpoint that kills."""
         assert self.process
+        assert self.process.stdout
         self.process.wait(30)
+        self.process.stdout.close()
         self.channel.close()
         self.process = None
 

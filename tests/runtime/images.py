@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imgsvc.errors import PermissionDenied
+from imgsvc.metadb import MetaDB
 from imgsvc.oci import Digest, ImageConfig, Platform
 from imgsvc.runtime.interfaces import Images, RootMount, RunnableImage
 
@@ -33,8 +34,9 @@ def make_rootfs(root: Path) -> Path:
 class BusyboxImages:
     """Satisfies Images. `config` and files below `rootfs` may be changed by a test; `forbidden` refuses to hand out roots."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, database: MetaDB) -> None:
         self.directory = directory
+        self._database = database
         self.rootfs = directory / "rootfs"
         if not self.rootfs.exists():
             make_rootfs(self.rootfs)
@@ -49,6 +51,7 @@ class BusyboxImages:
     async def prepare_root(self, container_id: str, image_id: Digest, *, snapshotter: str, readonly: bool = False) -> Sequence[RootMount]:
         if self.forbidden:
             raise PermissionDenied("no key")
+        await self._database.awrite(lambda _: None)  # as a snapshotter's record: behind the container's, in the same queue
         upper, work = self.directory / "roots" / container_id / "upper", self.directory / "roots" / container_id / "work"
         for path in (upper, work):
             path.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,14 @@
+"""Handler kind 2: containerd shims (`io.containerd.NAME.vN`), so that kata, gVisor, Firecracker and wasm work unchanged.
+
+::
+
+    handler      ShimRuntime, an OCIRuntime
+    bootstrap    finding, starting and clearing up after the shim program, in all its generations
+    ttrpc        the RPC protocol: frames, a client, the server for events
+    logcopy      FIFO -> CRI log; a shim writes no log itself
+
+A shim holds both ends of the stdio FIFOs: while the daemon is away a container blocks after 64 KiB of output, and no line
+is lost. One shim serves a whole pod (it groups by the sandbox annotation in config.json).
+
+Source: containerd runtime/v2 README (shim authoring), api/runtime/task, ttrpc PROTOCOL.md.
+"""

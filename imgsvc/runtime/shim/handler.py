@@ -1,0 +1,350 @@
+"""ShimRuntime: an OCIRuntime over containerd shims."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Self, TypeVar
+
+from google.protobuf import any_pb2, empty_pb2
+
+from imgsvc.api import events_pb2, runc_options_pb2, runtime_options_pb2, ttrpc_events_pb2
+from imgsvc.api import task_v2_pb2 as task
+from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound, Unavailable, Unimplemented
+from imgsvc.runtime.exits import UNKNOWN_EXIT, now_ns
+from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask, OCIRuntime
+from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
+from imgsvc.runtime.shim.bootstrap import NAMESPACE, Endpoint, Launcher, find_program, saved_endpoint
+from imgsvc.runtime.shim.logcopy import LogCopier
+from imgsvc.runtime.shim.ttrpc import Client, Server
+from imgsvc.runtime.streaming.exec_target import exec_process
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+_EXEC_LIMIT: Final = 16 * 1024 * 1024
+_SPEC_PROCESS: Final = "types.containerd.io/opencontainers/runtime-spec/1/Process"
+_SPEC_RESOURCES: Final = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
+_SERVICES: Final = {2: "containerd.task.v2.Task", 3: "containerd.task.v3.Task"}
+
+
+class ShimRuntime:
+    """One handler whose type is a containerd runtime name. Satisfies OCIRuntime."""
+
+    def __init__(self, handler: HandlerSettings, settings: RuntimeSettings, bundles: Path) -> None:
+        self._handler = handler
+        self._settings = settings
+        self._bundles = bundles
+        self._launcher = Launcher("", "", "")
+        self._events = Server(settings.state_dir / f"shim-{handler.name}.sock", self._event)
+        self._clients: dict[str, Client] = {}
+        self._copiers: dict[str, LogCopier] = {}
+        self._oom: set[str] = set()
+        self._numbers = itertools.count()
+        # Only the runc shim can do without a sandbox container: others build their sandbox from it.
+        self._features = HandlerFeatures(
+            recursive_read_only_mounts=self._is_runc, user_namespaces=self._is_runc, needs_pause=not self._is_runc
+        )
+
+    @property
+    def _is_runc(self) -> bool:
+        return ".runc." in self._handler.type
+
+    @property
+    def features(self) -> HandlerFeatures:
+        """See OCIRuntime."""
+        return self._features
+
+    async def start(self) -> None:
+        """See OCIRuntime."""
+        program = find_program(self._handler.type, self._handler.path)
+        state = self._settings.state_dir
+        self._launcher = Launcher(program, str(state / "imgsvc.sock"), str(state / f"shim-{self._handler.name}.sock"))
+        await self._events.start()
+
+    async def close(self) -> None:
+        """See OCIRuntime."""
+        for copier in self._copiers.values():
+            copier.stop()
+        for client in self._clients.values():
+            await client.close()
+        await self._events.close()
+
+    async def _event(self, service: str, method: str, payload: bytes) -> bytes:
+        if method != "Forward":
+            raise Unimplemented(f"{service}/{method}")
+        envelope = ttrpc_events_pb2.ForwardRequest.FromString(payload).envelope
+        if envelope.topic == "/tasks/oom":
+            self._oom.add(events_pb2.TaskOOM.FromString(envelope.event.value).container_id)
+        return empty_pb2.Empty().SerializeToString()
+
+    async def create(self, task_: NewTask) -> int:
+        """See OCIRuntime."""
+        try:
+            return await self._create(task_)
+        except BaseException:
+            with contextlib.suppress(ImgsvcError):
+                await self.delete(task_.container_id)
+            raise
+
+    async def _create(self, new: NewTask) -> int:
+        endpoint = await self._launcher.start(new.container_id, new.bundle)
+        fifos = self._make_fifos(new)
+        request = task.CreateTaskRequest(
+            id=new.container_id,
+            bundle=str(new.bundle),
+            terminal=new.terminal,
+            stdin=str(fifos["stdin"]) if "stdin" in fifos else "",
+            stdout=str(fifos.get("stdout", "")),
+            stderr=str(fifos.get("stderr", "")),
+        )
+        if options := self._options():
+            request.options.CopyFrom(options)
+        return (await self._call(endpoint, "Create", request, task.CreateTaskResponse)).pid
+
+    def _make_fifos(self, new: NewTask) -> dict[str, Path]:
+        names = ["stdout"] if new.terminal else ["stdout", "stderr"]
+        names += ["stdin"] if new.stdin else []
+        directory = new.bundle / "io"
+        directory.mkdir(mode=0o700)
+        for name in names:
+            os.mkfifo(directory / name, 0o600)
+        (new.bundle / "io.json").write_text(json.dumps({"log_path": new.log_path}))
+        self._start_copier(new.container_id)
+        return {name: directory / name for name in names}
+
+    def _start_copier(self, container_id: str) -> None:
+        """Copy a container's output from here on; after a restart, from where the last daemon stopped."""
+        bundle = self._bundles / container_id
+        if container_id in self._copiers or not (bundle / "io.json").exists():
+            return
+        log_path = json.loads((bundle / "io.json").read_text())["log_path"]
+        fifos = {name: bundle / "io" / name for name in ("stdout", "stderr") if (bundle / "io" / name).exists()}
+        self._copiers[container_id] = LogCopier(log_path, fifos, self._settings.max_container_log_line_size)
+
+    def _options(self) -> any_pb2.Any | None:
+        """The handler's options as the shim expects them."""
+        o = self._handler.options
+        if self._is_runc:
+            message = runc_options_pb2.Options(
+                no_pivot_root=bool(o.get("NoPivotRoot")),
+                no_new_keyring=bool(o.get("NoNewKeyring")),
+                shim_cgroup=str(o.get("ShimCgroup", "")),
+                io_uid=int(o.get("IoUid", 0)),
+                io_gid=int(o.get("IoGid", 0)),
+                binary_name=str(o.get("BinaryName", "")),
+                root=str(o.get("Root", "")),
+                systemd_cgroup=bool(o.get("SystemdCgroup", self._settings.cgroup_driver == "systemd")),
+                criu_image_path=str(o.get("CriuImagePath", "")),
+                criu_work_path=str(o.get("CriuWorkPath", "")),
+            )
+            return any_pb2.Any(type_url="containerd.runc.v1.Options", value=message.SerializeToString())
+        if not o:
+            return None
+        body = str(o.get("ConfigBody", "")).encode()
+        generic = runtime_options_pb2.Options(
+            type_url=str(o.get("TypeUrl", "")), config_path=str(o.get("ConfigPath", "")), config_body=body
+        )
+        return any_pb2.Any(type_url="runtimeoptions.v1.Options", value=generic.SerializeToString())
+
+    async def start_pause(self, sandbox_id: str, bundle: Path) -> int:
+        """See OCIRuntime."""
+        pid = await self.create(NewTask(sandbox_id, sandbox_id, bundle))
+        await self.start_task(sandbox_id)
+        return pid
+
+    async def start_task(self, container_id: str) -> None:
+        """See OCIRuntime."""
+        await self._ask(container_id, "Start", task.StartRequest(id=container_id), task.StartResponse)
+
+    async def kill(self, container_id: str, signal: int, *, everyone: bool = False) -> None:
+        """See OCIRuntime."""
+        request = task.KillRequest(id=container_id, signal=signal, all=everyone)
+        with contextlib.suppress(NotFound):
+            try:
+                await self._ask(container_id, "Kill", request, empty_pb2.Empty)
+            except FailedPrecondition as error:
+                if "process already finished" not in error.what and "not running" not in error.what:
+                    raise
+
+    async def wait(self, container_id: str, pid: int, pid_start: int) -> Exit:
+        """See OCIRuntime."""
+        self._start_copier(container_id)
+        try:
+            answer = await self._await_end(container_id)
+        except NotFound:
+            return Exit(UNKNOWN_EXIT, now_ns(), container_id in self._oom, known=False)
+        if answer is None:
+            return await self._bury(container_id)
+        self._stop_copier(container_id)
+        return Exit(answer.exit_status, answer.exited_at.ToNanoseconds() or now_ns(), container_id in self._oom)
+
+    async def _await_end(self, container_id: str) -> task.WaitResponse | None:
+        """The shim's answer, None when the shim has died."""
+        request = task.WaitRequest(id=container_id)
+        while True:
+            try:
+                return await self._ask(container_id, "Wait", request, task.WaitResponse, timeout_s=None)
+            except Unavailable:
+                if await self._shim_is_dead(container_id):
+                    return None
+
+    def _stop_copier(self, container_id: str) -> None:
+        if (copier := self._copiers.pop(container_id, None)) is not None:
+            copier.stop()
+
+    async def _shim_is_dead(self, container_id: str) -> bool:
+        endpoint = saved_endpoint(self._bundles / container_id)
+        if endpoint is None:
+            return True
+        with contextlib.suppress(Unavailable):
+            await self._client(endpoint)
+            return False
+        return True
+
+    async def _bury(self, container_id: str) -> Exit:
+        """The shim died: its delete call kills what is left of the container."""
+        answer = await self._launcher.delete(container_id, self._bundles / container_id)
+        self._stop_copier(container_id)
+        return Exit(answer.exit_status or 137, answer.exited_at.ToNanoseconds() or now_ns(), known=False)
+
+    async def delete(self, container_id: str) -> None:
+        """See OCIRuntime."""
+        bundle = self._bundles / container_id
+        endpoint = saved_endpoint(bundle)
+        self._stop_copier(container_id)
+        if endpoint is None:
+            return
+        try:
+            await self._delete_task(endpoint, container_id)
+        except Unavailable:
+            with contextlib.suppress(FailedPrecondition):
+                await self._launcher.delete(container_id, bundle)
+            Path(endpoint.address.removeprefix("unix://")).unlink(missing_ok=True)
+        (bundle / "bootstrap.json").unlink(missing_ok=True)
+        self._oom.discard(container_id)
+
+    async def _delete_task(self, endpoint: Endpoint, container_id: str) -> None:
+        kill = task.KillRequest(id=container_id, signal=signal.SIGKILL, all=True)
+        with contextlib.suppress(NotFound, FailedPrecondition):
+            await self._call(endpoint, "Kill", kill, empty_pb2.Empty)
+            await self._call(endpoint, "Wait", task.WaitRequest(id=container_id), task.WaitResponse)
+        with contextlib.suppress(NotFound):
+            await self._call(endpoint, "Delete", task.DeleteRequest(id=container_id), task.DeleteResponse)
+        with contextlib.suppress(ImgsvcError):  # refused while the pod has other containers; then it answers and stays
+            await self._call(endpoint, "Shutdown", task.ShutdownRequest(id=container_id), empty_pb2.Empty)
+
+    async def update(self, container_id: str, resources: Mapping[str, Any]) -> None:
+        """See OCIRuntime."""
+        request = task.UpdateTaskRequest(id=container_id)
+        request.resources.CopyFrom(any_pb2.Any(type_url=_SPEC_RESOURCES, value=json.dumps(dict(resources)).encode()))
+        await self._ask(container_id, "Update", request, empty_pb2.Empty)
+
+    async def reopen_log(self, container_id: str, log_path: str) -> None:
+        """See OCIRuntime."""
+        copier = self._copiers.get(container_id)
+        if copier is None:
+            raise FailedPrecondition(f"container {container_id} writes no log now")
+        copier.reopen()
+
+    async def exec_sync(self, container_id: str, command: Sequence[str], timeout_s: float) -> ExecResult:
+        """See OCIRuntime."""
+        bundle = self._bundles / container_id
+        exec_id = f"sync-{os.getpid()}-{next(self._numbers)}"
+        container = json.loads((bundle / "config.json").read_bytes())["process"]
+        with _Capture(bundle / "io", exec_id) as capture:
+            request = task.ExecProcessRequest(
+                id=container_id, exec_id=exec_id, stdout=str(capture.paths["stdout"]), stderr=str(capture.paths["stderr"])
+            )
+            process = exec_process(container, command, terminal=False)
+            request.spec.CopyFrom(any_pb2.Any(type_url=_SPEC_PROCESS, value=json.dumps(process).encode()))
+            await self._ask(container_id, "Exec", request, empty_pb2.Empty)
+            try:
+                await self._ask(container_id, "Start", task.StartRequest(id=container_id, exec_id=exec_id), task.StartResponse)
+                code = await self._exec_end(container_id, exec_id, timeout_s)
+            finally:
+                gone = task.DeleteRequest(id=container_id, exec_id=exec_id)
+                with contextlib.suppress(ImgsvcError):
+                    await self._ask(container_id, "Delete", gone, task.DeleteResponse)
+            return ExecResult(capture.taken("stdout"), capture.taken("stderr"), code)
+
+    async def _exec_end(self, container_id: str, exec_id: str, timeout_s: float) -> int:
+        wait = task.WaitRequest(id=container_id, exec_id=exec_id)
+        try:
+            answer = await self._ask(container_id, "Wait", wait, task.WaitResponse, timeout_s=timeout_s or None)
+        except DeadlineExceeded as error:
+            kill = task.KillRequest(id=container_id, exec_id=exec_id, signal=signal.SIGKILL, all=True)
+            with contextlib.suppress(ImgsvcError):
+                await self._ask(container_id, "Kill", kill, empty_pb2.Empty)
+                await self._ask(container_id, "Wait", wait, task.WaitResponse)
+            raise DeadlineExceeded(f"the command did not end within {timeout_s:g} s and was killed") from error
+        return answer.exit_status
+
+    async def _ask(self, container_id: str, method: str, request: Any, answer: type[R], *, timeout_s: float | None = 120.0) -> R:
+        endpoint = saved_endpoint(self._bundles / container_id)
+        if endpoint is None:
+            raise NotFound(f"no shim serves container {container_id}")
+        return await self._call(endpoint, method, request, answer, timeout_s=timeout_s)
+
+    async def _call(self, endpoint: Endpoint, method: str, request: Any, answer: type[R], *, timeout_s: float | None = 120.0) -> R:
+        client = await self._client(endpoint)
+        return await client.call(_SERVICES[endpoint.version], method, request, answer, timeout_s=timeout_s)
+
+    async def _client(self, endpoint: Endpoint) -> Client:
+        client = self._clients.get(endpoint.address)
+        if client is None or client.closed.is_set():
+            client = await Client.connect(endpoint.address, NAMESPACE)
+            for address in [a for a, c in self._clients.items() if c.closed.is_set()]:
+                del self._clients[address]
+            self._clients[endpoint.address] = client
+        return client
+
+
+class _Capture:
+    """Two FIFOs whose content is kept up to a limit and thrown away beyond."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.paths = {stream: directory / f"{name}-{stream}" for stream in ("stdout", "stderr")}
+        self._data = {stream: bytearray() for stream in self.paths}
+        self._fds: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        for stream, path in self.paths.items():
+            os.mkfifo(path, 0o600)
+            self._fds[stream] = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            asyncio.get_running_loop().add_reader(self._fds[stream], self._take, stream)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream, fd in self._fds.items():
+            asyncio.get_running_loop().remove_reader(fd)
+            os.close(fd)
+            self.paths[stream].unlink(missing_ok=True)
+
+    def _take(self, stream: str) -> bool:
+        try:
+            data = os.read(self._fds[stream], 65536)
+        except BlockingIOError:
+            return False
+        kept = self._data[stream]
+        kept += data[: _EXEC_LIMIT - len(kept)]
+        return True
+
+    def taken(self, stream: str) -> bytes:
+        """Everything that has arrived: the shim has copied all before it reports the end of a process."""
+        while self._take(stream):
+            pass
+        return bytes(self._data[stream])
+
+
+def as_oci_runtime(runtime: ShimRuntime) -> OCIRuntime:
+    """Typed as its Protocol, for mypy."""
+    return runtime

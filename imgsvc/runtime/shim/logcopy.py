@@ -1,0 +1,103 @@
+"""From a container's FIFOs to a log file in CRI format: `TIME STREAM P|F TEXT`.
+
+A line longer than the limit is cut into parts tagged P, the last of which is tagged F. The FIFO is opened for reading and
+writing, so it never reports an end; stop() drains it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+MAX_LINE: Final = 16384  # [bytes]
+_CHUNK: Final = 65536
+
+
+@dataclass(slots=True)
+class LineCutter:
+    """Cuts a byte stream into CRI log lines. Pure."""
+
+    stream: bytes
+    limit: int = MAX_LINE
+    _rest: bytes = field(default=b"", init=False)
+
+    def feed(self, data: bytes, stamp: bytes) -> bytes:
+        """Log text for the lines that data completes; stamp: RFC 3339 time."""
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        out = [self._line(line.removesuffix(b"\r"), stamp, b"F") for line in whole]
+        while len(self._rest) >= self.limit:
+            out.append(self._line(self._rest[: self.limit], stamp, b"P"))
+            self._rest = self._rest[self.limit :]
+        return b"".join(out)
+
+    def finish(self, stamp: bytes) -> bytes:
+        """Log text for what has no newline at the end."""
+        rest, self._rest = self._rest, b""
+        return self._line(rest, stamp, b"P") if rest else b""
+
+    def _line(self, text: bytes, stamp: bytes, tag: bytes) -> bytes:
+        parts = [text[i : i + self.limit] for i in range(0, len(text), self.limit)] or [b""]
+        tags = [b"P"] * (len(parts) - 1) + [tag]
+        return b"".join(b"%s %s %s %s\n" % (stamp, self.stream, t, p) for t, p in zip(tags, parts, strict=True))
+
+
+def timestamp() -> bytes:
+    """Now, with nanoseconds, in UTC."""
+    now = time.time_ns()
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 10**9)).encode() + b".%09dZ" % (now % 10**9)
+
+
+class LogCopier:
+    """Copies the FIFOs of one container into its log. The event loop only shovels: 64 KiB at a time."""
+
+    def __init__(self, log_path: str, fifos: dict[str, Path], limit: int) -> None:
+        self._path = log_path
+        self._log = _open_log(log_path)
+        self._cutters = {name: LineCutter(name.encode(), limit) for name in fifos}
+        self._fds = {name: os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) for name, path in fifos.items()}
+        loop = asyncio.get_running_loop()
+        for name, fd in self._fds.items():
+            loop.add_reader(fd, self._copy, name)
+
+    def _copy(self, name: str) -> bool:
+        try:
+            data = os.read(self._fds[name], _CHUNK)
+        except BlockingIOError:
+            return False
+        text = self._cutters[name].feed(data, timestamp())
+        if text and self._log >= 0:
+            with contextlib.suppress(OSError):  # a full disk must not stop the container
+                os.write(self._log, text)
+        return bool(data)
+
+    def reopen(self) -> None:
+        """Go on in a new file at the same path."""
+        old, self._log = self._log, _open_log(self._path)
+        if old >= 0:
+            os.close(old)
+
+    def stop(self) -> None:
+        """Copy what is left and close everything. Idempotent."""
+        for name, fd in self._fds.items():
+            asyncio.get_running_loop().remove_reader(fd)
+            while self._copy(name):
+                pass
+            rest = self._cutters[name].finish(timestamp())
+            if rest and self._log >= 0:
+                os.write(self._log, rest)
+            os.close(fd)
+        self._fds = {}
+        if self._log >= 0:
+            os.close(self._log)
+            self._log = -1
+
+
+def _open_log(path: str) -> int:
+    if not path:
+        return -1
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)

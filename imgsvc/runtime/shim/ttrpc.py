@@ -1,0 +1,203 @@
+"""ttrpc: unary calls over a Unix socket. A frame is u32 length, u32 stream, u8 type, u8 flags (big-endian), then a message.
+
+Source: containerd/ttrpc PROTOCOL.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from imgsvc.api import ttrpc_pb2
+from imgsvc.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    ImgsvcError,
+    NotFound,
+    Unavailable,
+    Unimplemented,
+    printable,
+)
+
+_HEADER: Final = struct.Struct(">IIBB")
+MAX_FRAME: Final = 4 * 1024 * 1024
+_REQUEST: Final = 1
+_RESPONSE: Final = 2
+_NOT_FOUND: Final = 5
+_UNIMPLEMENTED: Final = 12
+_UNAVAILABLE: Final = 14
+
+R = TypeVar("R")
+Handle = Callable[[str, str, bytes], Awaitable[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame. payload: an encoded Request or Response."""
+
+    stream: int
+    kind: int
+    payload: bytes
+
+
+def encode(frame: Frame) -> bytes:
+    """Bytes on the wire."""
+    return _HEADER.pack(len(frame.payload), frame.stream, frame.kind, 0) + frame.payload
+
+
+async def read_frame(reader: asyncio.StreamReader) -> Frame | None:
+    """The next frame, None at the end. Raises: DataLoss (too long, or cut off)."""
+    try:
+        length, stream, kind, _ = _HEADER.unpack(await reader.readexactly(_HEADER.size))
+        if length > MAX_FRAME:
+            raise DataLoss(f"a ttrpc frame of {length} bytes; at most {MAX_FRAME} are allowed")
+        return Frame(stream, kind, await reader.readexactly(length))
+    except asyncio.IncompleteReadError as error:
+        if error.partial:
+            raise DataLoss("the ttrpc connection broke inside a frame") from error
+        return None
+    except ConnectionError:
+        return None
+
+
+class Client:
+    """A connection on which any number of calls may be under way."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, namespace: str) -> None:
+        self._writer = writer
+        self._namespace = namespace
+        self._next = 1
+        self._waiting: dict[int, asyncio.Future[bytes]] = {}
+        self.closed = asyncio.Event()
+        self._receiver = asyncio.create_task(self._receive(reader), name="ttrpc")
+
+    @classmethod
+    async def connect(cls, address: str, namespace: str, *, timeout_s: float = 5.0) -> Client:
+        """Connect to unix:///path, /path, or an abstract name without scheme. Raises: Unavailable."""
+        path = address.removeprefix("unix://")
+        try:
+            async with asyncio.timeout(timeout_s):
+                reader, writer = await asyncio.open_unix_connection(path if path.startswith("/") else f"\0{path.lstrip('@')}")
+        except OSError as error:
+            raise Unavailable(f"the shim does not answer: {error}", where=address) from error
+        return cls(reader, writer, namespace)
+
+    async def call(self, service: str, method: str, message: Any, answer: Callable[[], R], *, timeout_s: float | None = 120.0) -> R:
+        """One unary call. timeout_s None waits for ever. Raises: what the shim answered as its category; Unavailable."""
+        request = ttrpc_pb2.Request(
+            service=service, method=method, payload=message.SerializeToString(), timeout_nano=int((timeout_s or 0) * 1e9)
+        )
+        request.metadata.add(key="containerd-namespace-ttrpc", value=self._namespace)
+        stream, self._next = self._next, self._next + 2
+        if self.closed.is_set():
+            raise Unavailable("the connection to the shim is closed")
+        future = self._waiting[stream] = asyncio.get_running_loop().create_future()
+        try:
+            self._writer.write(encode(Frame(stream, _REQUEST, request.SerializeToString())))
+            async with asyncio.timeout(timeout_s):
+                payload = await future
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the shim did not answer {method} within {timeout_s:g} s") from error
+        finally:
+            self._waiting.pop(stream, None)
+        return _answer(payload, method, answer)
+
+    async def _receive(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while (frame := await read_frame(reader)) is not None:
+                future = self._waiting.get(frame.stream)
+                if frame.kind == _RESPONSE and future and not future.done():
+                    future.set_result(frame.payload)
+        except DataLoss:
+            pass
+        finally:
+            self.closed.set()
+            self._writer.close()
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(Unavailable("the shim closed the connection"))
+
+    async def close(self) -> None:
+        """End the connection."""
+        self._receiver.cancel()
+        await asyncio.wait([self._receiver])
+
+
+def _answer(payload: bytes, method: str, answer: Callable[[], R]) -> R:
+    response = ttrpc_pb2.Response.FromString(payload)
+    if response.status.code:
+        raise _error(response.status.code, f"{method}: {printable(response.status.message)}")
+    message = answer()
+    message.ParseFromString(response.payload)  # type: ignore[attr-defined]
+    return message
+
+
+def _error(code: int, text: str) -> ImgsvcError:
+    kinds: dict[int, type[ImgsvcError]] = {_NOT_FOUND: NotFound, _UNIMPLEMENTED: Unimplemented, _UNAVAILABLE: Unavailable}
+    return kinds.get(code, FailedPrecondition)(f"the shim refused {text}")
+
+
+class Server:
+    """Serves unary calls on a Unix socket, to processes of the same user only."""
+
+    def __init__(self, path: Path, handle: Handle) -> None:
+        self._path = path
+        self._handle = handle
+        self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Open the socket, in place of one that a killed daemon left."""
+        self._path.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._accept, self._path)
+        self._path.chmod(0o600)
+
+    async def close(self) -> None:
+        """Close the socket and all connections."""
+        if self._server:
+            self._server.close()
+        for task in self._connections:
+            task.cancel()
+        if self._connections:
+            await asyncio.wait(self._connections)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._connections.add(task)
+        try:
+            if _peer_uid(writer) == os.geteuid():
+                await self._serve(reader, writer)
+        except (DataLoss, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self._connections.discard(task)
+            writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while (frame := await read_frame(reader)) is not None:
+            if frame.kind != _REQUEST:
+                continue
+            response = ttrpc_pb2.Response()
+            with contextlib.suppress(ValueError):
+                request = ttrpc_pb2.Request.FromString(frame.payload)
+                try:
+                    response.payload = await self._handle(request.service, request.method, request.payload)
+                except ImgsvcError as error:
+                    response.status.code, response.status.message = _UNIMPLEMENTED, str(error)
+            writer.write(encode(Frame(frame.stream, _RESPONSE, response.SerializeToString())))
+            await writer.drain()
+
+
+def _peer_uid(writer: asyncio.StreamWriter) -> int:
+    sock: socket.socket = writer.get_extra_info("socket")
+    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(uid)

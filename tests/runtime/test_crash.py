@@ -1,0 +1,191 @@
+"""The daemon dies at every step; what the next one finds and does (C-C27, C-D6)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from imgsvc import failpoints
+from imgsvc.api import cri_pb2 as pb
+from tests.runtime.harness import TIMEOUT_S, Daemon
+from tests.runtime.test_life import MakeNode, assert_clean
+
+pytestmark = pytest.mark.root
+
+POINTS = [name for name in failpoints.POINTS if name.startswith(("sandbox.", "container."))]
+
+
+def whole_life(node: Daemon) -> None:
+    shared = pb.NamespaceOption()
+    pod = node.run_pod("victim", namespaces=shared)
+    container = node.run(pod, "sleep 100", security=pb.LinuxContainerSecurityContext(namespace_options=shared))
+    node.cri.StopContainer(pb.StopContainerRequest(container_id=container), timeout=TIMEOUT_S)
+    node.cri.RemoveContainer(pb.RemoveContainerRequest(container_id=container), timeout=TIMEOUT_S)
+    node.cri.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=pod), timeout=TIMEOUT_S)
+    node.cri.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=pod), timeout=TIMEOUT_S)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_c_c27_killed_at_every_point_nothing_is_left(make_node: MakeNode, point: str) -> None:
+    node = make_node(bridge="rtkill")
+    node.stop()
+    node.start(failpoint=f"{point}=kill")
+    with pytest.raises(grpc.RpcError):
+        whole_life(node)
+    node.wait_dead()
+    node.start()
+    whole_life_of_others(node)
+    node.remove_all()
+    assert_clean(node)
+
+
+def whole_life_of_others(node: Daemon) -> None:
+    """A new pod of the same name can be had once the old one is removed."""
+    node.remove_all()
+    pod = node.run_pod("victim")
+    assert node.output(pod, "echo alive") == ["alive"]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_c_c27_failing_at_every_point_can_be_repeated(make_node: MakeNode, point: str) -> None:
+    node = make_node(bridge="rtfail")
+    node.stop()
+    node.start(failpoint=f"{point}=error:ENOSPC*1")
+    with pytest.raises(grpc.RpcError) as caught:
+        whole_life(node)
+    assert "failpoint" in (caught.value.details() or "")
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    node.remove_all()
+    whole_life(node)
+    assert_clean(node)
+
+
+def test_c_c27_a_network_that_cannot_be_left_is_left_later(make_node: MakeNode) -> None:
+    node = make_node(bridge="rtdel")
+    plugins = node.directory / "plugins"
+    plugins.mkdir()
+    broken = node.directory / "broken"
+    for name in ("bridge", "host-local"):
+        body = f'#!/bin/sh\n[ -e {broken} ] && [ "$CNI_COMMAND" = "$(cat {broken})" ] && {{ echo "{{\\"code\\":11,\\"msg\\":\\"later\\"}}"; exit 1; }}\nexec /usr/lib/cni/{name}\n'
+        (plugins / name).write_text(body)
+        (plugins / name).chmod(0o755)
+    node.stop()
+    node.extra["cni"] = {"bin_dirs": [str(plugins)]}
+    node.start()
+    broken.write_text("ADD")
+    with pytest.raises(grpc.RpcError) as caught:
+        node.run_pod("never")
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert "later" in (caught.value.details() or "")
+    assert_clean(node)
+    broken.unlink()
+    pod = node.run_pod("stuck")
+    broken.write_text("DEL")
+    with pytest.raises(grpc.RpcError):
+        node.cri.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=pod), timeout=TIMEOUT_S)
+    status = node.cri.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod)).status
+    assert status.state == pb.SANDBOX_NOTREADY
+    node.kill()
+    broken.unlink()
+    node.start()
+    node.cri.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=pod), timeout=TIMEOUT_S)
+    assert_clean(node)
+
+
+def test_c_d6_containers_outlive_the_daemon(make_node: MakeNode) -> None:
+    node = make_node()
+    pod = node.run_pod("pod")
+    short = node.run(pod, "sleep 1.5; exit 4", "short")
+    long = node.run(pod, "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.01; done", "long")
+    before = {c.id: c.created_at for c in node.cri.ListContainers(pb.ListContainersRequest()).containers}
+    node.kill()
+    time.sleep(2)
+    node.start()
+    assert {c.id: c.created_at for c in node.cri.ListContainers(pb.ListContainersRequest()).containers} == before
+    assert node.wait_exit(short).exit_code == 4
+    status = node.status(long)
+    assert status.state == pb.CONTAINER_RUNNING
+    assert node.exec(long, "echo", "still").stdout == b"still\n"
+    node.cri.StopContainer(pb.StopContainerRequest(container_id=long, timeout=0), timeout=TIMEOUT_S)
+    assert node.status(long).exit_code == 137
+    lines = node.log(status.log_path)
+    assert lines[:100] == [f"line {n}" for n in range(100)]
+    assert len(lines) > 150  # it went on while nobody was there
+
+
+def test_c_d6_ends_are_noticed_after_a_restart(make_node: MakeNode) -> None:
+    node = make_node()
+    pod = node.run_pod("pod")
+    container = node.run(pod, "while [ ! -e /go ]; do sleep 0.05; done; exit 5")
+    node.kill()
+    node.start()
+    assert node.status(container).state == pb.CONTAINER_RUNNING
+    node.exec(container, "touch", "/go")
+    assert node.wait_exit(container).exit_code == 5
+
+
+def test_a_lost_pause_process_makes_the_pod_not_ready(make_node: MakeNode) -> None:
+    node = make_node()
+    pod = node.run_pod("pod", namespaces=pb.NamespaceOption(network=pb.NODE))
+    pid = int((node.directory / "s/containers" / pod / "init.pid").read_text())
+    node.kill()
+    Path(f"/proc/{pid}/oom_score_adj").exists()
+    import os
+    import signal
+
+    os.kill(pid, signal.SIGKILL)
+    node.start()
+    assert node.cri.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod)).status.state == pb.SANDBOX_NOTREADY
+
+
+def test_c_d5_after_a_reboot_everything_is_told_and_cleaned(make_node: MakeNode) -> None:
+    node = make_node(bridge="rtboot")
+    pod = node.run_pod("pod")
+    container = node.run(pod, "sleep 100")
+    node.cri.StopContainer(pb.StopContainerRequest(container_id=container, timeout=0), timeout=TIMEOUT_S)
+    running = node.run(pod, "sleep 100", "second")
+    node.stop()
+    reboot(node, [running])
+    node.start()
+    status = node.cri.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod)).status
+    assert status.state == pb.SANDBOX_NOTREADY
+    lost = node.status(running)
+    assert (lost.state, lost.exit_code, lost.reason) == (pb.CONTAINER_EXITED, 255, "Unknown")
+    assert node.status(container).exit_code == 137
+    node.remove_all()
+    assert_clean(node)
+
+
+def reboot(node: Daemon, running: list[str]) -> None:
+    """What a reboot does: processes and STATE are gone, the boot ID is another one; records stay."""
+    import os
+    import shutil
+    import signal
+
+    from imgsvc.metadb import MetaDB
+
+    for container in running:
+        for name in ("init.pid", "conmon.pid"):
+            os.kill(int((node.directory / "s/containers" / container / name).read_text()), signal.SIGKILL)
+    time.sleep(0.3)
+    points = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    from imgsvc.runtime import kernel
+
+    for point in sorted((p for p in points if p.startswith(f"{node.directory}/s/")), key=len, reverse=True):
+        kernel.umount(point)
+    for directory in Path("/sys/fs/cgroup").glob(f"*{node.cgroup_parent}/*/*"):
+        if directory.is_dir():
+            directory.rmdir()
+    shutil.rmtree(node.directory / "s")
+    database = MetaDB(node.directory / "db")
+
+    def forget(txn: object) -> None:
+        for table in ("sandboxes", "containers"):
+            for key, record in list(txn.items(table)):  # type: ignore[attr-defined]
+                txn.put(table, key, {**record, "boot_id": "another"})  # type: ignore[attr-defined]
+
+    database.write(forget)
+    database.close()
