@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import threading
 from collections.abc import Callable
 from typing import IO, Final, Protocol, cast
 
@@ -81,19 +82,26 @@ class TransformReader:
     def __init__(self, source: Reader, transform: Transform) -> None:
         self._source = source
         self._transform: Transform | None = transform
+        self._lock = threading.Lock()
 
     def read(self, size: int) -> bytes:
         """Raises: DataLoss from the transform."""
-        while self._transform is not None:
-            data = self._source.read(size)
-            if data:
-                out = self._transform.update(data)
-            else:
-                out = self._transform.finalize()
-                self._transform = None
-            if out:
-                return out
-        return b""
+        with self._lock:
+            while self._transform is not None:
+                data = self._source.read(size)
+                if data:
+                    out = self._transform.update(data)
+                else:
+                    out = self._transform.finalize()
+                    self._transform = None
+                if out:
+                    return out
+            return b""
+
+    def judge(self) -> None:
+        """Read on to the transform's verdict, whoever else is reading. Raises: DataLoss."""
+        while self.read(READ_SIZE):
+            pass
 
 
 class GzipReader:

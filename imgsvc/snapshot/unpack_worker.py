@@ -25,13 +25,13 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from imgsvc.errors import ImgsvcError, Internal, from_os_error
+from imgsvc.errors import DataLoss, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error
 from imgsvc.snapshot import kernel
 from imgsvc.snapshot.extract import Extractor
-from imgsvc.snapshot.inflate import BlobReader, Reader, TarBytes, Transform, TransformReader, open_layer
+from imgsvc.snapshot.inflate import BlobReader, TarBytes, Transform, TransformReader, open_layer
 from imgsvc.snapshot.interfaces import Mount
 from imgsvc.snapshot.laying import InPlaceStyle, Journal, OverlayStyle
 from imgsvc.snapshot.mount import mount_all
@@ -158,21 +158,26 @@ def _unpack(
     kernel.keep_capabilities(_UNPACK_CAPABILITIES)
     waited = Waiting(job)
     raw = BlobReader(source, order["size"], waited.wait_for)
-    reader: Reader = raw
+    sealed: TransformReader | None = None
     if order["secret"] is not None:
         if make_transform is None:
             raise Internal("a layer with a key, but no transform is configured")
-        reader = TransformReader(raw, make_transform(bytes.fromhex(order["secret"])))
+        sealed = TransformReader(raw, make_transform(bytes.fromhex(order["secret"])))
     algorithm, _, expected = order["diff_id"].partition(":")
     limits = order["limits"]
-    data = TarBytes(
-        open_layer(reader, order["media_type"]), raw, algorithm=algorithm, max_bytes=limits["unpacked_bytes"], max_ratio=limits["ratio"]
-    )
-    stream = TarStream(data.next_chunk)
-    tree = Tree(root, style.create_implied)
-    extractor = Extractor(tree, style, max_entries=limits["entries"], max_bytes=limits["unpacked_bytes"], privileged=privileged)
-    extractor.run(stream)
-    stream.drain()
+    with _authenticated(sealed):
+        data = TarBytes(
+            open_layer(sealed or raw, order["media_type"]),
+            raw,
+            algorithm=algorithm,
+            max_bytes=limits["unpacked_bytes"],
+            max_ratio=limits["ratio"],
+        )
+        stream = TarStream(data.next_chunk)
+        tree = Tree(root, style.create_implied)
+        extractor = Extractor(tree, style, max_entries=limits["entries"], max_bytes=limits["unpacked_bytes"], privileged=privileged)
+        extractor.run(stream)
+        stream.drain()
     if isinstance(style, OverlayStyle):
         os.write(journal, style.journal.dump())
     total = time.monotonic() - started
@@ -188,6 +193,19 @@ def _unpack(
         "timings": {"waited": waited.seconds, "unpacked": total - waited.seconds},
         "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+@contextlib.contextmanager
+def _authenticated(sealed: TransformReader | None) -> Iterator[None]:
+    """No way out of the block before the verdict on a decrypted layer: what broke over wrong plaintext is not the cause."""
+    try:
+        yield
+    except (DataLoss, InvalidArgument, ResourceExhausted):
+        if sealed is not None:
+            sealed.judge()
+        raise
+    if sealed is not None:
+        sealed.judge()
 
 
 class Waiting:
