@@ -2,8 +2,10 @@
 
     main        parser, exit codes, error lines         serve     the daemon
     client      finding and calling the daemon          images    pull, images, inspect, rmi, tag
-    config      config default|dump|check               registry  hosts explain|check
+    config      config default|dump|check|import    registry  hosts explain|check
     store       df, gc, fsck                            output    tables, JSON, progress display
+    archives    export, import                          prepull   many images, the daemon's files
+    events      what happens to images
 
 Exit code 0 done, 1 failed, 2 wrong usage. Heavy imports (gRPC, httpx) happen inside the commands that need them.
 """

@@ -12,7 +12,7 @@ from imgsvc import errors
 from imgsvc.config import DEFAULT_ADDRESS
 
 if TYPE_CHECKING:
-    from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc
+    from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
 
 # Some commands answer only when all work is done; a stuck daemon is noticed by the connection, not by the clock.
 CONNECT_TIMEOUT_S = 5.0
@@ -32,9 +32,12 @@ def address(arguments: argparse.Namespace) -> str:
 class Daemon:
     """Stubs on one channel; create with `connect`."""
 
-    def __init__(self, images: cri_pb2_grpc.ImageServiceStub, admin: admin_pb2_grpc.AdminStub) -> None:
+    def __init__(
+        self, images: cri_pb2_grpc.ImageServiceStub, admin: admin_pb2_grpc.AdminStub, tools: imagetools_pb2_grpc.ImageToolsStub
+    ) -> None:
         self.images = images
         self.admin = admin
+        self.tools = tools
 
 
 class RemoteError(errors.ImgsvcError):
@@ -53,7 +56,7 @@ def connect(arguments: argparse.Namespace) -> Iterator[Daemon]:
     """
     import grpc
 
-    from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc
+    from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
 
     target = address(arguments)
     limit = 64 * 1024 * 1024
@@ -65,7 +68,9 @@ def connect(arguments: argparse.Namespace) -> Iterator[Daemon]:
             hint = "start it with `imgsvc serve`, or name its socket with --address"
             raise errors.Unavailable("no imgsvc daemon answers", where=target, hint=hint) from error
         try:
-            yield Daemon(cri_pb2_grpc.ImageServiceStub(channel), admin_pb2_grpc.AdminStub(channel))
+            yield Daemon(
+                cri_pb2_grpc.ImageServiceStub(channel), admin_pb2_grpc.AdminStub(channel), imagetools_pb2_grpc.ImageToolsStub(channel)
+            )
         except grpc.RpcError as error:
             call = cast("grpc.Call", error)  # every RpcError a call raises is that call
             raise RemoteError(call.code().name, str(call.details())) from error

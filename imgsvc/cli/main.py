@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from imgsvc import __version__
-from imgsvc.cli import config, images, registry, serve, store
+from imgsvc.cli import archives, config, events, images, prepull, registry, serve, store
 from imgsvc.errors import ImgsvcError, InvalidArgument
 
 
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="imgsvc", description="Image service of a Kubernetes node.")
     parser.add_argument("--version", action="version", version=f"imgsvc {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (serve, images, registry, store, config):
+    for group in (serve, images, archives, prepull, registry, store, events, config):
         group.add_commands(commands)
     return parser
 

@@ -1,0 +1,147 @@
+"""prepull: many images at once, or how far the daemon's own files are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from imgsvc.cli.client import Daemon, add_address, connect
+from imgsvc.cli.output import print_json, print_table
+from imgsvc.errors import InvalidArgument
+from imgsvc.oci import Platform
+from imgsvc.reference import Reference
+
+RETRY_PAUSE_S = 2.0  # before the first retry; doubled with every further one
+
+
+def add_commands(commands: Any) -> None:
+    """Add this module's commands."""
+    prepull = commands.add_parser("prepull", help="have many images here; with --status, how far the daemon's pre-pull files are")
+    prepull.add_argument("references", nargs="*", metavar="REF")
+    prepull.add_argument("-f", "--file", type=Path, metavar="FILE", help="a pre-pull file; its images are pulled now, whatever its windows")
+    prepull.add_argument("--concurrent", type=int, default=0, metavar="N", help="pulls at a time (default: the file's, else 2)")
+    prepull.add_argument("--retries", type=int, default=2, metavar="N", help="further tries of an image that failed (default: 2)")
+    prepull.add_argument("--status", action="store_true", help="show the daemon's pre-pull files instead")
+    prepull.add_argument("--now", action="store_true", help="have the daemon try all of its files' images at once")
+    prepull.add_argument("--json", action="store_true")
+    add_address(prepull)
+    prepull.set_defaults(run=run_prepull)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    reference: str
+    platform: str = ""
+    username: str = ""
+    password: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    reference: str
+    image_id: str
+    seconds: float
+    tries: int
+    error: str
+
+
+def run_prepull(arguments: argparse.Namespace) -> int:
+    """`imgsvc prepull`: every image is tried; 1 when any failed."""
+    if arguments.status or arguments.now:
+        if arguments.references or arguments.file:
+            raise InvalidArgument("--status and --now are about the daemon's own files", hint="leave out REF and --file")
+        return _show_status(arguments)
+    jobs, concurrent = _jobs(arguments)
+    if not jobs:
+        raise InvalidArgument("no images", hint="name some, or give a file with -f")
+    with connect(arguments) as daemon, ThreadPoolExecutor(max(1, arguments.concurrent or concurrent)) as pool:
+        results = list(pool.map(lambda job: _pull(daemon, job, max(0, arguments.retries)), jobs))
+    _report(results, as_json=arguments.json)
+    return 1 if any(result.error for result in results) else 0
+
+
+def _jobs(arguments: argparse.Namespace) -> tuple[list[_Job], int]:
+    jobs = [_Job(str(Reference.parse(text))) for text in arguments.references]
+    if not arguments.file:
+        return jobs, 2
+    from imgsvc.prepull.plan import load_plan
+
+    plan = load_plan(arguments.file)
+    for wanted in plan.images:
+        credential = wanted.credential()
+        platform = "" if wanted.platform == Platform.host() else str(wanted.platform)
+        username, password = (credential.username, credential.password) if credential else ("", "")
+        jobs.append(_Job(str(wanted.reference), platform, username, password))
+    return jobs, plan.concurrent
+
+
+def _pull(daemon: Daemon, job: _Job, retries: int) -> _Result:
+    import grpc
+
+    from imgsvc.api import admin_pb2
+
+    began, tries = time.monotonic(), 0
+    request = admin_pb2.PullRequest(reference=job.reference, platform=job.platform, username=job.username, password=job.password)
+    while True:
+        tries += 1
+        try:
+            image_id = next((event.done.image_id for event in daemon.admin.Pull(request) if event.WhichOneof("event") == "done"), "")
+            return _Result(job.reference, image_id, time.monotonic() - began, tries, "")
+        except grpc.RpcError as error:
+            call = cast("grpc.Call", error)  # every RpcError a call raises is that call
+            if tries > retries or call.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED):
+                return _Result(job.reference, "", time.monotonic() - began, tries, str(call.details()))
+            print(f"imgsvc: {job.reference}: {call.details()}; trying again", file=sys.stderr)
+            time.sleep(RETRY_PAUSE_S * 2.0 ** (tries - 1))
+
+
+def _report(results: Sequence[_Result], *, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            [{"reference": r.reference, "id": r.image_id, "seconds": r.seconds, "tries": r.tries, "error": r.error} for r in results]
+        )
+        return
+    print_table(
+        ("IMAGE", "RESULT", "SECONDS", "TRIES"),
+        [(r.reference, "failed" if r.error else r.image_id[7:19], f"{r.seconds:.1f}", str(r.tries)) for r in results],
+    )
+    for result in results:
+        if result.error:
+            print(f"imgsvc: {result.reference}: {result.error}", file=sys.stderr)
+
+
+def _show_status(arguments: argparse.Namespace) -> int:
+    from imgsvc.api import imagetools_pb2
+
+    with connect(arguments) as daemon:
+        status = json.loads(daemon.tools.Prepull(imagetools_pb2.PrepullRequest(now=arguments.now)).json)
+    broken = [entry for entry in status["files"] if entry["error"]]
+    if arguments.json:
+        print_json(status)
+        return 1 if broken else 0
+    rows = [
+        (image["reference"], image["state"], "yes" if image["pin"] else "", entry["file"], _when(image["nextTry"]))
+        for entry in status["files"]
+        for image in entry["images"]
+    ]
+    print_table(("IMAGE", "STATE", "PINNED", "FILE", "NEXT LOOK"), rows)
+    for entry in status["files"]:
+        for image in entry["images"]:
+            if image["error"]:
+                print(f"imgsvc: {image['reference']}: {image['error']}", file=sys.stderr)
+    for entry in broken:
+        print(f"imgsvc: {entry['error']}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _when(at: float | None) -> str:
+    if at is None:
+        return ""
+    return "now" if at <= time.time() else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
