@@ -80,7 +80,7 @@ def key_hint(ring: KeyRing) -> str:
     if not ring.source:
         return "no directory of decryption keys is configured ([decrypt] keys_path)"
     skipped = f"; skipped there: {', '.join(ring.skipped[:8])}" if ring.skipped else ""
-    return f"put a private key of one of these recipients into {ring.source} ({len(ring)} keys now{skipped})"
+    return f"put a private key of one of these recipients into {ring.source} (keys there now: {len(ring)}{skipped})"
 
 
 class LayerDecryptor:
