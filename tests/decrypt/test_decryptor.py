@@ -121,7 +121,7 @@ def test_c_e3_the_error_names_schemes_recipients_and_skipped_files(tmp_path: Pat
 def test_c_e3_no_keys_at_all_says_where_they_belong(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
     sealed = seal(PLAIN)
     layer = sealed.descriptor(jwe=wrapped(sealed, rsa_key))
-    for path, words in ((tmp_path, f"{tmp_path} (0 keys now)"), (tmp_path / "no", "does not exist"), (None, "keys_path")):
+    for path, words in ((tmp_path, f"{tmp_path} (keys there now: 0)"), (tmp_path / "no", "does not exist"), (None, "keys_path")):
         with pytest.raises(KeyMissing) as caught:
             unwrap(LayerDecryptor(Settings(path, SALT)), layer)
         assert words in str(caught.value)
