@@ -143,17 +143,17 @@ class Extractor:
             path = where + b"/" + base if where else base
         self._style.touch(fd, where)
         kind = entry.kind
-        if kind == tar.DIRECTORY or kind == tar.GNU_DUMP_DIR:
+        if kind == tar.REGULAR_ONE or kind == tar.GNU_SPARSE:
+            self._file(entry, stream, fd, base, path)
+        elif kind == tar.DIRECTORY or kind == tar.GNU_DUMP_DIR:
             self._directory(entry, fd, base, path)
             return
-        if kind == tar.LINK:
+        elif kind == tar.LINK:
             self._link(entry, fd, base, path)
         elif kind == tar.SYMLINK:
             self._symlink(entry, fd, base, path)
         elif kind in (tar.CHAR, tar.BLOCK_DEVICE, tar.FIFO):
             self._node(entry, fd, base, path)
-        elif kind in tar.REGULAR or kind == tar.GNU_SPARSE:
-            self._file(entry, stream, fd, base, path)
         else:
             self.warnings[f"entry of unknown type {chr(kind)!r}"] += 1
             return

@@ -170,7 +170,7 @@ class Applied:
     """What came of a layer. unpacked [bytes of tar]; timings [seconds]: "waited" for bytes, "unpacked".
 
     usage: as laid on disk, or None where the snapshotter has to measure (commit does when it gets None).
-    warnings: what was left out of the layer, by reason [count].
+    warnings: what was left out of the layer, by reason [count]. peak_memory: of the worker [bytes, resident].
     """
 
     diff_id: Digest
@@ -179,6 +179,7 @@ class Applied:
     usage: Usage | None
     timings: Mapping[str, float] = field(default_factory=dict)
     warnings: Mapping[str, int] = field(default_factory=dict)
+    peak_memory: int = 0
 
 
 class UnpackJob(Protocol):

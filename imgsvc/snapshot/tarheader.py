@@ -8,7 +8,6 @@ Source: POSIX.1-2017 pax; GNU tar manual, "Basic Tar Format" and "Storing Sparse
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from typing import Final
 from zlib import adler32
@@ -33,8 +32,9 @@ GNU_LONG_LINK: Final = ord("K")
 GNU_SPARSE: Final = ord("S")
 GNU_DUMP_DIR: Final = ord("D")
 GNU_VOLUME: Final = ord("V")
-_REGULAR_ONE: Final = ord("0")
+REGULAR_ONE: Final = ord("0")
 _WITH_DATA: Final = REGULAR | {GNU_SPARSE, GNU_DUMP_DIR, PAX, PAX_SUN, PAX_GLOBAL, GNU_LONG_NAME, GNU_LONG_LINK}
+PLAIN: Final = frozenset(b"0123456")  # described by one header block alone, if no other one came before it
 _WITHOUT_DATA: Final = frozenset({LINK, SYMLINK, CHAR, BLOCK_DEVICE, DIRECTORY, FIFO})
 
 MAX_NUMBER: Final = 2**63 - 1
@@ -45,7 +45,6 @@ MAX_PAX_RECORDS: Final = 10_000
 MAX_SPARSE_PARTS: Final = 100_000  # data regions of one file; qemu images have some thousands
 NANO: Final = 1_000_000_000
 
-_FIELDS: Final = struct.Struct("100s24s12s12s8sB100s8s64x8s8s155s12x")
 _OLD_SPARSE_AT: Final = 386
 _OLD_SPARSE_EXTENDED_AT: Final = 482
 _OLD_SPARSE_SIZE_AT: Final = 483
@@ -76,10 +75,10 @@ class Header:
     gid: int
     size: int
     mtime: int
-    link: bytes
-    major: int
-    minor: int
     real_size: int
+    link: bytes = b""
+    major: int = 0
+    minor: int = 0
     atime: int | None = None
     xattrs: dict[bytes, bytes] | None = None
     sparse: list[tuple[int, int]] | None = None
@@ -87,6 +86,12 @@ class Header:
 
 def number(field: bytes, what: str) -> int:
     """A numeric field: octal digits with blanks or NULs around them, or base-256. Raises: BadLayer."""
+    digits = field[:-1]
+    if digits.isdigit() and field[-1] in b"\0 ":  # as nearly all are; int() alone would take signs and underscores
+        try:
+            return int(digits, 8)
+        except ValueError:
+            raise BadLayer(f"{what} is not a number: {field!r}") from None
     if field[0] & 0x80:
         value = int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
         if field[0] & 0x40:
@@ -97,56 +102,52 @@ def number(field: bytes, what: str) -> int:
     digits = field.partition(b"\0")[0].strip(b" ") or field.strip(b" \0")
     if not digits:
         return 0
-    try:
-        if digits.isdigit():  # int() alone would take signs and underscores
-            return int(digits, 8)
-    except ValueError:
-        pass
-    raise BadLayer(f"{what} is not a number: {field!r}")
+    if not digits.isdigit() or b"8" in digits or b"9" in digits:
+        raise BadLayer(f"{what} is not a number: {field!r}")
+    return int(digits, 8)
 
 
 def checksum_fits(block: bytes) -> bool:
     """Whether the block carries its own checksum, summed unsigned or (some old writers) signed."""
-    stored = number(block[148:156], "checksum")
+    field = block[148:156]
+    stored = int(field[:6], 8) if field[:6].isdigit() and field[6:] == b"\0 " else number(field, "checksum")
     # adler32 started at 0 ends with the plain sum of all bytes, mod 65521, in its low half: one call instead of a loop.
-    unsigned = (adler32(block, 0) & 0xFFFF) - sum(block[148:156]) + 8 * 32
-    if (stored - unsigned) % 65521 == 0 and stored <= 255 * BLOCK:
+    # Sums stay below 2 * 65521.
+    difference = stored - (adler32(block, 0) & 0xFFFF) + sum(field) - 8 * 32
+    if difference in (0, 65521):
         return True
     plain = block[:148] + b" " * 8 + block[156:]
-    return stored == sum(b - 256 if b > 127 else b for b in plain)
+    return stored in (sum(plain), sum(b - 256 if b > 127 else b for b in plain))
 
 
 def parse_header(block: bytes) -> Header:
     """The entry that a 512-byte block (not all zero) describes by itself. Raises: BadLayer."""
-    if not checksum_fits(block):
+    try:
+        fits = checksum_fits(block)
+    except ValueError:
+        fits = False
+    if not fits:
         raise BadLayer("a header's checksum is wrong")
-    name, owner, size, mtime, _, kind, link, magic, major, minor, prefix = _FIELDS.unpack(block)
-    name = name.partition(b"\0")[0]
-    if magic[:6] == b"ustar\0" and prefix[0]:
-        name = prefix.partition(b"\0")[0] + b"/" + name
-    known = _owners.get(owner)
-    mode, uid, gid = known if known is not None else _owner(owner)
-    length = number(size, "size")
+    name = block[:100].partition(b"\0")[0]
+    if block[345] and block[257:263] == b"ustar\0":
+        name = block[345:500].partition(b"\0")[0] + b"/" + name
+    owner = _owners.get(block[100:124])
+    mode, uid, gid = owner if owner is not None else _owner(block[100:124])
+    length = number(block[124:136], "size")
     if length < 0:
         raise BadLayer("negative size", name)
-    if kind in _WITHOUT_DATA:
-        length = 0  # some writers record the linked file's size; no data follows
-    elif kind in REGULAR:
-        kind = DIRECTORY if name.endswith(b"/") else _REGULAR_ONE  # V7 has no type for directories
-    device = kind in (CHAR, BLOCK_DEVICE)
-    return Header(
-        name=name,
-        kind=kind,
-        mode=mode,
-        uid=uid,
-        gid=gid,
-        size=length,
-        mtime=number(mtime, "mtime") * NANO,
-        link=link.partition(b"\0")[0],
-        major=_device(major) if device else 0,
-        minor=_device(minor) if device else 0,
-        real_size=length,
-    )
+    kind = block[156]
+    if kind in REGULAR:
+        kind = DIRECTORY if name.endswith(b"/") else REGULAR_ONE  # V7 has no type for directories
+        header = Header(name, kind, mode, uid, gid, length, number(block[136:148], "mtime") * NANO, length)
+    else:
+        if kind in _WITHOUT_DATA:
+            length = 0  # some writers record the linked file's size; no data follows
+        header = Header(name, kind, mode, uid, gid, length, number(block[136:148], "mtime") * NANO, length)
+        header.link = block[157:257].partition(b"\0")[0]
+        if kind in (CHAR, BLOCK_DEVICE):
+            header.major, header.minor = _device(block[329:337]), _device(block[337:345])
+    return header
 
 
 def _owner(field: bytes) -> tuple[int, int, int]:

@@ -38,18 +38,20 @@ class TarStream:
 
     def next_entry(self) -> Header | None:
         """The next entry, None at the end of the archive. Raises: BadLayer, Truncated, ResourceExhausted."""
+        block = self._next_header()
+        if not block:
+            return None
+        header = tar.parse_header(block)
+        self._data_left, self._padding = header.size, -header.size % BLOCK
+        return header if header.kind in tar.PLAIN else self._described(header, block)
+
+    def _described(self, header: Header, block: bytes) -> Header:
+        """The entry that a header about it, and maybe more of them, stand in front of."""
         pax: dict[bytes, bytes] = {}
         sparse_pairs: list[tuple[bytes, bytes]] = []
         long_name = long_link = b""
         for _ in range(MAX_META):
-            block = self._next_header()
-            if not block:
-                if pax or long_name or long_link:
-                    raise Truncated
-                return None
-            header = tar.parse_header(block)
             kind = header.kind
-            self._data_left, self._padding = header.size, -header.size % BLOCK
             if kind in (tar.PAX, tar.PAX_SUN):
                 for key, value in tar.parse_pax(self._small(tar.MAX_PAX, "PAX header")):
                     if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
@@ -72,6 +74,11 @@ class TarStream:
                 elif b"GNU.sparse.major" in pax or b"GNU.sparse.map" in pax or sparse_pairs:
                     self._read_pax_sparse(header, pax, sparse_pairs)
                 return header
+            block = self._next_header()
+            if not block:
+                raise Truncated
+            header = tar.parse_header(block)
+            self._data_left, self._padding = header.size, -header.size % BLOCK
         raise BadLayer(f"more than {MAX_META} headers in front of one entry")
 
     def read_data(self) -> bytes | memoryview:

@@ -31,7 +31,7 @@ from typing import Any, Final
 from imgsvc.errors import DataLoss, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error
 from imgsvc.snapshot import kernel
 from imgsvc.snapshot.extract import Extractor
-from imgsvc.snapshot.inflate import BlobReader, TarBytes, Transform, TransformReader, open_layer
+from imgsvc.snapshot.inflate import Ahead, BlobReader, TarBytes, Transform, TransformReader, open_layer
 from imgsvc.snapshot.interfaces import Mount
 from imgsvc.snapshot.laying import InPlaceStyle, Journal, OverlayStyle
 from imgsvc.snapshot.mount import mount_all
@@ -173,7 +173,7 @@ def _unpack(
             max_bytes=limits["unpacked_bytes"],
             max_ratio=limits["ratio"],
         )
-        stream = TarStream(data.next_chunk)
+        stream = TarStream(Ahead(data.next_chunk).next_chunk)
         tree = Tree(root, style.create_implied)
         extractor = Extractor(tree, style, max_entries=limits["entries"], max_bytes=limits["unpacked_bytes"], privileged=privileged)
         extractor.run(stream)
@@ -191,7 +191,7 @@ def _unpack(
         "inodes": extractor.inodes,
         "warnings": dict(extractor.warnings.most_common(20)),
         "timings": {"waited": waited.seconds, "unpacked": total - waited.seconds},
-        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 

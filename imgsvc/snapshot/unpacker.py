@@ -188,6 +188,11 @@ class WorkerUnpacker:
         self._control: socket.socket | None = None
         self._lock = asyncio.Lock()
 
+    async def warm(self) -> None:
+        """Start the worker server now, so that the first layer does not wait for it. Raises: OSError."""
+        async with self._lock:
+            await self._connect()
+
     async def start(self, layer: LayerInput, mounts: Sequence[Mount], *, rebase: bool) -> WorkerJob:
         """See Unpacker."""
         order = {
