@@ -159,9 +159,11 @@ class Layers:
         if await self._threads.run(snapshotter.stat, name) is not None:
             return
         key = Key(f"unpack-{uuid.uuid4().hex}")
+        make = self._beside if snapshotter.parallel else self._on_parent
         with self._stages.use(f"{snapshotter.name}/{name}") as stage:
             try:
-                usage = await (self._beside if snapshotter.parallel else self._on_parent)(plan, position, key)
+                async with AsyncExitStack() as jobs:
+                    usage = await make(plan, position, key, jobs)
                 await afailpoint("layer.settled")
                 stage.key = key
                 stage.settled.set()
@@ -173,24 +175,21 @@ class Layers:
                 await asyncio.shield(self._threads.run(snapshotter.remove, key))
                 raise
 
-    async def _beside(self, plan: LayerPlan, position: int, key: Key) -> Usage | None:
-        """Unpack a layer while its parents are still on their way, then fit it to them."""
-        job, _ = await both(self._unpack(plan, position, key, None), self._settled(plan, position - 1))
+    async def _beside(self, plan: LayerPlan, position: int, key: Key, jobs: AsyncExitStack) -> Usage | None:
+        """Unpack a layer while its parents are still on their way, then fit it to them. Jobs are ended by `jobs`."""
+        job, _ = await both(self._unpack(plan, position, key, None, jobs), self._settled(plan, position - 1))
         try:
             await afailpoint("layer.unpacked")
             return await self._unpacker.settle(await self._mounts(plan, position, key), job)
         except Aborted:
             # It came through a pipe and needs its parents while it is unpacked.
             await self._threads.run(plan.snapshotter.remove, key)
-            return await self._on_parent(plan, position, key)
-        except BaseException:
-            await asyncio.shield(job.abort())
-            raise
+            return await self._on_parent(plan, position, key, jobs)
 
-    async def _on_parent(self, plan: LayerPlan, position: int, key: Key) -> Usage | None:
+    async def _on_parent(self, plan: LayerPlan, position: int, key: Key, jobs: AsyncExitStack) -> Usage | None:
         """Unpack a layer onto its committed parent."""
         await both(self.bring(plan, plan.layers[position]), self._committed(plan, position - 1))
-        job = await self._unpack(plan, position, key, plan.names[position - 1] if position else None)
+        job = await self._unpack(plan, position, key, plan.names[position - 1] if position else None, jobs)
         return await self._unpacker.settle([], job)
 
     async def _committed(self, plan: LayerPlan, position: int) -> None:
@@ -237,7 +236,7 @@ class Layers:
         source = await self._blobs.fetch(plan.fetcher, layer, lambda count: plan.report(layer, count, "downloading"))
         _note(plan, layer, source, began)
 
-    async def _unpack(self, plan: LayerPlan, position: int, key: Key, parent: Name | None) -> UnpackJob:
+    async def _unpack(self, plan: LayerPlan, position: int, key: Key, parent: Name | None, jobs: AsyncExitStack) -> UnpackJob:
         """Unpack one layer into a new active snapshot, from its growing blob if need be. Returns the finished job.
 
         A worker that fails on bytes nobody has verified yet proves nothing against the layer: the download is judged
@@ -251,16 +250,16 @@ class Layers:
             await self.bring(plan, layer)
         unverified = not await self._threads.run(self._blobs.has, layer.digest)
         try:
-            return await self._follow(plan, position, mounts, rebase)
+            return await self._follow(plan, position, mounts, rebase, jobs)
         except (DataLoss, InvalidArgument):
             if not unverified:
                 raise
             await self.bring(plan, layer)
         await self._threads.run(plan.snapshotter.remove, key)
         mounts = await self._threads.run(plan.snapshotter.prepare, key, parent)
-        return await self._follow(plan, position, mounts, rebase)
+        return await self._follow(plan, position, mounts, rebase, jobs)
 
-    async def _follow(self, plan: LayerPlan, position: int, mounts: Sequence[Mount], rebase: bool) -> UnpackJob:
+    async def _follow(self, plan: LayerPlan, position: int, mounts: Sequence[Mount], rebase: bool, jobs: AsyncExitStack) -> UnpackJob:
         layer = plan.layers[position]
         async with AsyncExitStack() as stack:
             blob = stack.enter_context(self._blobs.growing.use(layer.digest))
@@ -269,15 +268,12 @@ class Layers:
             await _first_of(fetch, blob.opened.wait())
             source, chain = await self._source(layer, fetch, blob, stack)
             job = await self._unpacker.start(_layer_input(plan, position, source, chain), mounts, rebase=rebase)
-            try:
-                plan.report(layer, layer.size if fetch.done() else blob.available, "unpacking")
-                blob.follow(job)
-                if fetch.done():
-                    job.advance(layer.size)
-                applied, _ = await both(_judged(job.finish(), chain), _awaited(fetch))
-            except BaseException:
-                await asyncio.shield(job.abort())
-                raise
+            jobs.push_async_callback(job.abort)
+            plan.report(layer, layer.size if fetch.done() else blob.available, "unpacking")
+            blob.follow(job)
+            if fetch.done():
+                job.advance(layer.size)
+            applied, _ = await both(_judged(job.finish(), chain), _awaited(fetch))
             for phase, seconds in applied.timings.items():
                 plan.spent(phase, seconds)
             return job
