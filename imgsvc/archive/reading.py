@@ -291,7 +291,9 @@ def _layer_type(head: bytes) -> str:
 
 
 def _strings(entry: dict[str, Any], name: str) -> list[str]:
-    value = entry.get(name) or []
+    value = entry.get(name)
+    if value is None:  # as Go writes an empty list
+        return []
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise InvalidArgument(f"{name} of an entry of manifest.json is not a list of strings")
     return value
