@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from imgsvc.concurrency import Threads
 from imgsvc.errors import ImgsvcError
+from imgsvc.failpoints import afailpoint
 from imgsvc.images import ImageStore
 from imgsvc.metadb import MetaDB
 from imgsvc.prepull.plan import Plan, Wanted, load_plan
@@ -224,6 +225,7 @@ class Prepull:
                 source = ThrottledRegistry(self._registry, throttle) if throttle else None
                 request = PullRequest(wanted.reference, credential, wanted.platform, self._snapshotter, source=source)
                 pulled = await self._pull(request)
+            await afailpoint("prepull.pulled")
             now = self._clock()
             await self._keep(wanted, Memory(now, now, 0, "", pulled.image.image_id))
         except TimeoutError:

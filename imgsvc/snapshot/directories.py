@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from imgsvc.errors import from_os_error
+from imgsvc.failpoints import failpoint
 from imgsvc.fsutil import private_dir
 from imgsvc.snapshot import kernel
 from imgsvc.snapshot.interfaces import Usage
@@ -44,6 +45,7 @@ class Directories:
     def make(self, number: int, names: Iterable[str]) -> Path:
         """Create directory `number` with subdirectories of mode 0755, owned by root. Raises: by cause, as from_os_error."""
         path = self.path(number)
+        failpoint("snapshot.recorded")
         try:
             path.mkdir(mode=0o700)
             for name in names:

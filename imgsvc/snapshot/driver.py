@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from imgsvc.errors import FailedPrecondition, NotFound
+from imgsvc.failpoints import failpoint
 from imgsvc.metadb import MetaDB
 from imgsvc.snapshot.directories import Directories, disk_usage
 from imgsvc.snapshot.interfaces import Key, Kind, Mount, Name, SnapshotInfo, Usage
@@ -81,7 +82,9 @@ class DirectoryDriver:
         stored = self._records.remove(key_or_name)
         if stored is not None:
             self._measured.pop(key_or_name, None)
+            failpoint("snapshot.forgotten")
             self._directories.discard(stored.number)
+            failpoint("snapshot.discarded")
             if self._sync_remove:
                 self._directories.close()
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from imgsvc.errors import ImgsvcError, ResourceExhausted, from_os_error
+from imgsvc.failpoints import failpoint
 from imgsvc.snapshot import tarheader as tar
 from imgsvc.snapshot.tarheader import BadLayer, Header
 from imgsvc.snapshot.tarstream import TarStream
@@ -110,6 +111,7 @@ class Extractor:
         next_entry = stream.next_entry
         while (entry := next_entry()) is not None:
             self.entries += 1
+            failpoint("unpack.entry")
             if self._max_entries and self.entries > self._max_entries:
                 raise ResourceExhausted(
                     f"the layer has more than {self._max_entries} entries", hint="raise the limit on entries if you trust it"

@@ -28,7 +28,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from imgsvc import failpoints
 from imgsvc.errors import DataLoss, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error
+from imgsvc.failpoints import failpoint
 from imgsvc.snapshot import kernel
 from imgsvc.snapshot.extract import Extractor
 from imgsvc.snapshot.inflate import Ahead, BlobReader, TarBytes, Transform, TransformReader, open_layer
@@ -152,6 +154,7 @@ def _unpack(
     order: dict[str, Any], job: socket.socket, journal: int, source: int, make_transform: Callable[[bytes], Transform] | None
 ) -> dict[str, Any]:
     started = time.monotonic()
+    failpoint("unpack.begin")
     style = OverlayStyle() if order["rebase"] else InPlaceStyle()
     root = _open_target(order)
     privileged = kernel.effective_capabilities() & _UNPACK_CAPABILITIES == _UNPACK_CAPABILITIES
@@ -180,6 +183,7 @@ def _unpack(
         stream.drain()
     if isinstance(style, OverlayStyle):
         os.write(journal, style.journal.dump())
+    failpoint("unpack.laid")
     total = time.monotonic() - started
     return {
         "diff_id": f"{algorithm}:{data.hexdigest()}",
@@ -269,6 +273,7 @@ def _mounted(mounts: list[Mount], place: str) -> int:
 
 
 def _settle(order: dict[str, Any], journal: int) -> dict[str, Any]:
+    failpoint("unpack.settle")
     mounts = [Mount(m[0], m[1], tuple(m[2])) for m in order["mounts"]]
     target = _target_of(mounts)
     upper = Tree(os.open(target, _OPEN_DIR))
@@ -284,8 +289,10 @@ def _settle(order: dict[str, Any], journal: int) -> dict[str, Any]:
     xattr = "user.overlay.opaque" if "userxattr" in options else "trusted.overlay.opaque"
     settler = Settler(upper, lower, Journal.load(os.pread(journal, os.fstat(journal).st_size, 0)), opaque_xattr=xattr)
     settler.run()
+    failpoint("unpack.settled")
     return {"size": settler.size, "inodes": settler.inodes}
 
 
 if __name__ == "__main__":
+    failpoints.arm(os.environ.get(failpoints.ENV, ""))
     serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from imgsvc import errors
+from imgsvc import errors, failpoints
 from imgsvc.errors import Cancelled, DataLoss, ImgsvcError, Internal, Unavailable
 from imgsvc.oci import Digest
 from imgsvc.snapshot.interfaces import Applied, LayerInput, Limits, Mount, Unpacker, UnpackJob, Usage
@@ -317,7 +317,8 @@ def unpacker(max_concurrent: int, limits: Limits, transform: str = "") -> Unpack
 def _start_server(control: int, transform: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-I", "-m", "imgsvc.snapshot.unpack_worker", str(control), transform]
     null = subprocess.DEVNULL
-    return subprocess.Popen(command, pass_fds=(control,), stdin=null, stdout=null, env={}, cwd="/", start_new_session=True)
+    environment = {name: value for name, value in os.environ.items() if name == failpoints.ENV}  # and nothing of the daemon's own
+    return subprocess.Popen(command, pass_fds=(control,), stdin=null, stdout=null, env=environment, cwd="/", start_new_session=True)
 
 
 async def _receive_fd(control: socket.socket) -> int:
