@@ -135,13 +135,13 @@ def _resident(pid: int) -> int:
     return 0
 
 
-def imgsvc(directory: Path, hosts: Path) -> Peer:
-    """Our daemon on its defaults."""
+def imgsvc(directory: Path, hosts: Path, settings: str = "") -> Peer:
+    """Our daemon on its defaults, apart from `settings` (TOML)."""
     directory.mkdir()
     config = directory / "config.toml"
     config.write_text(
         f'version = 1\nroot = "{directory}/root"\nstate = "{directory}/state"\nimports = []\n'
-        f'[registry]\nconfig_path = "{hosts}"\n[runtime]\nenabled = false\n[gc]\nstartup_delay = "0s"\nschedule_delay = "0s"\n'
+        f'[registry]\nconfig_path = "{hosts}"\n[runtime]\nenabled = false\n[gc]\nstartup_delay = "0s"\nschedule_delay = "0s"\n{settings}'
     )
     command = [sys.executable, "-m", "imgsvc.cli", "serve", "--config", str(config)]
     return Peer("imgsvc", command, directory / "state" / "imgsvc.sock", directory / "log")
