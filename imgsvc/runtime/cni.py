@@ -130,8 +130,9 @@ def config_files(conf_dir: str) -> list[Path]:
 class CNI:
     """Plugin calls for network lists. One per daemon."""
 
-    def __init__(self, bin_dirs: Sequence[str], cache_dir: Path) -> None:
+    def __init__(self, bin_dirs: Sequence[str], cache_dir: Path, *, timeout_s: float = PLUGIN_TIMEOUT_S) -> None:
         self._bin_dirs = tuple(bin_dirs)
+        self._timeout_s = timeout_s
         self._results = private_dir(cache_dir / "results")
 
     def missing_plugins(self, network: NetworkList) -> list[str]:
@@ -257,10 +258,10 @@ class CNI:
     async def _run(self, program: str, request: bytes, environment: Mapping[str, str]) -> Finished:
         for _ in range(_TEXT_BUSY_TRIES - 1):
             try:
-                return await run([program], stdin=request, env=environment, timeout_s=PLUGIN_TIMEOUT_S)
+                return await run([program], stdin=request, env=environment, timeout_s=self._timeout_s)
             except OSError:
                 await asyncio.sleep(1.0)
-        return await run([program], stdin=request, env=environment, timeout_s=PLUGIN_TIMEOUT_S)
+        return await run([program], stdin=request, env=environment, timeout_s=self._timeout_s)
 
 
 def plugin_request(

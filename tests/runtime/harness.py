@@ -78,7 +78,8 @@ async def serve(directory: Path, extra: Mapping[str, Any]) -> None:
 class Daemon:
     """A child process that serves."""
 
-    def __init__(self, directory: Path, extra: Mapping[str, Any] | None = None, *, bridge: str = "") -> None:
+    def __init__(self, directory: Path, extra: Mapping[str, Any] | None = None, *, bridge: str = "", hybrid: bool = True) -> None:
+        """hybrid False: in a mount namespace without cgroup version 2 beside version 1, where crun works."""
         self.directory = directory
         self.extra = dict(extra or {})
         self.cgroup_parent = f"/imgsvc-test/{directory.name}-{os.getpid()}"
@@ -86,12 +87,15 @@ class Daemon:
         if bridge:
             write_bridge(directory, bridge)
         self.bridge = bridge
+        self.prefix = (
+            () if hybrid else ("unshare", "-m", "--propagation", "unchanged", "sh", "-c", 'umount /sys/fs/cgroup/unified; exec "$@"', "-")
+        )
 
     def start(self, *, failpoint: str = "") -> None:
         """Start and wait until it serves. failpoint: IMGSVC_FAILPOINTS."""
         with (self.directory / "log").open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.runtime.harness", str(self.directory), json.dumps(self.extra)],
+                [*self.prefix, sys.executable, "-m", "tests.runtime.harness", str(self.directory), json.dumps(self.extra)],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -250,10 +254,10 @@ def write_bridge(directory: Path, bridge: str) -> None:
 
 
 @contextlib.contextmanager
-def running(directory: Path, extra: Mapping[str, Any] | None = None, *, bridge: str = "") -> Iterator[Daemon]:
+def running(directory: Path, extra: Mapping[str, Any] | None = None, *, bridge: str = "", hybrid: bool = True) -> Iterator[Daemon]:
     """A daemon for a `with` block; nothing of it survives."""
     directory.mkdir(parents=True, exist_ok=True)
-    daemon = Daemon(directory, extra, bridge=bridge)
+    daemon = Daemon(directory, extra, bridge=bridge, hybrid=hybrid)
     daemon.start()
     try:
         yield daemon

@@ -1,0 +1,139 @@
+"""The same pods through every kind of handler: conmon + runc, conmon + crun, a containerd shim."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from imgsvc.api import cri_pb2 as pb
+from tests.runtime.harness import TIMEOUT_S, Daemon
+from tests.runtime.test_life import MakeNode, assert_clean, wait_for
+
+pytestmark = pytest.mark.root
+
+KINDS = {
+    "runc": ({"path": "runc"}, "runc"),
+    "crun": ({"path": "crun"}, "crun"),
+    "shim": ({"type": "io.containerd.runc.v2"}, "containerd-shim-runc-v2"),
+}
+
+
+@pytest.fixture(params=list(KINDS))
+def handler(request: pytest.FixtureRequest, make_node: MakeNode) -> Daemon:
+    settings, program = KINDS[request.param]
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
+    hybrid = Path("/sys/fs/cgroup/unified").is_dir()
+    return make_node({"handlers": {"default": settings}}, bridge=f"rt{request.param}", hybrid=not (hybrid and request.param == "crun"))
+
+
+def test_a_pod_from_its_beginning_to_its_end(handler: Daemon) -> None:
+    node = handler
+    pod = node.run_pod("pod")
+    container = node.run(pod, "echo out; echo err >&2; printf 'no newline'; exit 3")
+    status = node.wait_exit(container)
+    assert (status.exit_code, status.reason) == (3, "Error")
+    assert sorted(node.log(status.log_path)) == ["err", "no newline", "out"]
+    long = node.run(pod, "trap 'exit 8' TERM; while :; do echo tick; sleep 0.05; done", "long")
+    answer = node.exec(long, "sh", "-c", "echo a; echo b >&2; exit 5")
+    assert (answer.stdout, answer.stderr, answer.exit_code) == (b"a\n", b"b\n", 5)
+    with pytest.raises(grpc.RpcError) as caught:
+        node.exec(long, "sleep", "50", timeout=1)
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    wait_for(lambda: b"sleep 50" not in node.exec(long, "ps").stdout)
+    path = Path(node.status(long).log_path)
+    path.rename(f"{path}.1")
+    node.cri.ReopenContainerLog(pb.ReopenContainerLogRequest(container_id=long))
+    wait_for(lambda: path.exists() and len(path.read_bytes()) > 0)
+    update = pb.LinuxContainerResources(cpu_shares=333)
+    node.cri.UpdateContainerResources(pb.UpdateContainerResourcesRequest(container_id=long, linux=update))
+    node.cri.StopContainer(pb.StopContainerRequest(container_id=long, timeout=10), timeout=TIMEOUT_S)
+    assert node.status(long).exit_code == 8
+    node.remove_all()
+    assert_clean(node)
+
+
+def test_a_shared_pid_namespace(handler: Daemon) -> None:
+    shared = pb.NamespaceOption()
+    security = pb.LinuxContainerSecurityContext(namespace_options=shared)
+    pod = handler.run_pod("pod", namespaces=shared)
+    handler.run(pod, "sleep 100", "first", security=security)
+    lines = handler.output(pod, "ps", security=security)
+    assert any("/pause" in line for line in lines)
+    assert any("sleep 100" in line for line in lines)
+    handler.remove_all()
+    assert_clean(handler)
+
+
+def test_c_d6_the_daemon_may_die(handler: Daemon) -> None:
+    node = handler
+    pod = node.run_pod("pod")
+    container = node.run(pod, "i=0; while [ ! -e /end ]; do echo line $i; i=$((i+1)); sleep 0.01; done; exit 6")
+    short = node.run(pod, "sleep 0.5; exit 4", "short")
+    node.kill()
+    time.sleep(1.5)
+    node.start()
+    assert node.wait_exit(short).exit_code == 4
+    assert node.status(container).state == pb.CONTAINER_RUNNING
+    node.exec(container, "touch", "/end")
+    status = node.wait_exit(container)
+    assert status.exit_code == 6
+    lines = node.log(status.log_path)
+    assert lines == [f"line {n}" for n in range(len(lines))]
+    assert len(lines) > 50
+    node.remove_all()
+    assert_clean(node)
+
+
+def test_memory_limits_are_enforced(handler: Daemon) -> None:
+    pod = handler.run_pod("pod")
+    resources = pb.LinuxContainerResources(memory_limit_in_bytes=32 << 20)
+    status = handler.wait_exit(handler.run(pod, "tail /dev/zero", resources=resources), 30)
+    assert status.exit_code == 137
+    assert status.reason == "OOMKilled"
+
+
+def test_a_user_namespace(handler: Daemon) -> None:
+    mapping = [pb.IDMapping(host_id=300000, container_id=0, length=65536)]
+    user = pb.UserNamespace(mode=pb.POD, uids=mapping, gids=mapping)
+    options = pb.NamespaceOption(pid=pb.CONTAINER, userns_options=user)
+    pod = handler.run_pod("pod", namespaces=options)
+    security = pb.LinuxContainerSecurityContext(namespace_options=options)
+    script = "cat /proc/self/uid_map; stat -c %u /bin/busybox; touch /new && stat -c %u /new"
+    lines = handler.output(pod, script, security=security)
+    assert [line.split() for line in lines] == [["0", "300000", "65536"], ["0"], ["0"]]
+
+
+def test_a_program_that_is_missing_is_named(handler: Daemon) -> None:
+    pod = handler.run_pod("pod")
+    with pytest.raises(grpc.RpcError) as caught:
+        handler.start_container(handler.create(pod, handler.container("", command=["/no/such/program"])))
+    assert "/no/such/program" in (caught.value.details() or "")
+
+
+def test_a_shim_that_died_is_buried(make_node: MakeNode) -> None:
+    if not shutil.which("containerd-shim-runc-v2"):
+        pytest.skip("no shim")
+    node = make_node({"handlers": {"default": {"type": "io.containerd.runc.v2"}}})
+    pod = node.run_pod("pod")
+    container = node.run(pod, "sleep 100")
+    parents = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _is_shim_of(p, node)]
+    assert len(parents) == 1
+    os.kill(parents[0], signal.SIGKILL)
+    status = node.wait_exit(container)
+    assert status.exit_code == 137
+    node.remove_all()
+    assert_clean(node)
+
+
+def _is_shim_of(process: Path, node: Daemon) -> bool:
+    try:
+        return "containerd-shim" in (process / "cmdline").read_text() and str(node.directory) in (process / "cmdline").read_text()
+    except OSError:
+        return False

@@ -1,0 +1,81 @@
+"""CRI log lines from the FIFOs of shim containers (shim/logcopy.py), and what shims answer (shim/bootstrap.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from imgsvc.api import bootstrap_pb2
+from imgsvc.errors import DataLoss, ImgsvcError, InvalidArgument, Unimplemented
+from imgsvc.runtime.shim.bootstrap import Endpoint, parse_answer, program_name
+from imgsvc.runtime.shim.logcopy import LineCutter, LogCopier, timestamp
+
+DATA = b"one\ntwo\r\n\n" + b"x" * 25 + b"\nlast"
+WHOLE = b"T stdout F one\nT stdout F two\nT stdout F \nT stdout P xxxxxxxxxx\nT stdout P xxxxxxxxxx\nT stdout F xxxxx\nT stdout P last\n"
+
+
+def test_lines_are_the_same_wherever_the_stream_is_split() -> None:
+    for at in range(len(DATA) + 1):
+        cutter = LineCutter(b"stdout", 10)
+        text = cutter.feed(DATA[:at], b"T") + cutter.feed(DATA[at:], b"T") + cutter.finish(b"T")
+        assert text == WHOLE, at
+
+
+def test_time_stamps_are_rfc3339_with_nanoseconds() -> None:
+    assert len(timestamp()) == len("2026-01-01T00:00:00.000000000Z")
+
+
+def test_the_copier_goes_on_after_a_reopen(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        fifo = tmp_path / "stdout"
+        os.mkfifo(fifo)
+        copier = LogCopier(str(tmp_path / "log"), {"stdout": fifo}, 100)
+        writer = os.open(fifo, os.O_WRONLY)
+        os.write(writer, b"first\n")
+        await asyncio.sleep(0.05)
+        (tmp_path / "log").rename(tmp_path / "log.1")
+        copier.reopen()
+        os.write(writer, b"second\nrest")
+        os.close(writer)
+        copier.stop()
+        copier.stop()
+
+    asyncio.run(scenario())
+    assert (tmp_path / "log.1").read_bytes().endswith(b" stdout F first\n")
+    assert [line.split(b" ", 1)[1] for line in (tmp_path / "log").read_bytes().splitlines()] == [b"stdout F second", b"stdout P rest"]
+
+
+def test_answers_of_all_generations() -> None:
+    result = bootstrap_pb2.BootstrapResult(version=3, address="unix:///run/x", protocol="ttrpc").SerializeToString()
+    assert parse_answer(b"unix:///run/x\n") == Endpoint(2, "unix:///run/x")
+    assert parse_answer(b'{"version":3,"address":"unix:///run/x","protocol":"ttrpc"}') == Endpoint(3, "unix:///run/x")
+    assert parse_answer(result) == Endpoint(3, "unix:///run/x")
+    for broken in (b"", b"{", b'{"version": "x"}', b"\xff\xff"):
+        with pytest.raises(DataLoss):
+            parse_answer(broken)
+    for newer in (b'{"version":4,"address":"unix:///x"}', b'{"version":3,"address":"unix:///x","protocol":"grpc"}', b"vsock://3:1"):
+        with pytest.raises(Unimplemented):
+            parse_answer(newer)
+
+
+@pytest.mark.parametrize(
+    "name, program",
+    [
+        ("io.containerd.runc.v2", "containerd-shim-runc-v2"),
+        ("io.containerd.kata.v2", "containerd-shim-kata-v2"),
+        ("io.containerd.runsc.v1", "containerd-shim-runsc-v1"),
+        ("/opt/shim", "/opt/shim"),
+    ],
+)
+def test_program_names(name: str, program: str) -> None:
+    assert program_name(name) == program
+
+
+@pytest.mark.parametrize("name", ["", "runc", "a/b.c.d", ".a.b", "a..b"])
+def test_names_that_are_no_runtime_type(name: str) -> None:
+    with pytest.raises(InvalidArgument):
+        program_name(name)
+    assert issubclass(InvalidArgument, ImgsvcError)
