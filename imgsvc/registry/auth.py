@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Final, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -34,7 +35,7 @@ from imgsvc.registry.interfaces import Credential
 from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
 from imgsvc.registry.proxies import proxy_for
 from imgsvc.registry.redact import MAX_ERROR_BODY, registry_message, shown_url
-from imgsvc.registry.retry import Failure, kind_of_status
+from imgsvc.registry.retry import Failure, kind_of_status, retry_after
 from imgsvc.registry.transport import RequestFailed, Response, Route, Transport
 
 _CLIENT_ID: Final = "imgsvc"
@@ -225,7 +226,8 @@ async def _token_error(response: Response, realm: str, scopes: Sequence[str], cr
     if 300 <= status < 400:
         what = f"token service answered {status}: a redirect, which is not followed"
     failure = kind_of_status(status, bool(response.headers.get("retry-after")))
-    return RequestFailed(what, code=code, failure=failure, phase="auth", status=status, where=shown_url(realm))
+    wait = retry_after(response.headers.get("retry-after"), datetime.now(UTC))
+    return RequestFailed(what, code=code, failure=failure, phase="auth", status=status, where=shown_url(realm), wait=wait)
 
 
 def secrets_of(credential: Credential | None) -> tuple[str, ...]:

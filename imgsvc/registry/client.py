@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from urllib.parse import urlsplit
 
 from imgsvc.concurrency import SingleFlight
 from imgsvc.errors import ResourceExhausted
@@ -13,11 +14,11 @@ from imgsvc.oci import Descriptor
 from imgsvc.reference import Reference
 from imgsvc.registry.auth import Authorizer
 from imgsvc.registry.documents import ACCEPT_HEADER, MANIFESTS, read_document, verify
-from imgsvc.registry.download import ConnectionBudget, Download, Pace
-from imgsvc.registry.endpoint import Ask, CredentialSource, Endpoint, NoCredentials, Session
+from imgsvc.registry.download import ConnectionBudget, Download, Pace, Source
+from imgsvc.registry.endpoint import Ask, CredentialSource, Endpoint, NoCredentials, RememberedCredentials, Session
 from imgsvc.registry.failover import HealthBook
 from imgsvc.registry.hostdirs import HostDirectories
-from imgsvc.registry.hosts import Capability, HostsConfig
+from imgsvc.registry.hosts import FROM_NOBODY, Capability, Host, HostsConfig
 from imgsvc.registry.interfaces import BlobSink, BlobSource, Credential, Fetcher, Registry, Repository, Resolved
 from imgsvc.registry.operation import Operation
 from imgsvc.registry.push import RemoteRepository
@@ -33,6 +34,7 @@ class RegistrySettings:
 
     roots: directories of config_path, in order.  inline: configurations from legacy `registry.mirrors`, by namespace or "*".
     max_downloads, max_downloads_per_image: blobs fetched at once.  max_extra_connections: for parallel ranges, per node.
+    foreign_layer_hosts: names from which `urls` of layer descriptors are fetched, without credentials; none by default.
     environ: where proxies are read from.
     """
 
@@ -43,6 +45,7 @@ class RegistrySettings:
     max_downloads: int = 6
     max_downloads_per_image: int = 3
     max_extra_connections: int = 24
+    foreign_layer_hosts: tuple[str, ...] = ()
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
 
@@ -65,6 +68,11 @@ class RegistryClient:
     def pace(self) -> Pace:
         """The slowest connection tolerated."""
         return self._settings.pace
+
+    @property
+    def foreign_layer_hosts(self) -> tuple[str, ...]:
+        """Hosts whose layer URLs are followed."""
+        return self._settings.foreign_layer_hosts
 
     async def resolve(self, reference: Reference, credential: Credential | None = None) -> Resolved:
         """As Registry.resolve. Callers with one reference and one identity share a round trip."""
@@ -99,7 +107,7 @@ class RegistryClient:
             caller=credential,
             transport=self._transport,
             authorizer=self._authorizer,
-            stored=self._stored,
+            stored=RememberedCredentials(self._stored),
             environ=self._settings.environ,
             downgraded=self._downgraded,
         )
@@ -117,6 +125,13 @@ class RepositoryFetcher:
         self._client = client
         self._reference = reference
         self._credential = credential
+        self._first: asyncio.Task[Operation] | None = None
+
+    async def _operation(self) -> Operation:
+        """All requests of one pull go by the files as they were at its start; helpers are asked once."""
+        if self._first is None or (self._first.done() and (self._first.cancelled() or self._first.exception())):
+            self._first = asyncio.ensure_future(self._client.operation(self._reference, self._credential))
+        return (await asyncio.shield(self._first)).again()
 
     async def document(self, descriptor: Descriptor, *, limit: int) -> bytes:
         """As Fetcher.document."""
@@ -126,7 +141,7 @@ class RepositoryFetcher:
             raise ResourceExhausted(
                 f"{descriptor.digest} has {descriptor.size} bytes; at most {limit} are accepted", where=self._reference.name
             )
-        operation = await self._client.operation(self._reference, self._credential)
+        operation = await self._operation()
         return await operation.run(
             Capability.PULL,
             lambda endpoint: self._document_at(endpoint, descriptor),
@@ -155,13 +170,13 @@ class RepositoryFetcher:
         reused = descriptor.size - missing
         if not missing:
             return BlobSource(reused=reused)
-        operation = await self._client.operation(self._reference, self._credential)
+        operation = await self._operation()
         endpoints = operation.endpoints(Capability.PULL, descriptor.digest)
         async with self._client.slots.slot(str(self._reference)):
             run = Download(
                 descriptor,
                 self._reference.repository,
-                endpoints,
+                self._sources(descriptor, operation, endpoints),
                 sink,
                 failover=operation.failover(endpoints),
                 book=self._client.book,
@@ -171,9 +186,21 @@ class RepositoryFetcher:
             await run.run()
         return BlobSource(dict(run.by_endpoint), reused, tuple(operation.session.attempts))
 
+    def _sources(self, descriptor: Descriptor, operation: Operation, endpoints: list[Endpoint]) -> list[Source]:
+        """The registry's hosts, and before them the layer's own URLs where the administrator allows their host."""
+        path = f"/{self._reference.repository}/blobs/{descriptor.digest}"
+        foreign = []
+        for url in descriptor.urls:
+            parts = urlsplit(url)
+            if parts.scheme in ("http", "https") and parts.netloc in self._client.foreign_layer_hosts:
+                origin = f"{parts.scheme}://{parts.netloc}"
+                host = Host(origin, "urls of the layer", frozenset({Capability.PULL}), credentials=FROM_NOBODY, sends_ns=False)
+                foreign.append(Source(Endpoint(host, operation.session), url))
+        return [*foreign, *(Source(endpoint, path) for endpoint in endpoints)]
+
     async def rejected(self, descriptor: Descriptor, source: BlobSource) -> bool:
         """As Fetcher.rejected."""
-        operation = await self._client.operation(self._reference, self._credential)
+        operation = await self._operation()
         endpoints = operation.endpoints(Capability.PULL)
         for endpoint in endpoints:
             if endpoint.base in source.by_endpoint:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import zlib
 from typing import Final
 
+import zstandard
+
 from imgsvc.errors import InvalidArgument, ResourceExhausted, printable
-from imgsvc.oci import ACCEPT, INDEX_TYPES, MANIFEST_TYPES, Descriptor, Digest
+from imgsvc.oci import ACCEPT, INDEX_TYPES, MANIFEST_TYPES, MIB, Descriptor, Digest
 from imgsvc.registry.redact import shown_url
 from imgsvc.registry.retry import Failure
 from imgsvc.registry.transport import RequestFailed, Response
 
 MANIFESTS: Final = INDEX_TYPES | MANIFEST_TYPES
+_ZSTD_WINDOW: Final = 8 * MIB  # [bytes] of memory; RFC 8878 asks decoders for no more
 ACCEPT_HEADER: Final = ("Accept", ", ".join((*ACCEPT, "*/*;q=0.1")))
 
 
@@ -57,16 +60,20 @@ async def read_document(response: Response, limit: int) -> bytes:
 
 
 def _decoded(body: bytes, encoding: str, limit: int, response: Response) -> bytes:
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise lied(response, f'Content-Encoding "{printable(encoding, 40)}" was not asked for')
-    decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # 32: gzip or zlib, by its header
     try:
-        data = decoder.decompress(body, limit + 1)
-    except zlib.error as error:
+        if encoding == "zstd":
+            with zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).stream_reader(body) as reader:
+                data, is_whole = reader.read(limit + 1), True
+        elif encoding in ("gzip", "x-gzip", "deflate"):
+            decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # 32: gzip or zlib, by its header
+            data, is_whole = decoder.decompress(body, limit + 1), decoder.eof
+        else:
+            raise lied(response, f'Content-Encoding "{printable(encoding, 40)}" was not asked for')
+    except (zlib.error, zstandard.ZstdError) as error:
         raise lied(response, f"Content-Encoding {encoding} cannot be decoded") from error
     if len(data) > limit:
         raise ResourceExhausted(f"more than {limit} bytes when decoded")
-    if not decoder.eof:
+    if not is_whole:
         raise lied(response, f"Content-Encoding {encoding}: the body is cut short")
     return data
 

@@ -36,6 +36,14 @@ class Pace:
     window: float = 30.0
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A place to fetch the blob from: `path` at an endpoint."""
+
+    endpoint: Endpoint
+    path: str
+
+
 class ConnectionBudget:
     """Connections beyond the first of each blob, over the whole node."""
 
@@ -61,7 +69,7 @@ class Download:
         self,
         descriptor: Descriptor,
         repository: str,
-        endpoints: Sequence[Endpoint],
+        sources: Sequence[Source],
         sink: BlobSink,
         *,
         failover: Failover,
@@ -71,7 +79,7 @@ class Download:
     ) -> None:
         self._descriptor = descriptor
         self._repository = repository
-        self._endpoints = list(endpoints)
+        self._sources = list(sources)
         self._sink = sink
         self._failover = failover
         self._book = book
@@ -126,15 +134,19 @@ class Download:
             self._tuner.sample(connections, (self._received - before) / (time.monotonic() - started))
 
     @property
+    def _source(self) -> Source:
+        return self._sources[min(self._current, len(self._sources) - 1)]
+
+    @property
     def _endpoint(self) -> Endpoint:
-        return self._endpoints[min(self._current, len(self._endpoints) - 1)]
+        return self._source.endpoint
 
     async def _work(self, span: Span) -> None:
         try:
             while span.left:
                 endpoint = self._endpoint
                 try:
-                    await self._fetch(endpoint, span)
+                    await self._fetch(self._source, span)
                 except RequestFailed as error:
                     self._book.note(endpoint, error)
                     if len(self._workers) > 1:
@@ -154,7 +166,7 @@ class Download:
             self._tries, self._waited = 0, 0.0
         self._progress = self._received
         self._tries += 1
-        is_last = self._current == len(self._endpoints) - 1
+        is_last = self._current == len(self._sources) - 1
         decision = self._book.decide(endpoint, error, self._tries, is_last=is_last)
         self._waited += decision.delay
         if decision.action is Action.RETRY and self._waited <= MAX_WAIT_S:
@@ -169,8 +181,8 @@ class Download:
 
     async def _admitted(self) -> bool:
         """Move on to the first endpoint from the current one that may be asked."""
-        while self._current < len(self._endpoints):
-            if await self._failover.admit(self._endpoint, is_last=self._current == len(self._endpoints) - 1):
+        while self._current < len(self._sources):
+            if await self._failover.admit(self._endpoint, is_last=self._current == len(self._sources) - 1):
                 return True
             self._current += 1
         return False
@@ -178,7 +190,8 @@ class Download:
     def _failed(self) -> Exception:
         return self._failover.failure(f"blob {self._descriptor.digest} not fetched")
 
-    async def _fetch(self, endpoint: Endpoint, span: Span) -> None:
+    async def _fetch(self, source: Source, span: Span) -> None:
+        endpoint, began = source.endpoint, time.monotonic()
         size, start, end = self._descriptor.size, span.position, span.end
         headers = [("Accept", "*/*")]
         if wanted := range_header(span, size):
@@ -187,7 +200,7 @@ class Download:
                 headers.append(("If-Range", etag))
         ask = Ask(
             "GET",
-            f"/{self._repository}/blobs/{self._descriptor.digest}",
+            source.path,
             "fetch",
             scopes=(f"repository:{self._repository}:pull",),
             headers=tuple(headers),
@@ -202,7 +215,7 @@ class Download:
             try:
                 await self._copy(endpoint, response, span, skip)
             except RequestFailed as error:
-                endpoint.record("fetch", response.status, time.monotonic(), error.what)
+                endpoint.record("fetch", response.status, began, error.what)
                 raise
 
     def _check_etag(self, endpoint: Endpoint, response: Response) -> None:

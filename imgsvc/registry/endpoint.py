@@ -9,6 +9,8 @@ Source: needs.md A4.3, C-R4 … C-R8; distribution-spec "Determining support", "
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,8 +28,11 @@ from imgsvc.registry.redact import MAX_ERROR_BODY, registry_message, scrubbed, s
 from imgsvc.registry.retry import Failure, kind_of_status, retry_after
 from imgsvc.registry.transport import Body, RequestFailed, Response, Route, Transport
 
+log = logging.getLogger(__name__)
+
 USER_AGENT: Final = "imgsvc"
 MAX_REDIRECTS: Final = 10
+_MAX_WARNINGS: Final = 4  # of an answer that are logged. Source: distribution-spec "Warnings"
 _MAX_ROUNDS: Final = 3  # requests one call may cost: unauthenticated, authenticated, with a renewed credential
 _GUESS_TIMEOUT_S: Final = 3.0  # for localhost to show which protocol it speaks
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
@@ -53,6 +58,27 @@ class NoCredentials:
     async def named(self, name: str, directory: str) -> Credential:
         """Raises: InvalidArgument."""
         raise InvalidArgument(f'no credential named "{name}"', where=directory)
+
+
+class RememberedCredentials:
+    """Asks another source once per registry, for the length of one pull."""
+
+    def __init__(self, source: CredentialSource) -> None:
+        self._source = source
+        self._found: dict[tuple[str, str], Credential | None] = {}
+        self._lock = asyncio.Lock()
+
+    async def find(self, registry: str, repository: str, *, directory: str, renew: bool = False) -> Credential | None:
+        """As CredentialSource.find; failures are not remembered."""
+        async with self._lock:
+            key = (registry, repository)
+            if renew or key not in self._found:
+                self._found[key] = await self._source.find(registry, repository, directory=directory, renew=renew)
+            return self._found[key]
+
+    async def named(self, name: str, directory: str) -> Credential:
+        """As CredentialSource.named."""
+        return await self._source.named(name, directory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +145,8 @@ class Endpoint:
             self.record(error.phase, error.status, started, error.what)
             raise
         self.record(ask.phase, response.status, started)
+        for text in response.headers.all("warning")[:_MAX_WARNINGS]:
+            log.warning("%s says: %s", shown_url(response.url), scrubbed(text, secrets_of(self._credential)))
         return response
 
     def record(self, phase: str, status: int, started: float, error: str = "") -> None:

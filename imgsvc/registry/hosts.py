@@ -138,13 +138,17 @@ class HostsConfig:
 
 
 def directory_names(namespace: str) -> list[str]:
-    """Names to look for in a config_path root, first match wins: `host_port_`, `host:port`, `_default`.
+    """Names to look for in a config_path root, first match wins: `host_port_`, `host:port`, wildcards, `_default`.
 
-    A directory without the port is another registry's and never matches. Source: containerd docs/hosts.md.
+    A directory without the port is another registry's and never matches. Wildcards are ours: `*.corp.example` (with
+    `_port_` where there is one) is for every name below corp.example, the longest first. Source: containerd docs/hosts.md.
     """
     host, colon, port = namespace.rpartition(":")
-    spelled = [f"{host}_{port}_"] if colon and port.isdigit() else []
-    return [*spelled, namespace, "_default"]
+    has_port = bool(colon) and port.isdigit()
+    name, suffix = (host, f"_{port}_") if has_port else (namespace, "")
+    labels = [] if "[" in name or name.replace(".", "").isdigit() else name.split(".")
+    wildcards = [f"*.{'.'.join(labels[start:])}{suffix}" for start in range(1, len(labels) - 1)]
+    return [*([host + suffix] if has_port else []), namespace, *wildcards, "_default"]
 
 
 def namespace_of(directory: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from imgsvc.reference import Reference
@@ -31,6 +31,10 @@ class Operation:
     def lied(self, endpoint: Endpoint, digest: str) -> bool:
         """Whether it served other bytes under this digest."""
         return digest in self.book.of(endpoint).bad_digests
+
+    def again(self) -> Operation:
+        """The same configuration and credentials for the next request of the same pull, with attempts of its own."""
+        return replace(self, session=replace(self.session, attempts=[]))
 
     def failover(self, endpoints: list[Endpoint]) -> Failover:
         """One host after another, attempts recorded in the session."""

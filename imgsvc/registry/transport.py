@@ -126,7 +126,7 @@ class Response:
             return Reach.PUBLIC
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The body as it arrives, not decoded, up to 1 MiB at a time. Raises: RequestFailed."""
+        """The body as it arrives, not decoded, up to 256 KiB at a time. Raises: RequestFailed."""
         try:
             async for chunk in self._raw.aiter_stream():
                 yield chunk
@@ -262,7 +262,8 @@ def _tls_context(tls: Tls) -> ssl.SSLContext:
         for name in tls.ca:
             context.load_verify_locations(name)
         for name, key in tls.client:
-            context.load_cert_chain(name, key or None)
+            # With a password given, OpenSSL does not ask the terminal for one.
+            context.load_cert_chain(name, key or None, password="")
     except (ssl.SSLError, OSError) as error:
         reason = error.strerror or str(error)
         raise InvalidArgument(f"certificate cannot be used: {printable(reason, 160)}", where=name, hint="a PEM file is expected") from error

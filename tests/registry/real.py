@@ -183,7 +183,7 @@ def nginx_registry(directory: Path) -> Iterator[str]:
                     listen 127.0.0.1:{port} ssl;
                     ssl_certificate {certificate}; ssl_certificate_key {key};
                     ssl_client_certificate {directory}/ca.pem; ssl_verify_client on;
-                    client_max_body_size 0; chunked_transfer_encoding on;
+                    client_max_body_size 0; proxy_max_temp_file_size 0; chunked_transfer_encoding on;
                     location / {{
                         proxy_pass http://{upstream}; proxy_request_buffering off;
                         proxy_set_header Host $http_host; proxy_set_header X-Forwarded-Proto https;

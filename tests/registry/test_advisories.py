@@ -190,6 +190,26 @@ def test_c_r4_foreign_layer_urls_are_not_followed(tmp_path: Path) -> None:
     run(main())
 
 
+def test_c_r4_allowed_foreign_layers_are_fetched_without_a_credential(tmp_path: Path) -> None:
+    async def main() -> None:
+        data = noise(1000)
+        with FakeRegistry() as fake, FakeRegistry() as cdn:
+            cdn.rule(lambda r: None if r.path == "/v2/" else Reply(200, {}, data) if r.path == "/layer" else Reply(404))
+            fake.add_blob(data)
+            hosts_d(tmp_path, only(fake, 'credentials = "namespace"\n'))
+            layer = Descriptor("application/x", Digest.of(data), len(data), urls=(f"{cdn.url}/layer",))
+            async with client_for(tmp_path, foreign_layer_hosts=(cdn.address,)) as client:
+                sink = MemorySink(len(data))
+                source = await client.fetcher(APP, CALLER).download(layer, sink)
+                assert source.by_endpoint == {cdn.url: len(data)}
+                cdn.rule(lambda _: Reply(401, {"WWW-Authenticate": "Basic"}))
+                source = await client.fetcher(APP, CALLER).download(layer, MemorySink(len(data)))
+                assert source.by_endpoint == {f"{fake.url}/v2": len(data)}
+            assert not has_secret(cdn)
+
+    run(main())
+
+
 def _bearer(fake: FakeRegistry, realm: str) -> None:
     """`fake` asks for a token of `realm` and takes TOKEN."""
 

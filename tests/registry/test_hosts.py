@@ -243,6 +243,9 @@ def test_known_token_servers() -> None:
     [
         ("docker.io", ["docker.io", "_default"]),
         ("h.test:5000", ["h.test_5000_", "h.test:5000", "_default"]),
+        ("a.b.corp.test", ["a.b.corp.test", "*.b.corp.test", "*.corp.test", "_default"]),
+        ("a.corp.test:5000", ["a.corp.test_5000_", "a.corp.test:5000", "*.corp.test_5000_", "_default"]),
+        ("10.1.2.3", ["10.1.2.3", "_default"]),
         ("[::1]:5000", ["[::1]_5000_", "[::1]:5000", "_default"]),
         ("[::1]", ["[::1]", "_default"]),
     ],

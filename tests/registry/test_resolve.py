@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 from dataclasses import replace
 from pathlib import Path
@@ -322,3 +323,74 @@ def test_wrong_digest_for_a_digest_is_not_accepted(tmp_path: Path) -> None:
 
         error = fails(main())
     assert error.code == "DATA_LOSS"
+
+
+def test_a3_2_a_dead_mirror_is_left_alone_after_a_while(tmp_path: Path) -> None:
+    async def main() -> None:
+        with FakeRegistry() as own:
+            own.add(image_of(), "library/busybox")
+            hosts_d(tmp_path, {"docker.io": f'server = "{own.url}"\n[host."http://127.0.0.1:1"]\n'})
+            async with client_for(tmp_path) as client:
+                phases = [(await client.resolve(BUSYBOX)).attempts[0] for _ in range(5)]
+            assert [attempt.phase for attempt in phases] == ["connect"] * 3 + ["skipped"] * 2
+            assert "circuit open" in phases[-1].error
+
+    run(main())
+
+
+def test_a5_4_a_proxy_of_its_own_and_of_the_environment(tmp_path: Path) -> None:
+    async def main() -> None:
+        with FakeRegistry() as proxy, FakeRegistry() as tunnelled:
+            proxy.add(image_of(), "library/busybox")
+            hosts_d(tmp_path, {"docker.io": f'server = "http://mirror.invalid"\nproxy = "http://user:pw@{proxy.address}"\n'})
+            async with client_for(tmp_path) as client:
+                assert (await client.resolve(BUSYBOX)).endpoint == "http://mirror.invalid/v2"
+            assert proxy.requests[0].headers["host"] == "mirror.invalid"
+            assert proxy.requests[0].headers["proxy-authorization"].startswith("Basic ")
+            tunnelled.rule(lambda _: Reply(403))
+            hosts_d(tmp_path, {"docker.io": 'server = "https://mirror.invalid"\n'})
+            async with client_for(tmp_path, environ={"HTTPS_PROXY": tunnelled.url}) as client:
+                with pytest.raises(PullFailed) as caught:
+                    await client.resolve(BUSYBOX)
+            assert "proxy: 403" in str(caught.value)
+            assert tunnelled.requests[0].method == "CONNECT"
+
+    run(main())
+
+
+def test_warnings_of_a_registry_are_logged_without_tricks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with FakeRegistry() as fake:
+        fake.add(image_of(), "library/busybox")
+        fake.rule(lambda r: replace(fake.honest(r), headers={**fake.honest(r).headers, "Warning": '299 - "moves \x1b[31msoon"'}))
+        hosts_d(tmp_path, {"docker.io": f'server = "{fake.url}"\n'})
+
+        async def main() -> None:
+            async with client_for(tmp_path) as client:
+                await client.resolve(BUSYBOX)
+
+        with contextlib.suppress(PullFailed):
+            run(main())
+    assert "\x1b" not in caplog.text
+
+
+def test_helpers_are_asked_once_per_pull(tmp_path: Path) -> None:
+    class Counting:
+        asked = 0
+
+        async def find(self, registry: str, repository: str, *, directory: str, renew: bool = False) -> Credential | None:
+            self.asked += 1
+            return Credential("test", "u", "p")
+
+        async def named(self, name: str, directory: str) -> Credential:
+            raise NotImplementedError
+
+    async def main() -> None:
+        source = Counting()
+        with FakeRegistry() as fake:
+            image = image_of(b"1", b"2", b"3")
+            fake.add(image, "app")
+            async with client_for(tmp_path, credentials=source) as client:
+                await pull(client, f"{fake.address}/app")
+        assert source.asked == 2, "one for resolving, one for everything after it"
+
+    run(main())
