@@ -87,9 +87,8 @@ class Daemon:
         if bridge:
             write_bridge(directory, bridge)
         self.bridge = bridge
-        self.prefix = (
-            () if hybrid else ("unshare", "-m", "--propagation", "unchanged", "sh", "-c", 'umount /sys/fs/cgroup/unified; exec "$@"', "-")
-        )
+        self.namespace = None if hybrid else _without_version_2()
+        self.prefix = ["nsenter", "-t", str(self.namespace.pid), "-m"] if self.namespace else []
 
     def start(self, *, failpoint: str = "") -> None:
         """Start and wait until it serves. failpoint: IMGSVC_FAILPOINTS."""
@@ -239,6 +238,15 @@ def _processes_of(directory: str, daemon: int) -> list[str]:
     return found
 
 
+def _without_version_2() -> subprocess.Popen[bytes]:
+    """A process that keeps a mount namespace without cgroup version 2, for a daemon and its successors."""
+    holder = subprocess.Popen(["unshare", "-m", "--propagation", "unchanged", "sleep", "infinity"])
+    while os.readlink(f"/proc/{holder.pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt"):
+        time.sleep(0.01)
+    subprocess.run(["nsenter", "-t", str(holder.pid), "-m", "umount", "/sys/fs/cgroup/unified"], check=True)
+    return holder
+
+
 def write_bridge(directory: Path, bridge: str) -> None:
     """A CNI bridge network of the test's own."""
     number = sum(bridge.encode()) % 200
@@ -271,6 +279,9 @@ def running(directory: Path, extra: Mapping[str, Any] | None = None, *, bridge: 
                 if child.is_dir():
                     child.rmdir()
             parent.rmdir()
+        if daemon.namespace:
+            daemon.namespace.kill()
+            daemon.namespace.wait()
         if bridge:
             subprocess.run(["ip", "link", "del", bridge], capture_output=True)
 
