@@ -24,7 +24,7 @@ LOCK = ROOT / "requirements-lock.txt"
 PACKAGES = ROOT / "debian-packages.txt"
 POLICY = Path("/usr/sbin/policy-rc.d")
 OLDEST = (3, 11)
-SERVICES = {"docker-registry": "docker-registry", "nginx-light": "nginx"}  # package: the service it would start at boot
+SERVICES = {"containerd": "containerd", "docker-registry": "docker-registry", "nginx-light": "nginx"}  # package: the service it would start at boot
 
 
 def say(text: str) -> None:
