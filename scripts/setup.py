@@ -24,7 +24,8 @@ LOCK = ROOT / "requirements-lock.txt"
 PACKAGES = ROOT / "debian-packages.txt"
 POLICY = Path("/usr/sbin/policy-rc.d")
 OLDEST = (3, 11)
-SERVICES = {"containerd": "containerd", "docker-registry": "docker-registry", "nginx-light": "nginx"}  # package: the service it would start at boot
+# Package: the service it would start at boot.
+SERVICES = {"containerd": "containerd", "docker-registry": "docker-registry", "nginx-light": "nginx"}
 
 
 def say(text: str) -> None:
