@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from imgsvc.concurrency import SingleFlight
-from imgsvc.errors import InvalidArgument, NotFound, PermissionDenied, from_os_error
+from imgsvc.errors import ImgsvcError, InvalidArgument, NotFound, PermissionDenied, Unavailable, from_os_error
 from imgsvc.registry.dockerconfig import MAX_FILE, DockerConfig, entry_for, helper_for, parse_docker_config
 from imgsvc.registry.endpoint import CredentialSource
 from imgsvc.registry.helpers import Provider, ask_docker_helper, ask_provider, image_matches, parse_providers
@@ -127,7 +127,10 @@ class NodeCredentials:
 
     def _providers(self) -> list[Provider]:
         name = self._settings.provider_config
-        return parse_providers(_read(name), name) if name else []
+        try:
+            return parse_providers(_read(name), name) if name else []
+        except ImgsvcError as error:
+            raise Unavailable(error.what, where=error.where, hint=error.hint) from error
 
     def _provider(self, provider: Provider, registry: str, image: str, renew: bool) -> Located:
         async def get() -> Credential | None:
@@ -180,11 +183,13 @@ def _read(name: str, *, is_ours: bool = False) -> bytes:
 
 
 def _read_docker_config(name: str) -> DockerConfig | None:
-    """None when the file is not there: tools create it at the first login."""
+    """None when the file is not there: tools create it at the first login. Raises: Unavailable: it is for all registries."""
     try:
         return parse_docker_config(_read(name), name)
     except NotFound:
         return None
+    except ImgsvcError as error:
+        raise Unavailable(error.what, where=error.where, hint=error.hint) from error
 
 
 def _from_directory(directory: str, table: str) -> Credential | None:

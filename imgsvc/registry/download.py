@@ -128,8 +128,9 @@ class Download:
     async def _watch(self) -> None:
         before, connections, started = self._received, len(self._workers), time.monotonic()
         done, self._workers = await asyncio.wait(self._workers, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
-        for worker in done:
-            worker.result()
+        failures = [error for worker in done if (error := worker.exception())]
+        if failures:
+            raise failures[0]
         if not done:
             self._tuner.sample(connections, (self._received - before) / (time.monotonic() - started))
 

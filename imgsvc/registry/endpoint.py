@@ -18,9 +18,10 @@ from datetime import UTC, datetime
 from typing import Final, Protocol
 from urllib.parse import urlencode, urljoin, urlsplit
 
-from imgsvc.errors import ImgsvcError, InvalidArgument, printable
+from imgsvc import __version__
+from imgsvc.errors import InvalidArgument, Unavailable, printable
 from imgsvc.registry.auth import Answer, Authorizer, Peer, secrets_of
-from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, Host, Tls, canonical_name, is_local
+from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, OWN, Host, Tls, canonical_name, is_local
 from imgsvc.registry.interfaces import Attempt, Credential
 from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
 from imgsvc.registry.proxies import proxy_for
@@ -30,8 +31,9 @@ from imgsvc.registry.transport import Body, RequestFailed, Response, Route, Tran
 
 log = logging.getLogger(__name__)
 
-USER_AGENT: Final = "imgsvc"
+USER_AGENT: Final = f"imgsvc/{__version__}"
 MAX_REDIRECTS: Final = 10
+_MAX_ATTEMPTS: Final = 64  # kept of one operation, the latest; a long download over a bad line makes many
 _MAX_WARNINGS: Final = 4  # of an answer that are logged. Source: distribution-spec "Warnings"
 _MAX_ROUNDS: Final = 3  # requests one call may cost: unauthenticated, authenticated, with a renewed credential
 _GUESS_TIMEOUT_S: Final = 3.0  # for localhost to show which protocol it speaks
@@ -42,7 +44,11 @@ class CredentialSource(Protocol):
     """The node's own credentials. Source names are fit for logs."""
 
     async def find(self, registry: str, repository: str, *, directory: str, renew: bool = False) -> Credential | None:
-        """What is stored for a registry (`host[:port]` or docker.io); renew: bypass caches, the last one was refused."""
+        """What is stored for a registry (`host[:port]` or docker.io); renew: bypass caches, the last one was refused.
+
+        Raises: Unavailable when a source failed, after which the request goes without a credential and says so;
+            others for wrong configuration of this registry, which ends the pull.
+        """
 
     async def named(self, name: str, directory: str) -> Credential:
         """A named credential of the namespace's directory. Raises: InvalidArgument when there is none."""
@@ -152,7 +158,9 @@ class Endpoint:
     def record(self, phase: str, status: int, started: float, error: str = "") -> None:
         """Add an Attempt."""
         elapsed = time.monotonic() - started
-        self._session.attempts.append(Attempt(self.base, phase, status, elapsed, self.credential_name, error))
+        attempts = self._session.attempts
+        attempts.append(Attempt(self.base, phase, status, elapsed, self.credential_name, error))
+        del attempts[:-_MAX_ATTEMPTS]
 
     @property
     def credential_name(self) -> str:
@@ -191,7 +199,7 @@ class Endpoint:
     async def _renewed(self, ask: Ask, refused: Response) -> Answer | None:
         """A stored credential may have been replaced since we read it (short-lived cloud tokens)."""
         session = self._session
-        if self._credential is None or self._credential is session.caller or self.host.credential_policy not in (FROM_NAMESPACE, ""):
+        if self._credential is None or self._credential is session.caller or self.host.credential_policy not in (FROM_NAMESPACE, OWN):
             return None
         fresh = await self._stored(renew=True)
         if fresh is None or session.authorizer.identity(fresh) == session.authorizer.identity(self._credential):
@@ -222,13 +230,13 @@ class Endpoint:
             if bound == own or (policy == FROM_NAMESPACE and bound == session.namespace):
                 return session.caller, ""
             note = f"withheld: {session.caller.source} is bound to {printable(bound, 80)}"
+        if policy not in (FROM_NAMESPACE, OWN):
+            return await session.stored.named(policy, session.directory), ""
         try:
-            if policy in (FROM_NAMESPACE, ""):
-                found = await self._stored()
-            else:
-                found = await session.stored.named(policy, session.directory)
-        except ImgsvcError as error:
+            found = await self._stored()
+        except Unavailable as error:
             # Another registry's secret is no substitute, and a private image will be refused with this reason beside it.
+            log.warning("no credential for %s: %s", own, error)
             return None, f"none ({printable(str(error), 200)})"
         return found, "" if found else note
 

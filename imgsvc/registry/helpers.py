@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from imgsvc.errors import InvalidArgument, Unavailable
+from imgsvc.errors import ImgsvcError, InvalidArgument, Unavailable
 from imgsvc.oci import MIB, load_json_object
 from imgsvc.registry.dockerconfig import helper_server, parse_helper_answer
 from imgsvc.registry.interfaces import Credential
@@ -84,7 +84,7 @@ async def _feed(process: asyncio.subprocess.Process, data: bytes) -> None:
 
 
 async def ask_docker_helper(name: str, registry: str, *, env: Mapping[str, str], timeout_s: float) -> Credential | None:
-    """`docker-credential-NAME get`. None when the helper knows nothing. Raises: Unavailable, InvalidArgument."""
+    """`docker-credential-NAME get`. None when the helper knows nothing. Raises: Unavailable; InvalidArgument for its name."""
     if not _PROGRAM.fullmatch(name):
         raise InvalidArgument("the name of a credential helper may have letters, digits, dots, dashes", where="credHelpers")
     program = f"docker-credential-{name}"
@@ -94,7 +94,10 @@ async def ask_docker_helper(name: str, registry: str, *, env: Mapping[str, str],
             return None
         # Its words stay with it: some helpers print what they were given.
         raise Unavailable(f"credential helper failed with status {status} for {registry}", where=program)
-    return parse_helper_answer(stdout, program, registry)
+    try:
+        return parse_helper_answer(stdout, program, registry)
+    except ImgsvcError as error:
+        raise Unavailable(error.what, where=program) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,14 +170,20 @@ async def ask_provider(
     )
     if status:
         raise Unavailable(f"credential provider failed with status {status}", where=program)
-    answer = load_json_object(stdout, program, limit=_MAX_OUTPUT)
+    try:
+        answer = load_json_object(stdout, program, limit=_MAX_OUTPUT)
+    except ImgsvcError as error:
+        raise Unavailable(error.what, where=program) from error
     auths: Any = answer.get("auth") or {}
     if answer.get("kind") != "CredentialProviderResponse" or not isinstance(auths, dict):
-        raise InvalidArgument("not a CredentialProviderResponse", where=program)
+        raise Unavailable("not a CredentialProviderResponse", where=program)
     found = []
     for pattern, entry in sorted(auths.items(), key=lambda item: -len(item[0])):
         if isinstance(entry, dict) and isinstance(entry.get("username"), str) and isinstance(entry.get("password"), str):
             found.append((pattern, Credential(f"credential provider {provider.name}", entry["username"], entry["password"])))
     duration = answer.get("cacheDuration")
-    seconds = parse_duration(duration) if isinstance(duration, str) else provider.cache_s
+    try:
+        seconds = parse_duration(duration) if isinstance(duration, str) else provider.cache_s
+    except InvalidArgument as error:
+        raise Unavailable(error.what, where=program) from error
     return str(answer.get("cacheKeyType") or "Image"), seconds, found

@@ -141,6 +141,7 @@ class SocketStream(httpcore.AsyncNetworkStream):
 
     def __init__(self, sock: socket.socket, scratch: memoryview) -> None:
         self._sock = sock
+        self._peer = sock.getpeername()  # now: a reset would make it unknown
         self.scratch = scratch
         self._loop = asyncio.get_running_loop()
 
@@ -219,7 +220,7 @@ class SocketStream(httpcore.AsyncNetworkStream):
         if info == "is_readable":
             return _is_readable(self._sock)
         if info == "server_addr":
-            return self._sock.getpeername()
+            return self._peer
         return self._sock if info == "socket" else None
 
 

@@ -120,10 +120,7 @@ class Response:
         stream = self.stream
         if self.through_proxy or stream is None:
             return Reach.PUBLIC
-        try:
-            return reach_of(str(stream.get_extra_info("server_addr")[0]))
-        except (OSError, TypeError):  # the peer has hung up already
-            return Reach.PUBLIC
+        return reach_of(str(stream.get_extra_info("server_addr")[0]))
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body as it arrives, not decoded, up to 256 KiB at a time. Raises: RequestFailed."""

@@ -16,7 +16,7 @@ from imgsvc.registry.dockerconfig import credential_from_cri, entry_for, normali
 from imgsvc.registry.helpers import image_matches, parse_providers
 from imgsvc.registry.interfaces import Credential, PullFailed
 from tests.fakes.registry import FakeRegistry, Reply
-from tests.registry.support import client_for, hosts_d, image_of, run
+from tests.registry.support import client_for, fails, hosts_d, image_of, run
 
 
 def auth(user: str, password: str) -> str:
@@ -123,6 +123,36 @@ def test_credentials_of_a_directory_may_be_named_and_kept_in_files(tmp_path: Pat
         run(node.named("absent", str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    "text, mode", [('[robot]\nusername = "u"\npassword = "p"\n', 0o644), ("[other]\npassword = 'x'\n", 0o600), ("[robot\n", 0o600)]
+)
+def test_a_wrong_credentials_file_ends_the_pull_before_anything_is_asked(tmp_path: Path, text: str, mode: int) -> None:
+    with FakeRegistry() as fake:
+        fake.add(image_of(), "library/app")
+        hosts_d(tmp_path, {"docker.io": f'server = "{fake.url}"\ncredentials = "robot"\n'})
+        secret_file(tmp_path / "docker.io" / "credentials.toml", text).chmod(mode)
+
+        async def main() -> None:
+            async with client_for(tmp_path, credentials=NodeCredentials(CredentialSettings())) as client:
+                await client.resolve(Reference.parse("app"))
+
+        error = fails(main())
+        assert "credentials.toml" in error.where
+        assert not fake.requests
+
+
+def test_a_broken_config_json_costs_the_credential_not_the_public_image(tmp_path: Path) -> None:
+    async def main() -> None:
+        with FakeRegistry() as fake:
+            fake.add(image_of(), "app")
+            node = NodeCredentials(CredentialSettings((str(secret_file(tmp_path / "config.json", "{")),)))
+            async with client_for(tmp_path / "hosts", credentials=node) as client:
+                resolved = await client.resolve(Reference.parse(f"{fake.address}/app"))
+            assert "config.json" in resolved.attempts[0].credential
+
+    run(main())
+
+
 def test_files_others_may_read_are_refused(tmp_path: Path) -> None:
     path = secret_file(tmp_path / "credentials.toml", '[namespace]\nusername = "u"\npassword = "p"\n')
     path.chmod(0o644)
@@ -179,8 +209,8 @@ def test_an_identity_token_from_a_helper(tmp_path: Path) -> None:
     "script, category",
     [
         ("exit 3", Unavailable),
-        ("echo not json", InvalidArgument),
-        ("echo '{}'", InvalidArgument),
+        ("echo not json", Unavailable),
+        ("echo '{}'", Unavailable),
         ("sleep 30", Unavailable),
         ("head -c 3000000 /dev/zero", Unavailable),
     ],

@@ -17,7 +17,7 @@ from imgsvc.registry.client import RegistryClient
 from imgsvc.registry.download import Pace
 from imgsvc.registry.interfaces import BlobSource, Fetcher, PullFailed
 from tests.fakes.registry import FakeRegistry, Reply, Request
-from tests.registry.support import MemorySink, blob, client_for, hosts_d, noise, run
+from tests.registry.support import MemorySink, blob, client_for, hosts_d, image_of, noise, run
 
 DATA = noise(3 * MIB + 12345)
 BIG = noise(48 * MIB, seed=1)
@@ -251,6 +251,23 @@ def test_parallel_ranges_against_a_server_that_stops_supporting_them(tmp_path: P
         fake.add_blob(BIG)
         fake.rule(fake.on("/blobs/", lambda r: Reply(200, {}, BIG) if "range" in r.headers else None))
         run(download(tmp_path, BIG, fake))
+
+
+def test_c_r13_a_head_that_disagrees_with_the_document_is_a_lie(tmp_path: Path) -> None:
+    async def main() -> None:
+        with FakeRegistry() as fake:
+            image = image_of()
+            fake.add(image, "library/app")
+            fake.rule(lambda r: replace(fake.honest(r), body=image.data + b" ") if r.method == "HEAD" else None)
+            fake.rule(lambda r: replace(fake.honest(r), length=len(image.data) + 1) if r.method == "HEAD" else None)
+            async with fetching(tmp_path, fake) as (client, fetcher):
+                resolved = await client.resolve(APP)
+                assert resolved.descriptor.size == len(image.data) + 1
+                with pytest.raises(PullFailed) as caught:
+                    await fetcher.document(resolved.descriptor, limit=MIB)
+            assert caught.value.code == "DATA_LOSS"
+
+    run(main())
 
 
 def test_a_blob_with_wrong_bytes_is_not_asked_for_there_again(tmp_path: Path) -> None:
