@@ -243,7 +243,9 @@ class Containers:
                 return
             reason = "OOMKilled" if end.oom_killed else "Unknown" if not end.known else "Completed" if end.code == 0 else "Error"
             message = "" if end.known else "the exit code was lost"
-            finished = replace(record, finished_at=end.finished_at, exit_code=end.code, reason=reason, message=message)
+            # A file's time comes from the clock's last tick, which may lie before the start.
+            finished_at = max(end.finished_at, record.started_at, record.created_at)
+            finished = replace(record, finished_at=finished_at, exit_code=end.code, reason=reason, message=message)
             await durable(core.records.put_container(finished))
             core.events.emit(EventType.STOPPED, container_id, record.sandbox_id)
 
