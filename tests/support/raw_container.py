@@ -42,25 +42,28 @@ class RawContainer:
 
 
 @contextlib.contextmanager
-def raw_container(directory: Path, *args: str, tty: bool = False, stdin: bool = False, stdin_once: bool = False) -> Iterator[RawContainer]:
+def raw_container(
+    directory: Path, *args: str, program: str = "runc", tty: bool = False, stdin: bool = False, stdin_once: bool = False
+) -> Iterator[RawContainer]:
     """Run `args` with busybox as root file system in an own network namespace whose loopback is up."""
-    runtime = shutil.which("runc")
+    runtime = shutil.which(program)
     assert runtime
     container_id = f"raw-{os.getpid()}-{time.monotonic_ns()}"
     bundle = directory / container_id
     _root_file_system(bundle / "rootfs")
     process = _process(args, tty)
     (bundle / "config.json").write_text(json.dumps(_config(process)))
-    prefix = (runtime, "--root", str(directory / "runc"))
-    sockets = directory / "s"
+    prefix = (runtime, "--root", str(directory / program))
+    sockets, exits = directory / "s", directory / "exits"
     log = bundle / "log"
     conmon = ["conmon", "-b", str(bundle), "-c", container_id, "-u", container_id, "-n", container_id, "-r", runtime]
-    conmon += ["--runtime-arg", f"--root={directory / 'runc'}", "--exit-dir", str(directory), "-l", f"k8s-file:{log}", "--no-sync-log"]
+    conmon += ["--runtime-arg", f"--root={directory / program}", "--exit-dir", str(exits), "-l", f"k8s-file:{log}", "--no-sync-log"]
     conmon += ["-p", str(bundle / "pid"), "-P", str(bundle / "conmon.pid"), "--socket-dir-path", str(sockets), "--full-attach"]
     conmon += ["-t"] if tty else []
     conmon += ["-i"] if stdin or tty else []
     conmon += ["--leave-stdin-open"] if stdin and not stdin_once else []
     sockets.mkdir(exist_ok=True)
+    exits.mkdir(exist_ok=True)
     subprocess.run(conmon, cwd=bundle, check=True, timeout=WAIT_S, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     _wait_for(bundle / "pid")
     try:
@@ -70,14 +73,12 @@ def raw_container(directory: Path, *args: str, tty: bool = False, stdin: bool = 
         yield RawContainer(container_id, prefix, process, bundle / "attach", bundle / "ctl", pid, log)
     finally:
         subprocess.run([*prefix, "delete", "--force", container_id], timeout=WAIT_S, capture_output=True)
-        _wait_for(directory / container_id)  # conmon's exit file; then it ends
+        _wait_for(exits / container_id)  # conmon's exit file; then it ends
 
 
 def _wait_for(path: Path) -> None:
     deadline = time.monotonic() + WAIT_S
     while not (path.is_file() and path.stat().st_size) and time.monotonic() < deadline:
-        if path.is_dir():
-            return
         time.sleep(0.01)
 
 

@@ -8,7 +8,8 @@
     flow, peer    bounded hand-over; the client's connection
     exec_target, attach_target, port_target
                   what is streamed to: a runtime's exec, conmon's attach socket, a port inside a network namespace
-    fdio          unbuffered asynchronous descriptors
+    fdio, child   unbuffered asynchronous descriptors; processes awaited by pidfd
+    tls           the certificate, replaced without a restart
     --------------------------------------------------------------------------------------------------------------
     http, spdy, websocket, remotecommand, portforward, tokens
                   protocol logic without sockets or clocks: bytes in → events and bytes out
