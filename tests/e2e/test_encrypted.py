@@ -38,8 +38,9 @@ def two_layers(text: str, compression: Compression = "gzip") -> BuiltDocument:
 
 
 def unpacked(daemon: Daemon) -> list[str]:
-    """Contents of every unpacked etc/text."""
-    return sorted(p.read_text() for p in (daemon.root / "snapshots").rglob("text") if p.parent.name == "etc")
+    """Contents of every unpacked etc/text; what is in the trash is removed already."""
+    found = (p for p in (daemon.root / "snapshots").rglob("text") if p.parent.name == "etc" and "trash" not in p.parts)
+    return sorted(p.read_text() for p in found)
 
 
 def diff_ids(document: BuiltDocument) -> list[str]:
