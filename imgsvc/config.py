@@ -166,8 +166,6 @@ class Runtime:
     enable_cdi: bool = True
     cdi_spec_dirs: tuple[str, ...] = ("/etc/cdi", "/var/run/cdi")
     drain_exec_sync_io_timeout: Duration = 0.0
-    seccomp_profile_root: str = "/var/lib/kubelet/seccomp"
-    allowed_unsafe_sysctls: tuple[str, ...] = ()
     runtimes: dict[str, Handler] = field(default_factory=lambda: {"default": Handler()})
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, printable
 from imgsvc.oci import Digest
-from imgsvc.runtime import cgroups, devices, kernel, podfiles, security, spec, volumes
+from imgsvc.runtime import cdi, cgroups, devices, kernel, podfiles, security, spec, volumes
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.interfaces import RootMount, RunnableImage
 from imgsvc.runtime.model import ContainerConfig, Mount, NamespaceMode, User, UserNamespace
@@ -137,7 +137,13 @@ class ContainerBuilder:
             annotation_globs=(handler.pod_annotations, handler.container_annotations),
             base=_base_spec(handler.base_runtime_spec),
         )
-        return BuiltContainer(spec.build(plan), user, cgroups_path)
+        made = spec.build(plan)
+        if config.CDI_devices:
+            if not settings.enable_cdi:
+                raise FailedPrecondition("CDI devices are asked for, but enable_cdi is false")
+            cdi.apply(made, cdi.edits_for([device.name for device in config.CDI_devices], settings.cdi_spec_dirs))
+            made["mounts"] = volumes.in_mount_order(made["mounts"])
+        return BuiltContainer(made, user, cgroups_path)
 
     def _mounts(
         self, record: ContainerRecord, sandbox: SandboxRecord, image: RunnableImage, image_volumes: Sequence[Sequence[RootMount]]

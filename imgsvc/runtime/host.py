@@ -80,15 +80,15 @@ class Host:
     seccomp: bool
 
 
-def look() -> Host:
-    """The facts of this node. Blocking, well under a millisecond."""
+def look(*, hugetlb: bool = True) -> Host:
+    """The facts of this node. Blocking, well under a millisecond. hugetlb False: behave as if that controller were absent."""
     unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
     bounding = kernel.bounding_set()
     capabilities = frozenset(name for number, name in enumerate(CAPABILITIES) if number in bounding)
     own_score = int(Path("/proc/self/oom_score_adj").read_text())
     return Host(
         unified=unified,
-        controllers=_controllers(unified),
+        controllers=_controllers(unified) - (frozenset() if hugetlb else {"hugetlb"}),
         memory_swap=unified or os.path.exists("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes"),
         capabilities=capabilities,
         oom_score_min=-1000 if "CAP_SYS_RESOURCE" in capabilities else own_score,

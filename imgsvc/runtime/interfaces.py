@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from imgsvc.errors import ImgsvcError
 from imgsvc.oci import Digest, ImageConfig
 from imgsvc.runtime.model import PodSandboxConfig
+from imgsvc.runtime.streaming.interfaces import CommandTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,12 @@ class OCIRuntime(Protocol):
 
     async def exec_sync(self, container_id: str, command: Sequence[str], timeout_s: float) -> ExecResult:
         """Run a command in the container. Raises: DeadlineExceeded (it was killed), FailedPrecondition."""
+
+    def exec_target(self, container_id: str, command: Sequence[str], *, terminal: bool) -> CommandTarget:
+        """A session for the streaming server: a command in the container."""
+
+    def attach_target(self, container_id: str) -> CommandTarget:
+        """A session for the streaming server: the container's first process. Raises: FailedPrecondition."""
 
 
 class NetworkPlugin(Protocol):

@@ -67,7 +67,7 @@ class RuntimeNode:
             handlers=working,
             broken_handlers=broken,
             network=PodNetwork(settings.cni),
-            host=host.look(),
+            host=host.look(hugetlb=not settings.disable_hugetlb_controller),
             boot_id=boot_id(),
             events=Events(records),
             locks=KeyedLock(),

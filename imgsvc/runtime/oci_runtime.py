@@ -22,7 +22,8 @@ from imgsvc.runtime.pause import write_pause
 from imgsvc.runtime.process import Finished, run
 from imgsvc.runtime.reaper import Reaper
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
-from imgsvc.runtime.streaming.exec_target import DRAIN_S, exec_sync
+from imgsvc.runtime.streaming.attach_target import AttachTarget
+from imgsvc.runtime.streaming.exec_target import DRAIN_S, ExecTarget, exec_sync
 from imgsvc.runtime.streaming.interfaces import ContainerProcess
 
 log = logging.getLogger(__name__)
@@ -201,6 +202,14 @@ class OCICommand:
             ctl_fifo=bundle / "ctl",
             reaper=self._reaper,
         )
+
+    def exec_target(self, container_id: str, command: Sequence[str], *, terminal: bool) -> ExecTarget:
+        """See OCIRuntime."""
+        return ExecTarget(self.process_of(container_id), tuple(command), terminal, self._paths.bundle(container_id))
+
+    def attach_target(self, container_id: str) -> AttachTarget:
+        """See OCIRuntime."""
+        return AttachTarget(self.process_of(container_id))
 
     async def exec_sync(self, container_id: str, command: Sequence[str], timeout_s: float) -> ExecResult:
         """See OCIRuntime."""

@@ -18,11 +18,8 @@ from imgsvc.runtime.codec import from_proto
 from imgsvc.runtime.metrics import descriptors
 from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, PodSandboxConfig
 from imgsvc.runtime.node import RuntimeNode
-from imgsvc.runtime.oci_runtime import OCICommand
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord
 from imgsvc.runtime.state import ContainerState, SandboxState, container_state, require_running, sandbox_state
-from imgsvc.runtime.streaming.attach_target import AttachTarget
-from imgsvc.runtime.streaming.exec_target import ExecTarget
 from imgsvc.runtime.streaming.interfaces import StreamWants
 from imgsvc.runtime.streaming.port_target import PodPorts
 from imgsvc.runtime.streaming.server import StreamServer
@@ -207,19 +204,19 @@ class RuntimeService(RuntimeServiceServicer):
 
     async def Exec(self, request: pb.ExecRequest, context: Any) -> pb.ExecResponse:
         """A URL to run a command at."""
-        handler, record = self._streamable(request.container_id)
+        record = self._running(request.container_id)
         if not request.cmd:
             raise InvalidArgument("no command to execute")
-        scratch = self._node.core.paths.bundle(record.id)
-        target = ExecTarget(handler.process_of(record.id), tuple(request.cmd), request.tty, scratch)
+        target = self._node.core.handler(record.handler).exec_target(record.id, tuple(request.cmd), terminal=request.tty)
         wants = StreamWants(request.stdin, request.stdout, request.stderr, request.tty)
         return pb.ExecResponse(url=self._stream_server().exec_url(target, wants))
 
     async def Attach(self, request: pb.AttachRequest, context: Any) -> pb.AttachResponse:
         """A URL to attach at."""
-        handler, record = self._streamable(request.container_id)
+        record = self._running(request.container_id)
         wants = StreamWants(request.stdin, request.stdout, request.stderr, record.config.tty)
-        return pb.AttachResponse(url=self._stream_server().attach_url(AttachTarget(handler.process_of(record.id)), wants))
+        target = self._node.core.handler(record.handler).attach_target(record.id)
+        return pb.AttachResponse(url=self._stream_server().attach_url(target, wants))
 
     async def PortForward(self, request: pb.PortForwardRequest, context: Any) -> pb.PortForwardResponse:
         """A URL to forward ports at."""
@@ -230,13 +227,6 @@ class RuntimeService(RuntimeServiceServicer):
         record = self._node.core.records.container(container_id)
         require_running(record, self._boot)
         return record
-
-    def _streamable(self, container_id: str) -> tuple[OCICommand, ContainerRecord]:
-        record = self._running(container_id)
-        handler = self._node.core.handler(record.handler)
-        if not isinstance(handler, OCICommand):
-            raise Unimplemented(f'runtime handler "{record.handler}" does not stream')
-        return handler, record
 
     def _stream_server(self) -> StreamServer:
         if self._streams is None:

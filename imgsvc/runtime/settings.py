@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from imgsvc.oci import MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class HandlerSettings:
 
 @dataclass(frozen=True, slots=True)
 class CNISettings:
-    """[cni]. max_conf_num 0 takes every file."""
+    """[cni]. max_conf_num 0 takes every file. use_internal_loopback: only true is possible; no plugin is needed for lo."""
 
     bin_dirs: tuple[str, ...] = ("/opt/cni/bin", "/usr/lib/cni")
     conf_dir: str = "/etc/cni/net.d"
@@ -80,6 +79,3 @@ class RuntimeSettings:
     enable_cdi: bool = True
     cdi_spec_dirs: tuple[str, ...] = ("/etc/cdi", "/var/run/cdi")
     drain_exec_sync_io_timeout_s: float = 0.0
-    seccomp_profile_root: str = "/var/lib/kubelet/seccomp"
-    exec_sync_output_limit: int = 16 * MIB
-    allowed_unsafe_sysctls: tuple[str, ...] = ()

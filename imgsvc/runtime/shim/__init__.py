@@ -5,6 +5,7 @@
     handler      ShimRuntime, an OCIRuntime
     bootstrap    finding, starting and clearing up after the shim program, in all its generations
     ttrpc        the RPC protocol: frames, a client, the server for events
+    sessions     exec and attach
     logcopy      FIFO -> CRI log; a shim writes no log itself
 
 A shim holds both ends of the stdio FIFOs: while the daemon is away a container blocks after 64 KiB of output, and no line

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import logging
 import os
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, TypeVar
 
 from google.protobuf import any_pb2, empty_pb2
 
@@ -23,15 +22,15 @@ from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
 from imgsvc.runtime.shim.bootstrap import NAMESPACE, Endpoint, Launcher, find_program, saved_endpoint
 from imgsvc.runtime.shim.logcopy import LogCopier
+from imgsvc.runtime.shim.sessions import ShimAttach, ShimExec
 from imgsvc.runtime.shim.ttrpc import Client, Server
-from imgsvc.runtime.streaming.exec_target import exec_process
+from imgsvc.runtime.streaming.interfaces import Streams
 
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
 _EXEC_LIMIT: Final = 16 * 1024 * 1024
-_SPEC_PROCESS: Final = "types.containerd.io/opencontainers/runtime-spec/1/Process"
 _SPEC_RESOURCES: Final = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
 _SERVICES: Final = {2: "containerd.task.v2.Task", 3: "containerd.task.v3.Task"}
 
@@ -48,7 +47,6 @@ class ShimRuntime:
         self._clients: dict[str, Client] = {}
         self._copiers: dict[str, LogCopier] = {}
         self._oom: set[str] = set()
-        self._numbers = itertools.count()
         # Only the runc shim can do without a sandbox container: others build their sandbox from it.
         self._features = HandlerFeatures(
             recursive_read_only_mounts=self._is_runc, user_namespaces=self._is_runc, needs_pause=not self._is_runc
@@ -117,7 +115,7 @@ class ShimRuntime:
         directory.mkdir(mode=0o700)
         for name in names:
             os.mkfifo(directory / name, 0o600)
-        (new.bundle / "io.json").write_text(json.dumps({"log_path": new.log_path}))
+        (new.bundle / "io.json").write_text(json.dumps({"log_path": new.log_path, "stdin_once": new.stdin_once}))
         self._start_copier(new.container_id)
         return {name: directory / name for name in names}
 
@@ -163,14 +161,14 @@ class ShimRuntime:
 
     async def start_task(self, container_id: str) -> None:
         """See OCIRuntime."""
-        await self._ask(container_id, "Start", task.StartRequest(id=container_id), task.StartResponse)
+        await self.ask(container_id, "Start", task.StartRequest(id=container_id), task.StartResponse)
 
     async def kill(self, container_id: str, signal: int, *, everyone: bool = False) -> None:
         """See OCIRuntime."""
         request = task.KillRequest(id=container_id, signal=signal, all=everyone)
         with contextlib.suppress(NotFound):
             try:
-                await self._ask(container_id, "Kill", request, empty_pb2.Empty)
+                await self.ask(container_id, "Kill", request, empty_pb2.Empty)
             except FailedPrecondition as error:
                 if "process already finished" not in error.what and "not running" not in error.what:
                     raise
@@ -192,7 +190,7 @@ class ShimRuntime:
         request = task.WaitRequest(id=container_id)
         while True:
             try:
-                return await self._ask(container_id, "Wait", request, task.WaitResponse, timeout_s=None)
+                return await self.ask(container_id, "Wait", request, task.WaitResponse, timeout_s=None)
             except Unavailable:
                 if await self._shim_is_dead(container_id):
                     return None
@@ -246,7 +244,7 @@ class ShimRuntime:
         """See OCIRuntime."""
         request = task.UpdateTaskRequest(id=container_id)
         request.resources.CopyFrom(any_pb2.Any(type_url=_SPEC_RESOURCES, value=json.dumps(dict(resources)).encode()))
-        await self._ask(container_id, "Update", request, empty_pb2.Empty)
+        await self.ask(container_id, "Update", request, empty_pb2.Empty)
 
     async def reopen_log(self, container_id: str, log_path: str) -> None:
         """See OCIRuntime."""
@@ -257,38 +255,31 @@ class ShimRuntime:
 
     async def exec_sync(self, container_id: str, command: Sequence[str], timeout_s: float) -> ExecResult:
         """See OCIRuntime."""
-        bundle = self._bundles / container_id
-        exec_id = f"sync-{os.getpid()}-{next(self._numbers)}"
-        container = json.loads((bundle / "config.json").read_bytes())["process"]
-        with _Capture(bundle / "io", exec_id) as capture:
-            request = task.ExecProcessRequest(
-                id=container_id, exec_id=exec_id, stdout=str(capture.paths["stdout"]), stderr=str(capture.paths["stderr"])
-            )
-            process = exec_process(container, command, terminal=False)
-            request.spec.CopyFrom(any_pb2.Any(type_url=_SPEC_PROCESS, value=json.dumps(process).encode()))
-            await self._ask(container_id, "Exec", request, empty_pb2.Empty)
-            try:
-                await self._ask(container_id, "Start", task.StartRequest(id=container_id, exec_id=exec_id), task.StartResponse)
-                code = await self._exec_end(container_id, exec_id, timeout_s)
-            finally:
-                gone = task.DeleteRequest(id=container_id, exec_id=exec_id)
-                with contextlib.suppress(ImgsvcError):
-                    await self._ask(container_id, "Delete", gone, task.DeleteResponse)
-            return ExecResult(capture.taken("stdout"), capture.taken("stderr"), code)
-
-    async def _exec_end(self, container_id: str, exec_id: str, timeout_s: float) -> int:
-        wait = task.WaitRequest(id=container_id, exec_id=exec_id)
+        stdout, stderr = _Kept(), _Kept()
         try:
-            answer = await self._ask(container_id, "Wait", wait, task.WaitResponse, timeout_s=timeout_s or None)
-        except DeadlineExceeded as error:
-            kill = task.KillRequest(id=container_id, exec_id=exec_id, signal=signal.SIGKILL, all=True)
-            with contextlib.suppress(ImgsvcError):
-                await self._ask(container_id, "Kill", kill, empty_pb2.Empty)
-                await self._ask(container_id, "Wait", wait, task.WaitResponse)
+            async with asyncio.timeout(timeout_s or None):
+                code = await self.exec_target(container_id, command, terminal=False).run(Streams(stdout=stdout, stderr=stderr))
+        except TimeoutError as error:
             raise DeadlineExceeded(f"the command did not end within {timeout_s:g} s and was killed") from error
-        return answer.exit_status
+        return ExecResult(bytes(stdout.data), bytes(stderr.data), code)
 
-    async def _ask(self, container_id: str, method: str, request: Any, answer: type[R], *, timeout_s: float | None = 120.0) -> R:
+    def exec_target(self, container_id: str, command: Sequence[str], *, terminal: bool) -> ShimExec:
+        """See OCIRuntime."""
+        bundle = self._bundles / container_id
+        process = json.loads((bundle / "config.json").read_bytes())["process"]
+        return ShimExec(self, container_id, process, tuple(command), terminal, bundle / "io")
+
+    def attach_target(self, container_id: str) -> ShimAttach:
+        """See OCIRuntime."""
+        copier = self._copiers.get(container_id)
+        if copier is None:
+            raise FailedPrecondition(f"container {container_id} has no streams now")
+        bundle = self._bundles / container_id
+        once = bool(json.loads((bundle / "io.json").read_text()).get("stdin_once"))
+        return ShimAttach(self, container_id, copier, bundle / "io/stdin", once)
+
+    async def ask(self, container_id: str, method: str, request: Any, answer: type[R], *, timeout_s: float | None = 120.0) -> R:
+        """See Tasks."""
         endpoint = saved_endpoint(self._bundles / container_id)
         if endpoint is None:
             raise NotFound(f"no shim serves container {container_id}")
@@ -308,41 +299,15 @@ class ShimRuntime:
         return client
 
 
-class _Capture:
-    """Two FIFOs whose content is kept up to a limit and thrown away beyond."""
+class _Kept:
+    """A sink that keeps output up to a limit and throws the rest away."""
 
-    def __init__(self, directory: Path, name: str) -> None:
-        self.paths = {stream: directory / f"{name}-{stream}" for stream in ("stdout", "stderr")}
-        self._data = {stream: bytearray() for stream in self.paths}
-        self._fds: dict[str, int] = {}
+    def __init__(self) -> None:
+        self.data = bytearray()
 
-    def __enter__(self) -> Self:
-        for stream, path in self.paths.items():
-            os.mkfifo(path, 0o600)
-            self._fds[stream] = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-            asyncio.get_running_loop().add_reader(self._fds[stream], self._take, stream)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for stream, fd in self._fds.items():
-            asyncio.get_running_loop().remove_reader(fd)
-            os.close(fd)
-            self.paths[stream].unlink(missing_ok=True)
-
-    def _take(self, stream: str) -> bool:
-        try:
-            data = os.read(self._fds[stream], 65536)
-        except BlockingIOError:
-            return False
-        kept = self._data[stream]
-        kept += data[: _EXEC_LIMIT - len(kept)]
-        return True
-
-    def taken(self, stream: str) -> bytes:
-        """Everything that has arrived: the shim has copied all before it reports the end of a process."""
-        while self._take(stream):
-            pass
-        return bytes(self._data[stream])
+    async def write(self, data: bytes) -> None:
+        """As Sink.write."""
+        self.data += data[: _EXEC_LIMIT - len(self.data)]
 
 
 def as_oci_runtime(runtime: ShimRuntime) -> OCIRuntime:

@@ -10,12 +10,17 @@ import asyncio
 import contextlib
 import os
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from imgsvc.errors import FailedPrecondition
+
 MAX_LINE: Final = 16384  # [bytes]
 _CHUNK: Final = 65536
+_MAX_BEHIND: Final = 64  # chunks an attached client may lag behind: at most 4 MiB
+_TOO_SLOW: Final = "too slow"
 
 
 @dataclass(slots=True)
@@ -59,6 +64,7 @@ class LogCopier:
         self._path = log_path
         self._log = _open_log(log_path)
         self._cutters = {name: LineCutter(name.encode(), limit) for name in fifos}
+        self._followers: set[asyncio.Queue[tuple[str, bytes]]] = set()
         self._fds = {name: os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) for name, path in fifos.items()}
         loop = asyncio.get_running_loop()
         for name, fd in self._fds.items():
@@ -69,11 +75,38 @@ class LogCopier:
             data = os.read(self._fds[name], _CHUNK)
         except BlockingIOError:
             return False
+        for queue in list(self._followers):
+            self._pass_on(queue, name, data)
         text = self._cutters[name].feed(data, timestamp())
         if text and self._log >= 0:
             with contextlib.suppress(OSError):  # a full disk must not stop the container
                 os.write(self._log, text)
         return bool(data)
+
+    def _pass_on(self, queue: asyncio.Queue[tuple[str, bytes]], name: str, data: bytes) -> None:
+        if queue.qsize() < _MAX_BEHIND:
+            queue.put_nowait((name, data))
+        else:
+            self._followers.discard(queue)
+            queue.put_nowait((_TOO_SLOW, b""))
+
+    async def follow(self) -> AsyncIterator[tuple[str, bytes]]:
+        """(stream, data) from now on, until the container's output ends.
+
+        Raises: FailedPrecondition when the follower is so slow that the container would have to wait.
+        """
+        queue: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
+        self._followers.add(queue)
+        try:
+            while True:
+                name, data = await queue.get()
+                if name == _TOO_SLOW:
+                    raise FailedPrecondition("the attached client reads too slowly; the container is not held up for it")
+                if not name:
+                    return
+                yield name, data
+        finally:
+            self._followers.discard(queue)
 
     def reopen(self) -> None:
         """Go on in a new file at the same path."""
@@ -92,6 +125,8 @@ class LogCopier:
                 os.write(self._log, rest)
             os.close(fd)
         self._fds = {}
+        for queue in self._followers:
+            queue.put_nowait(("", b""))
         if self._log >= 0:
             os.close(self._log)
             self._log = -1
