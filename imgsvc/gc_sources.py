@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Final, Protocol
 
-from imgsvc.content.interfaces import IngestManager, Manager
+from imgsvc.content.interfaces import IngestManager, Manager, Provider
 from imgsvc.errors import NotFound
 from imgsvc.gc import Cache, Cached, Collectable, Keeper, Root
 from imgsvc.images import Image, ImageStore
@@ -92,23 +92,36 @@ class Blobs:
         self._content.delete(Digest(node.id))
 
 
+class Writes(Provider, IngestManager, Protocol):
+    """What judging unfinished writes takes of a content store."""
+
+
 class Ingests:
-    """gc.Collectable: unfinished writes nobody touched for INGEST_AGE."""
+    """gc.Collectable: writes that will not be finished.
+
+    Nobody touched them for INGEST_AGE; or they are of a daemon that is gone, and their blob has come some other way.
+    """
 
     kind = INGEST
 
-    def __init__(self, ingests: IngestManager, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+    def __init__(self, ingests: Writes, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._ingests = ingests
         self._clock = clock
+        self._started = clock()
 
     def walk(self) -> Iterable[tuple[Node, Sequence[Node]]]:
-        """Younger ones are not judged at all."""
+        """Those that may still be finished are not judged at all."""
         oldest = self._clock() - INGEST_AGE
-        return [(Node(INGEST, status.ingest_ref), ()) for status in self._ingests.list_statuses() if status.updated_at < oldest]
+        for status in self._ingests.list_statuses():
+            if status.updated_at < oldest or (status.updated_at < self._started and self._is_stored(status.expected)):
+                yield Node(INGEST, status.ingest_ref), ()
 
     def remove(self, node: Node) -> None:
         """See gc.Collectable. Raises: Unavailable when a writer took it up again."""
         self._ingests.abort(node.id)
+
+    def _is_stored(self, digest: Digest | None) -> bool:
+        return digest is not None and self._ingests.info(digest) is not None
 
 
 class Snapshots:

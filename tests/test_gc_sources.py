@@ -110,6 +110,23 @@ def test_unfinished_writes_go_when_they_are_old(node: Stored) -> None:
     assert node.content.status("layer-x") is None
 
 
+def test_unfinished_writes_of_a_dead_daemon_go_once_their_blob_is_here(node: Stored) -> None:
+    data = b"manifest app " * 100
+    for name in ("document-1", "document-2"):
+        writer = node.content.writer(name, total=len(data), expected=Digest.of(data))
+        writer.write(data if name == "document-2" else data[:80])
+        writer.close()
+    node.content.writer("layer-y", total=800, expected=Digest.of(b"somewhere else")).close()
+    later = datetime.now(UTC) + timedelta(seconds=5)
+    collect(node, now=later)
+    assert len(node.content.list_statuses()) == 3
+    node.add("app", [])
+    collect(node, now=later - timedelta(seconds=15))
+    assert len(node.content.list_statuses()) == 3, "this daemon may still be at it"
+    collect(node, now=later)
+    assert [status.ingest_ref for status in node.content.list_statuses()] == ["layer-y"]
+
+
 def test_without_cache_layer_blobs_go_and_documents_snapshots_and_artifacts_stay(node: Stored) -> None:
     """discard_unpacked_layers is budget 0."""
     image = node.add("app", ["base", "shared with the artifact"])

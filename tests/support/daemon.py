@@ -147,7 +147,8 @@ class Daemon:
 
     def channel(self) -> grpc.Channel:
         """A new connection; closed with the daemon."""
-        channel = grpc.insecure_channel(self.address)
+        # Channels share connections otherwise, and wait for one that a killed daemon left.
+        channel = grpc.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)])
         self.channels.append(channel)
         return channel
 
