@@ -6,11 +6,13 @@ which makes it invisible, and deleted by one thread at its own pace; what is lef
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
+import stat
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +21,7 @@ from imgsvc.failpoints import failpoint
 from imgsvc.fsutil import private_dir
 from imgsvc.snapshot import kernel
 from imgsvc.snapshot.interfaces import Usage
-from imgsvc.snapshot.tree import remove_tree
+from imgsvc.snapshot.tree import Tree, remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -108,23 +110,39 @@ class Directories:
 
 
 def disk_usage(path: Path) -> Usage:
-    """What a tree takes on disk now; files with several names count once."""
+    """What a tree takes on disk now, also while a container changes it; files with several names count once."""
     size = inodes = 0
     seen: set[tuple[int, int]] = set()
-    todo = [os.fsencode(path)]
-    while todo:
-        here = todo.pop()
-        status = os.lstat(here)
-        size, inodes = size + status.st_blocks * 512, inodes + 1
-        with os.scandir(here) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    todo.append(entry.path)
-                    continue
-                status = entry.stat(follow_symlinks=False)
-                if status.st_nlink > 1:
+    root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        tree = Tree(root)
+        todo = [b""]
+        while todo:
+            here = todo.pop()
+            for name, status in _entries(tree, here):
+                if stat.S_ISDIR(status.st_mode) and name:
+                    todo.append(here + b"/" + name if here else name)
+                    continue  # counted when it is opened
+                if status.st_nlink > 1 and name:
                     if (status.st_dev, status.st_ino) in seen:
                         continue
                     seen.add((status.st_dev, status.st_ino))
                 size, inodes = size + status.st_blocks * 512, inodes + 1
+    finally:
+        os.close(root)
     return Usage(size, inodes)
+
+
+def _entries(tree: Tree, path: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
+    """A directory itself (as b"") and what is in it; nothing of what disappears meanwhile or is too deep for a path."""
+    try:
+        fd = tree.open_exact(path)
+    except OSError:
+        return
+    try:
+        yield b"", os.fstat(fd)
+        for name in map(os.fsencode, os.listdir(fd)):
+            with contextlib.suppress(FileNotFoundError):
+                yield name, os.lstat(name, dir_fd=fd)
+    finally:
+        os.close(fd)

@@ -53,6 +53,12 @@ class Style(Protocol):
     marks_missing: bool
     """Whether whiteouts in directories that are not there have to be recorded."""
 
+    directories: int
+    """Directories made without an entry, less those that became something else."""
+
+    marks: int
+    """Whiteouts made, likewise."""
+
     fresh_tree: bool
     """Whether all directories are ours; else set-group-ID bits and default ACLs of others shape what we create."""
 
@@ -120,6 +126,8 @@ class Extractor:
                 self._extract(entry, stream)
             except OSError as error:
                 raise _explained(error, entry.name) from error
+        self.size += self._style.directories * self._unit
+        self.inodes += self._style.directories + self._style.marks
         for path, times in self._style.restored_times():
             self._settle_directory(path, None, times)
         for path in sorted(self._directories, reverse=True):
@@ -369,7 +377,7 @@ class Extractor:
             size, inodes = measure(dir_fd, base, self._unit)
             for known in [p for p in self._directories if p == path or p.startswith(path + b"/")]:
                 del self._directories[known]
-        elif status.st_nlink == 1 and not is_whiteout(status):
+        elif status.st_nlink == 1:
             size, inodes = rounded(status.st_size, self._unit) if stat.S_ISREG(status.st_mode) else 0, 1
         else:
             size = inodes = 0

@@ -181,7 +181,7 @@ class ZstdReader:
         """Raises: DataLoss on broken frames and on windows beyond MAX_WINDOW."""
         view = memoryview(self._buffer)[:size]
         try:
-            count = self._stream.readinto(view)
+            count = self._stream.readinto1(view)  # what is there now: the blob may still be growing
         except zstandard.ZstdError as error:
             raise DataLoss(f"the layer is not valid zstd: {printable(str(error), 100)}") from error
         return bytes(view[:count])

@@ -74,6 +74,7 @@ class OverlayStyle:
     fresh_tree = True
 
     def __init__(self) -> None:
+        self.directories, self.marks = 1, 0  # the root is there from the start
         self.journal = Journal(implied={b""})  # the root, until it has an entry
 
     def create_implied(self, parent_fd: int, name: bytes, path: bytes) -> None:
@@ -83,8 +84,10 @@ class OverlayStyle:
         except FileExistsError:
             os.unlink(name, dir_fd=parent_fd)
             os.mkdir(name, IMPLIED_MODE, dir_fd=parent_fd)
+            self.marks -= 1
             self.journal.whiteouts.discard(path)
             self.journal.fresh.add(path)
+        self.directories += 1
         self.journal.implied.add(path)
 
     def touch(self, fd: int, path: bytes) -> None:
@@ -124,6 +127,7 @@ class OverlayStyle:
             if stat.S_ISDIR(os.lstat(name, dir_fd=parent_fd).st_mode):
                 self.journal.fresh.add(path)
         else:
+            self.marks += 1
             self.journal.whiteouts.add(path)
         return False
 
@@ -152,6 +156,7 @@ class InPlaceStyle:
     fresh_tree = False
 
     def __init__(self) -> None:
+        self.directories = self.marks = 0  # such trees are measured afterwards
         self._made: set[bytes] = set()
         self._above_made: set[bytes] = set()
         self._times: dict[bytes, tuple[int, int]] = {}

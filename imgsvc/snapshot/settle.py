@@ -57,6 +57,7 @@ class Settler:
             if self._lower_status(path) is None:
                 self._touch(path.rpartition(b"/")[0])
                 _unlink(self._upper, path)
+                self.inodes -= 1
         self._drop_empty_implied()
         for path in sorted(journal.fresh | journal.opaque):
             if not path:
@@ -243,6 +244,7 @@ class Settler:
         for name in map(os.fsencode, os.listdir(self._lower.root_fd)):
             try:
                 os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=self._upper.root_fd)
+                self.inodes += 1
             except FileExistsError:
                 if stat.S_ISDIR(os.lstat(name, dir_fd=self._upper.root_fd).st_mode):
                     self._mark_opaque(name)

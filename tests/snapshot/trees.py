@@ -62,7 +62,6 @@ class Reference:
         """One more layer: first what it hides, then its entries. Raises: ReferenceFailed."""
         with tarfile.open(fileobj=io.BytesIO(layer), errors="surrogateescape") as archive:
             members = archive.getmembers()
-        names = {os.path.normpath(m.name) for m in members if m.isdir()}
         before = self._directories()
         others = {os.path.normpath(m.name) for m in members if not m.isdir()}
         for member in members:
@@ -73,6 +72,7 @@ class Reference:
         for member in members:
             self._make_way(member)
         self._extract(layer)
+        names = self._laid_directories([m for m in members if m.isdir()])
         for name, identity in self._directories().items():
             if name in names:
                 self.unowned_times.discard(name)
@@ -90,6 +90,21 @@ class Reference:
             if stat.S_ISDIR(status.st_mode):
                 found[str(path.relative_to(self.root))] = (status.st_ino, status.st_atime_ns, status.st_mtime_ns)
         return found
+
+    def _laid_directories(self, entries: Sequence[tarfile.TarInfo]) -> set[str]:
+        """Canonical names of directories with entries. Raises: ReferenceFailed where tar mixed them up.
+
+        Where paths lead through links of the same layer, it gives late directory metadata to the wrong file.
+        """
+        modes: dict[str, set[int]] = {}
+        for entry in entries:
+            parent, name = os.path.split(os.path.normpath(self.root / entry.name))
+            modes.setdefault(os.path.join(os.path.realpath(parent), name), set()).add(entry.mode)
+        for real, wanted in modes.items():
+            status = os.lstat(real)
+            if not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o7777 not in wanted:
+                raise ReferenceFailed(f"tar did not give {real} the metadata of its entry")
+        return {os.path.relpath(real, os.path.realpath(self.root)) for real in modes}
 
     def _check_marker(self, name: str, others: set[str]) -> None:
         """A marker below something that is no directory is an error to us, and nothing at all to tar."""
