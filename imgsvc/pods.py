@@ -67,6 +67,7 @@ def runtime_settings(settings: Config, state: Path, root: Path) -> RuntimeSettin
         root_dir=root,
         handlers=handlers,
         cni=CNISettings(**cni),
+        image_filesystem=str(root),
         cgroup_driver=cgroup_driver(settings.runtime.cgroup_driver),
         drain_exec_sync_io_timeout_s=runtime.pop("drain_exec_sync_io_timeout"),
         **runtime,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, printable
 from imgsvc.oci import Digest
@@ -19,8 +19,6 @@ from imgsvc.runtime.model import ContainerConfig, Mount, NamespaceMode, User, Us
 from imgsvc.runtime.namespaces import userns_fd
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord
 from imgsvc.runtime.users import resolve_user
-
-_APPARMOR_DEFAULT: Final = "imgsvc-default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +125,7 @@ class ContainerBuilder:
             granted=granted,
             ambient=security.ambient_set(requested.capabilities, granted),
             profile=security.seccomp(requested, granted, core.host, settings),
-            apparmor=security.apparmor(requested, core.host, settings, _APPARMOR_DEFAULT),
+            apparmor=security.apparmor(requested, core.host, settings),
             selinux=security.selinux_label(requested, core.host, settings),
             hidden=security.hidden_paths(requested, settings),
             root_propagation=volumes.root_propagation(config.mounts),

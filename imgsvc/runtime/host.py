@@ -67,6 +67,7 @@ class Host:
         controllers: cgroup controllers that can be used.
         memory_swap: the kernel accounts swap per cgroup.
         capabilities: what the daemon, and so a container, can have at most.
+        apparmor_profile: name of the default profile that is loaded, "" for none.
         oom_score_min: the lowest oom_score_adj a container can get from this daemon.
     """
 
@@ -78,6 +79,7 @@ class Host:
     apparmor: bool
     selinux: bool
     seccomp: bool
+    apparmor_profile: str = ""
 
 
 def look(*, hugetlb: bool = True) -> Host:

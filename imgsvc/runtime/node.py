@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from imgsvc.concurrency import KeyedLock
 from imgsvc.fsutil import private_dir
 from imgsvc.metadb import MetaDB
 from imgsvc.runtime import host
+from imgsvc.runtime.apparmor import load_default
 from imgsvc.runtime.containerplan import volume_key
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, Paths
@@ -59,6 +61,9 @@ class RuntimeNode:
         records = Records(database)
         records.load()
         working, broken = await start_handlers(settings, MonitorPaths(paths.bundles, paths.exits, paths.sockets), reaper)
+        facts = host.look(hugetlb=not settings.disable_hugetlb_controller)
+        if not settings.disable_apparmor:
+            facts = replace(facts, apparmor_profile=await load_default(facts))
         core = Core(
             settings=settings,
             paths=paths,
@@ -67,7 +72,7 @@ class RuntimeNode:
             handlers=working,
             broken_handlers=broken,
             network=PodNetwork(settings.cni),
-            host=host.look(hugetlb=not settings.disable_hugetlb_controller),
+            host=facts,
             boot_id=boot_id(),
             events=Events(records),
             locks=KeyedLock(),

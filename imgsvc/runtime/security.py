@@ -127,7 +127,7 @@ def load_profile(path: str) -> dict[str, Any]:
     return {k: v for k, v in value.items() if k in _SECCOMP_KEYS}
 
 
-def apparmor(security: LinuxContainerSecurityContext, host: Host, settings: RuntimeSettings, default: str) -> str:
+def apparmor(security: LinuxContainerSecurityContext, host: Host, settings: RuntimeSettings) -> str:
     """Name of the AppArmor profile, "" for none. Raises: FailedPrecondition when a named one cannot be had."""
     profile = security.apparmor or _apparmor_name(security.apparmor_profile)
     named = profile is not None and profile.profile_type == ProfileType.Localhost
@@ -138,7 +138,7 @@ def apparmor(security: LinuxContainerSecurityContext, host: Host, settings: Runt
             raise FailedPrecondition("an AppArmor profile is asked for, but AppArmor is off on this node")
         return ""
     if profile is None or profile.profile_type == ProfileType.RuntimeDefault:
-        return default
+        return host.apparmor_profile
     if profile.profile_type == ProfileType.Unconfined:
         return ""
     name = profile.localhost_ref.removeprefix("localhost/")

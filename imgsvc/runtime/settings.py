@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 
-
 @dataclass(frozen=True, slots=True)
 class HandlerSettings:
     """One RuntimeClass handler ([runtime.runtimes.NAME]).
