@@ -219,7 +219,7 @@ class TarBytes:
 
 
 class Ahead:
-    """Runs the stages in a thread of their own, a few chunks ahead of the tar parser.
+    """Runs stages in a thread of their own, a few chunks ahead of who needs what they make.
 
     Inflating and hashing release the interpreter lock, so that one layer keeps two cores busy: `igzip | tar` in a process.
     """
@@ -237,6 +237,10 @@ class Ahead:
         if not chunk:
             self._chunks.put(chunk)
         return chunk
+
+    def read(self, _size: int) -> bytes:
+        """The same as a Reader, between two stages."""
+        return self.next_chunk()
 
     def _run(self) -> None:
         try:

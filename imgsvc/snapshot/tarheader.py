@@ -138,8 +138,7 @@ def parse_header(block: bytes) -> Header:
         raise BadLayer("negative size", name)
     kind = block[156]
     if kind in REGULAR:
-        kind = DIRECTORY if name.endswith(b"/") else REGULAR_ONE  # V7 has no type for directories
-        header = Header(name, kind, mode, uid, gid, length, number(block[136:148], "mtime") * NANO, length)
+        header = Header(name, REGULAR_ONE, mode, uid, gid, length, number(block[136:148], "mtime") * NANO, length)
     else:
         if kind in _WITHOUT_DATA:
             length = 0  # some writers record the linked file's size; no data follows

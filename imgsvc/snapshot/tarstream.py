@@ -43,7 +43,11 @@ class TarStream:
             return None
         header = tar.parse_header(block)
         self._data_left, self._padding = header.size, -header.size % BLOCK
-        return header if header.kind in tar.PLAIN else self._described(header, block)
+        if header.kind not in tar.PLAIN:
+            header = self._described(header, block)
+        if header.kind == tar.REGULAR_ONE and header.name.endswith(b"/"):
+            header.kind = tar.DIRECTORY  # V7 has no type for them; judged by the whole name, a header's part may end anywhere
+        return header
 
     def _described(self, header: Header, block: bytes) -> Header:
         """The entry that a header about it, and maybe more of them, stand in front of."""

@@ -33,7 +33,7 @@ from imgsvc.errors import DataLoss, ImgsvcError, Internal, InvalidArgument, Reso
 from imgsvc.failpoints import failpoint
 from imgsvc.snapshot import kernel
 from imgsvc.snapshot.extract import Extractor
-from imgsvc.snapshot.inflate import Ahead, BlobReader, TarBytes, Transform, TransformReader, open_layer
+from imgsvc.snapshot.inflate import READ_SIZE, Ahead, BlobReader, TarBytes, Transform, TransformReader, open_layer
 from imgsvc.snapshot.interfaces import Mount
 from imgsvc.snapshot.laying import InPlaceStyle, Journal, OverlayStyle
 from imgsvc.snapshot.mount import mount_all
@@ -170,7 +170,7 @@ def _unpack(
     limits = order["limits"]
     with _authenticated(sealed):
         data = TarBytes(
-            open_layer(sealed or raw, order["media_type"]),
+            open_layer(Ahead(lambda: sealed.read(READ_SIZE)) if sealed else raw, order["media_type"]),
             raw,
             algorithm=algorithm,
             max_bytes=limits["unpacked_bytes"],

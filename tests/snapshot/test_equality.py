@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import io
+import os
+import subprocess
+import sysconfig
+import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +23,6 @@ from tests.snapshot.trees import Reference, ReferenceFailed, read_tree
 pytestmark = pytest.mark.root
 
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
-_numbers = itertools.count()
 
 
 WAYS = ("beside", "in order on overlayfs", "native")
@@ -77,6 +80,7 @@ CASES = {
             Entry("huge-owner", uid=3_000_000_000, gid=2_200_000),
             Entry("n" * 200, data=b"long"),
             Entry("d" * 150 + "/" + "e" * 150, data=b"longer"),
+            Entry("x" * 99 + "/" + "cut", data=b"whose first 100 bytes look like a directory's name"),
             Entry("früh/ä", data=b"utf8"),
             Entry("old", mtime=-86400.5),
             directory("sticky", 0o1777, xattrs={"user.d": b"1"}),
@@ -170,3 +174,19 @@ def test_made_up_trees_equal_gnu_tar(bench: Bench, image: list[list[Entry]]) -> 
         # A path through a lower layer's file is an error even if an entry further on hides or replaces that file.
         event("leads through a file")
         assume(False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "paths", [("/etc", "/usr/sbin", "/usr/share/perl"), (sysconfig.get_path("purelib"),)], ids=["system", "site-packages"]
+)
+def test_real_trees_equal_gnu_tar(bench: Bench, paths: tuple[str, ...]) -> None:
+    """A part of this machine's system and this interpreter's packages, then a layer that replaces and deletes in them."""
+    present = [path for path in paths if os.path.isdir(path)]
+    command = ["tar", "-c", "--xattrs", "--format=posix", "--pax-option=delete=atime,delete=ctime", *present]
+    base = subprocess.run(command, capture_output=True, check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(base)) as archive:
+        names = [m.name for m in archive if m.isfile()][::50]
+    changed = [Entry(name, data=b"changed") for name in names[::2]]
+    deleted = [Entry(os.path.join(os.path.dirname(name), ".wh." + os.path.basename(name))) for name in names[1::2]]
+    compare(bench, [base, tar(changed + deleted)], ("beside", "native"))
