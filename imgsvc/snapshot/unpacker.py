@@ -218,8 +218,8 @@ class WorkerUnpacker:
         """See Unpacker."""
         assert isinstance(job, WorkerJob)
         try:
-            if not job.order["rebase"]:
-                return job.usage
+            if not job.order["rebase"] or not os.fstat(job.journal).st_size:
+                return job.usage  # nothing was left to do
             async with self._settling:
                 worker = await self.spawn({"do": "settle", "mounts": _plain(mounts)}, job.journal, job.journal)
                 try:
