@@ -10,7 +10,7 @@ from typing import Any
 from imgsvc import config
 from imgsvc.cli.client import add_address, connect
 from imgsvc.cli.output import print_json
-from imgsvc.errors import InvalidArgument
+from imgsvc.errors import InvalidArgument, from_os_error
 from imgsvc.fsutil import write_atomic
 
 
@@ -72,7 +72,10 @@ def run_import(arguments: argparse.Namespace) -> int:
 
     imported = import_file(arguments.file)
     if arguments.output:
-        write_atomic(arguments.output, imported.toml.encode())
+        try:
+            write_atomic(arguments.output, imported.toml.encode())
+        except OSError as error:
+            raise from_os_error(error, "writing the configuration", where=str(arguments.output)) from error
     if arguments.json:
         print_json([{"key": f.key, "where": f.where, "outcome": f.outcome, "note": f.note} for f in imported.findings])
     elif not arguments.output:
