@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 from imgsvc import errors
-from imgsvc.config import DEFAULT_ADDRESS
+from imgsvc.config import default_address
 
 if TYPE_CHECKING:
     from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
@@ -25,7 +25,7 @@ def add_address(parser: argparse.ArgumentParser) -> None:
 
 def address(arguments: argparse.Namespace) -> str:
     """--address, else $IMGSVC_ADDRESS, else $CONTAINER_RUNTIME_ENDPOINT, else the default socket."""
-    found = arguments.address or os.environ.get("IMGSVC_ADDRESS") or os.environ.get("CONTAINER_RUNTIME_ENDPOINT") or DEFAULT_ADDRESS
+    found = arguments.address or os.environ.get("IMGSVC_ADDRESS") or os.environ.get("CONTAINER_RUNTIME_ENDPOINT") or default_address()
     return f"unix://{found}" if found.startswith("/") else str(found)
 
 

@@ -1,0 +1,208 @@
+"""From TOML files and flags to a checked Config; one generic reader does all checking, so a new key is a new field."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from imgsvc import tomlfile
+from imgsvc.config.schema import DEFAULT_PATH, VERSION, Config, Duration, Raw
+from imgsvc.errors import InvalidArgument, printable
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A configuration with the origin of every value that is not a default: "a.b.c" → "file:line:column" or "flag"."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+    def origin(self, key: str) -> str:
+        """Where the value of a dotted key came from."""
+        return self.origins.get(key, "default")
+
+
+def load(path: Path | None, flags: Mapping[str, str] | None = None) -> Loaded:
+    """Read the configuration.
+
+    Args:
+        path: the file; None for DEFAULT_PATH, which alone may be absent.
+        flags: dotted keys set on the command line; they beat the files.
+    Raises: InvalidArgument with file:line:column and the way out; NotFound when a named file does not exist.
+    """
+    values: Raw = {}
+    origins: dict[str, str] = {}
+    source = path or DEFAULT_PATH
+    if path is not None or source.exists():
+        document = tomlfile.load(source)
+        _merge(values, document.data, document, (), origins)
+    imports = values.get("imports", Config().imports)
+    if not isinstance(imports, list | tuple) or not all(isinstance(i, str) for i in imports):
+        raise InvalidArgument("imports must be a list of paths", where=origins.get("imports", str(source)))
+    for name in _imported(imports, source.parent):
+        document = tomlfile.load(name)
+        if "imports" in document.data:
+            raise InvalidArgument("a drop-in cannot import", where=document.where("imports"), hint="list it in the main file")
+        _merge(values, document.data, document, (), origins)
+    for key, text in (flags or {}).items():
+        _set(values, key.split("."), text)
+        origins[key] = "flag"
+    if os.geteuid() != 0:
+        for key, directory in zip(("root", "state"), directories(), strict=True):
+            if values.setdefault(key, directory) is directory:
+                origins[key] = "default of a user other than root"
+    config = _section(Config, values, (), origins)
+    _check(config, origins)
+    return Loaded(config, origins)
+
+
+def directories() -> tuple[str, str]:
+    """Root and state where nothing else is said: the machine's for root, the user's own otherwise (XDG base directories)."""
+    if os.geteuid() == 0:
+        return Config().root, Config().state
+    data = f"{os.environ.get('XDG_DATA_HOME') or Path.home() / '.local/share'}/imgsvc"
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return data, f"{runtime}/imgsvc" if runtime else f"{data}/run"
+
+
+def default_address() -> str:
+    """The socket of a daemon that runs on its defaults, as a gRPC target."""
+    return f"unix://{directories()[1]}/imgsvc.sock"
+
+
+def parse(text: str, name: str) -> Loaded:
+    """A configuration from text alone, without imports. `name` stands for the file. Raises: InvalidArgument."""
+    document = tomlfile.loads(text, name)
+    values: Raw = {}
+    origins: dict[str, str] = {}
+    _merge(values, document.data, document, (), origins)
+    config = _section(Config, values, (), origins)
+    _check(config, origins)
+    return Loaded(config, origins)
+
+
+def parse_duration(value: object, where: str) -> float:
+    """Go's "1h2m3.5s", or a plain number of seconds, as seconds. Raises: InvalidArgument."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
+        return float(value)
+    try:
+        return tomlfile.parse_duration(value if isinstance(value, str) else repr(value))
+    except InvalidArgument as error:
+        raise InvalidArgument(error.what, where=where, hint=error.hint) from error
+
+
+def _imported(patterns: typing.Iterable[str], base: Path) -> list[Path]:
+    found: list[Path] = []
+    for pattern in patterns:
+        found += sorted(Path(name) for name in glob.glob(str(base / pattern)))
+    return found
+
+
+def _merge(into: Raw, new: Mapping[str, Any], document: tomlfile.Document, at: tuple[str, ...], origins: dict[str, str]) -> None:
+    for key, value in new.items():
+        here = (*at, key)
+        if isinstance(value, dict):
+            target = into.setdefault(key, {})
+            if not isinstance(target, dict):
+                raise InvalidArgument(f"{'.'.join(here)} is a table here and a value elsewhere", where=document.where(*here))
+            origins.setdefault(".".join(here), document.where(*here))
+            _merge(target, value, document, here, origins)
+        else:
+            into[key] = value
+            origins[".".join(here)] = document.where(*here)
+
+
+def _set(values: Raw, keys: list[str], value: str) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+    values[keys[-1]] = value
+
+
+S = TypeVar("S")
+
+
+def _section(kind: type[S], values: Mapping[str, Any], at: tuple[str, ...], origins: Mapping[str, str]) -> S:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    known = {f.name: hints[f.name] for f in dataclasses.fields(kind)}  # type: ignore[arg-type]  # every section is a dataclass
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        here = (*at, key)
+        where = origins.get(".".join(here), "")
+        if key not in known:
+            raise InvalidArgument(f'unknown key "{printable(".".join(here), 120)}"', where=where, hint=tomlfile.suggestion(key, known))
+        out[key] = _value(known[key], value, here, where, origins)
+        if typing.get_origin(known[key]) is dict:
+            # A named table adds to the built-in ones; it does not remove them.
+            out[key] = {**getattr(kind(), key), **out[key]}
+    return kind(**out)
+
+
+def _value(hint: Any, value: object, here: tuple[str, ...], where: str, origins: Mapping[str, str]) -> Any:
+    name = ".".join(here)
+    if hint == Duration:
+        return parse_duration(value, where)
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return _section(typing.cast(type, hint), _typed(dict, value, name, where), here, origins)
+    if origin is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
+        section = typing.get_args(hint)[1]
+        table = _typed(dict, value, name, where)
+        return {
+            key: _value(section, entry, (*here, key), origins.get(".".join((*here, key)), where), origins) for key, entry in table.items()
+        }
+    if origin is dict and typing.get_args(hint)[1] is str:
+        table = _typed(dict, value, name, where)
+        return {key: _typed(str, entry, f"{name}.{key}", where) for key, entry in table.items()}
+    if origin is dict:
+        return _typed(dict, value, name, where)
+    if origin is tuple:
+        return tuple(_typed(str, item, f"{name} (an entry)", where) for item in _typed(list, value, name, where))
+    return _typed(hint, value, name, where)
+
+
+_KIND_NAMES: Final = {str: "a string", int: "an integer", bool: "true or false", dict: "a table", list: "a list"}
+
+
+def _typed(kind: type[S], value: object, name: str, where: str) -> S:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InvalidArgument(f"{name} must be {_KIND_NAMES.get(kind, kind.__name__)}, not {printable(repr(value), 60)}", where=where)
+    return value
+
+
+def _check(config: Config, origins: Mapping[str, str]) -> None:
+    """What types cannot say."""
+
+    def need(good: bool, key: str, problem: str) -> None:
+        if not good:
+            raise InvalidArgument(f"{key}: {problem}", where=origins.get(key, "default"))
+
+    need(config.version == VERSION, "version", f"this imgsvc reads version {VERSION}")
+    need(config.root.startswith("/"), "root", "must be an absolute path")
+    need(config.state.startswith("/"), "state", "must be an absolute path")
+    need(config.address.startswith("unix:///"), "grpc.address", "must be unix:///…; CRI is never served over TCP")
+    need(config.images.sync in ("full", "none"), "images.sync", 'must be "full" or "none"')
+    need(config.images.snapshotter in ("auto", "overlayfs", "native"), "images.snapshotter", "must be auto, overlayfs or native")
+    for key in ("max_concurrent_downloads", "max_concurrent_downloads_per_image", "max_concurrent_unpacks"):
+        need(getattr(config.images, key) > 0, f"images.{key}", "must be at least 1")
+    need(config.decrypt.key_model in ("node", ""), "decrypt.key_model", 'must be "node" or ""')
+    need(config.runtime.cgroup_driver in ("auto", "systemd", "cgroupfs"), "runtime.cgroup_driver", "must be auto, systemd or cgroupfs")
+    default = config.runtime.default_runtime_name
+    need(default in config.runtime.runtimes, "runtime.default_runtime_name", f'no table [runtime.runtimes."{default}"]')
+    need(0 <= config.stream.port < 65536, "stream.port", "must be 0 to 65535")
+    need(bool(config.stream.tls_cert_file) == bool(config.stream.tls_key_file), "stream.tls_cert_file", "needs tls_key_file too")
+    need(config.cni.max_conf_num >= 0, "cni.max_conf_num", "must not be negative")
+    mirror = config.mirror
+    need(bool(mirror.tls_cert_file) == bool(mirror.tls_key_file), "mirror.tls_cert_file", "needs tls_key_file too")
+    need(not mirror.client_ca_file or bool(mirror.tls_cert_file), "mirror.client_ca_file", "needs tls_cert_file")
+    need(mirror.private_images in ("never", "certificate"), "mirror.private_images", 'must be "never" or "certificate"')
+    need(
+        mirror.private_images == "never" or bool(mirror.client_ca_file),
+        "mirror.private_images",
+        "certificates are only checked with client_ca_file",
+    )
