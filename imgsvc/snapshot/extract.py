@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from imgsvc.errors import ImgsvcError, ResourceExhausted, from_os_error
+from imgsvc.errors import FailedPrecondition, ImgsvcError, ResourceExhausted, from_os_error
 from imgsvc.failpoints import failpoint
 from imgsvc.snapshot import tarheader as tar
 from imgsvc.snapshot.tarheader import BadLayer, Header
@@ -249,10 +249,18 @@ class Extractor:
     def _chown(self, target: int | bytes, uid: int, gid: int, dir_fd: int | None = None) -> None:
         if not self._privileged:
             self.warnings["owner of a file (not privileged)"] += 1
-        elif isinstance(target, int):
-            os.fchown(target, uid, gid)
-        else:
-            os.chown(target, uid, gid, dir_fd=dir_fd, follow_symlinks=False)
+            return
+        try:
+            if isinstance(target, int):
+                os.fchown(target, uid, gid)
+            else:
+                os.chown(target, uid, gid, dir_fd=dir_fd, follow_symlinks=False)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise FailedPrecondition(
+                f"files of owner {uid}:{gid} cannot be created in this user namespace", hint="map at least 65536 IDs into it"
+            ) from error
 
     def _set_xattrs(self, target: int | bytes, xattrs: dict[bytes, bytes]) -> None:
         for name, value in xattrs.items():
@@ -401,8 +409,8 @@ class Extractor:
             raise _explained(error, path) from error
 
     def _finish_directory(self, fd: int, facts: DirectoryFacts) -> None:
-        if self._privileged:  # always: a directory that was there before may belong to somebody else
-            os.fchown(fd, facts.uid, facts.gid)
+        # Always: a directory that was there before may belong to somebody else.
+        self._chown(fd, facts.uid, facts.gid)
         os.fchmod(fd, facts.mode)
         if facts.xattrs:
             self._set_xattrs(fd, facts.xattrs)

@@ -9,6 +9,7 @@ import hashlib
 import os
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -262,3 +263,42 @@ def test_limits_are_per_layer_and_zero_means_none(tmp_path: Path) -> None:
         assert bench.beside([tar([Entry(f"f{i}") for i in range(2000)])])[1][0] is not None
     finally:
         bench.close()
+
+
+UNPRIVILEGED = """
+import os, sys
+from imgsvc.snapshot.extract import Extractor
+from imgsvc.snapshot.laying import InPlaceStyle
+from imgsvc.snapshot.tarstream import TarStream
+from imgsvc.snapshot.tree import Tree, remove_tree
+
+layer = iter([open(sys.argv[1], "rb").read()])
+os.chown(sys.argv[2], 65534, 65534)
+outside = os.open(sys.argv[2], os.O_RDONLY)
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+os.mkdir("root", dir_fd=outside)
+root = os.open("root", os.O_RDONLY, dir_fd=outside)
+style = InPlaceStyle()
+extractor = Extractor(Tree(root, style.create_implied), style, privileged=False)
+extractor.run(TarStream(lambda: next(layer, b"")))
+print(sorted(extractor.warnings))
+print(oct(os.stat("d", dir_fd=root).st_mode), os.listdir(os.open("d", os.O_RDONLY, dir_fd=root)))
+remove_tree(outside, b"root")
+print(os.listdir(outside))
+"""
+
+
+def test_without_privileges_owners_and_devices_are_left_out(tmp_path: Path) -> None:
+    entries = [directory("d", 0o555, uid=5), Entry("d/f", uid=5, mode=0o4711), Entry("null", "char", device=(1, 3))]
+    (tmp_path / "layer").write_bytes(tar([*entries, directory("e", 0o000), Entry("e/f")]))
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", UNPRIVILEGED, str(tmp_path / "layer"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "['device (not permitted in this user namespace)', 'owner of a file (not privileged)']",
+        "0o40555 ['f']",
+        "[]",
+    ]
