@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -10,6 +13,8 @@ import pytest
 
 from imgsvc import failpoints
 from imgsvc.api import cri_pb2 as pb
+from imgsvc.metadb import MetaDB, WriteTxn
+from imgsvc.runtime import kernel
 from tests.runtime.harness import TIMEOUT_S, Daemon
 from tests.runtime.test_life import MakeNode, assert_clean
 
@@ -95,6 +100,31 @@ def test_c_c27_a_network_that_cannot_be_left_is_left_later(make_node: MakeNode) 
     assert_clean(node)
 
 
+@pytest.mark.parametrize("point", ["sandbox.namespaces", "sandbox.network", "container.root", "container.created"])
+def test_c_c27_a_caller_that_leaves_leaves_nothing(make_node: MakeNode, point: str) -> None:
+    node = make_node(bridge="rtleave")
+    node.stop()
+    node.start(failpoint=f"{point}=delay:700*1")
+    pod = "" if point.startswith("sandbox") else node.run_pod("victim")
+    with pytest.raises(grpc.RpcError):
+        impatient(node, pod)
+    time.sleep(1)
+    if point.startswith("sandbox"):
+        assert_clean(node)
+    whole_life_of_others(node)
+    node.remove_all()
+    assert_clean(node)
+
+
+def impatient(node: Daemon, pod: str) -> None:
+    """Make a pod, or a container in one, and go away in the middle."""
+    if not pod:
+        node.cri.RunPodSandbox(pb.RunPodSandboxRequest(config=node.pod("victim")), timeout=0.4)
+        return
+    request = pb.CreateContainerRequest(pod_sandbox_id=pod, config=node.container("sleep 100"))
+    node.cri.CreateContainer(request, timeout=0.4)
+
+
 def test_c_d6_containers_outlive_the_daemon(make_node: MakeNode) -> None:
     node = make_node()
     pod = node.run_pod("pod")
@@ -132,10 +162,6 @@ def test_a_lost_pause_process_makes_the_pod_not_ready(make_node: MakeNode) -> No
     pod = node.run_pod("pod", namespaces=pb.NamespaceOption(network=pb.NODE))
     pid = int((node.directory / "s/containers" / pod / "init.pid").read_text())
     node.kill()
-    Path(f"/proc/{pid}/oom_score_adj").exists()
-    import os
-    import signal
-
     os.kill(pid, signal.SIGKILL)
     node.start()
     assert node.cri.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod)).status.state == pb.SANDBOX_NOTREADY
@@ -161,19 +187,11 @@ def test_c_d5_after_a_reboot_everything_is_told_and_cleaned(make_node: MakeNode)
 
 def reboot(node: Daemon, running: list[str]) -> None:
     """What a reboot does: processes and STATE are gone, the boot ID is another one; records stay."""
-    import os
-    import shutil
-    import signal
-
-    from imgsvc.metadb import MetaDB
-
     for container in running:
         for name in ("init.pid", "conmon.pid"):
             os.kill(int((node.directory / "s/containers" / container / name).read_text()), signal.SIGKILL)
     time.sleep(0.3)
     points = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    from imgsvc.runtime import kernel
-
     for point in sorted((p for p in points if p.startswith(f"{node.directory}/s/")), key=len, reverse=True):
         kernel.umount(point)
     for directory in Path("/sys/fs/cgroup").glob(f"*{node.cgroup_parent}/*/*"):
@@ -182,10 +200,10 @@ def reboot(node: Daemon, running: list[str]) -> None:
     shutil.rmtree(node.directory / "s")
     database = MetaDB(node.directory / "db")
 
-    def forget(txn: object) -> None:
+    def forget(txn: WriteTxn) -> None:
         for table in ("sandboxes", "containers"):
-            for key, record in list(txn.items(table)):  # type: ignore[attr-defined]
-                txn.put(table, key, {**record, "boot_id": "another"})  # type: ignore[attr-defined]
+            for key, record in list(txn.items(table)):
+                txn.put(table, key, {**record, "boot_id": "another"})
 
     database.write(forget)
     database.close()

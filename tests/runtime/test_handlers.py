@@ -91,6 +91,18 @@ def test_c_d6_the_daemon_may_die(handler: Daemon) -> None:
     assert_clean(node)
 
 
+def test_c_c15_no_abstract_sockets_of_ours(handler: Daemon) -> None:
+    before = abstract_sockets()
+    pod = handler.run_pod("pod")
+    handler.run(pod, "sleep 100", stdin=True)
+    assert abstract_sockets() - before == set()
+
+
+def abstract_sockets() -> set[str]:
+    names = (line.split()[7:] for line in Path("/proc/net/unix").read_text().splitlines()[1:])
+    return {name[0] for name in names if name and name[0].startswith("@")}
+
+
 def test_memory_limits_are_enforced(handler: Daemon) -> None:
     pod = handler.run_pod("pod")
     resources = pb.LinuxContainerResources(memory_limit_in_bytes=32 << 20)

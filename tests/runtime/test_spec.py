@@ -257,6 +257,17 @@ def test_c_c22_annotations_pass_only_where_the_handler_lets_them() -> None:
     assert {k for k in opened if not k.startswith("io.kubernetes.cri.")} == {"run.oci.handler"}
 
 
+def test_c_c4_annotations_bring_no_devices_and_no_mounts() -> None:
+    evil = {
+        "cdi.k8s.io/x": "vendor.com/gpu=0",
+        "io.kubernetes.cri-o.annotations.checkpoint.image": "other",
+        "io.kubernetes.cri-o.Volumes": "[]",
+    }
+    made = spec.build(plan(pod=pod(annotations=evil), config=container(annotations=evil)))
+    clean = spec.build(plan())
+    assert made == clean
+
+
 def test_c_c3_labels_of_an_image_are_never_configuration() -> None:
     labels = {"io.kubernetes.cri.container-type": "sandbox", "containerd.io/restart.loguri": "binary:///x", "run.oci.hooks": "x"}
     made = spec.build(plan(image=dataclasses.replace(IMAGE, labels=labels)))
