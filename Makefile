@@ -21,8 +21,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict imgsvc tests
 
+# Against the running daemon, another runtime, or nothing at all: each script says in its first lines.
+BENCHMARKS ?= store registry unpack decrypt pull_encrypted compare_pull
 bench: setup
-	$(BIN)/python -m benchmarks $(ARGS)
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS) || exit 1; done
 
 # Generated code in imgsvc/api, from the .proto files beside it.
 proto: setup

@@ -46,10 +46,16 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o600, sync: bool = Tru
 
 
 def private_dir(path: Path, mode: int = 0o700) -> Path:
-    """Create a directory that lets no other user in, and tighten one that does (CVE-2024-25621). Returns it."""
-    path.mkdir(mode=mode, parents=True, exist_ok=True)
-    if path.stat().st_mode & 0o777 != mode:
-        path.chmod(mode)
+    """Create a directory that lets no other user in, and tighten one that does (CVE-2024-25621). Returns it.
+
+    Raises: PermissionDenied and others of from_os_error, naming the directory.
+    """
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        if path.stat().st_mode & 0o777 != mode:
+            path.chmod(mode)
+    except OSError as error:
+        raise from_os_error(error, "making a private directory", where=str(path)) from error
     return path
 
 

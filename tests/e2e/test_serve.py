@@ -173,3 +173,22 @@ def test_without_root_images_are_served_and_status_says_what_is_off(
         process.terminate()
         process.wait(timeout=START_TIMEOUT)
     assert process.returncode == 0
+
+
+@pytest.mark.root
+def test_without_root_the_defaults_are_the_users_own_directories(nobodys_directory: Path) -> None:
+    code = "from imgsvc import config; c = config.load(None).config; print(c.root, c.state, config.default_address())"
+    where = {"HOME": str(nobodys_directory), "XDG_DATA_HOME": "", "XDG_RUNTIME_DIR": ""}
+    shown = subprocess.run([*AS_NOBODY, sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **where})
+    if "Permission" in shown.stderr:
+        pytest.skip("the user nobody cannot run this Python, or not read this checkout")
+    data = f"{nobodys_directory}/.local/share/imgsvc"
+    assert shown.stdout.split() == [data, f"{data}/run", f"unix://{data}/run/imgsvc.sock"]
+
+
+def test_a_root_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ended = imgsvc("serve", "--root", str(tmp_path / "file" / "root"), "--state", str(tmp_path / "state"))
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert f"{tmp_path}/file/root" in ended.stderr
