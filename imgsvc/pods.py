@@ -25,10 +25,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Pods:
-    """service: what the socket serves. container_ids: everybody who has a root file system."""
+    """service: what the socket serves. container_ids: everybody who has a root file system. streams: None when off."""
 
     service: cri_pb2_grpc.RuntimeServiceServicer
     container_ids: Callable[[], Iterable[str]]
+    streams: StreamServer | None
 
 
 async def start_pods(settings: Config, state: Path, root: Path, db: MetaDB, images: Images, stack: AsyncExitStack) -> Pods:
@@ -36,7 +37,7 @@ async def start_pods(settings: Config, state: Path, root: Path, db: MetaDB, imag
     reason = _off(settings)
     if reason:
         log.warning("the runtime service is off: %s", reason)
-        return Pods(RuntimeOff(reason), lambda: ())  # type: ignore[abstract]  # what is missing answers UNIMPLEMENTED
+        return Pods(RuntimeOff(reason), lambda: (), None)  # type: ignore[abstract]  # what is missing answers UNIMPLEMENTED
     streams = StreamServer(settings.stream)
     await streams.start()
     stack.push_async_callback(streams.close)

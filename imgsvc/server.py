@@ -44,8 +44,9 @@ from imgsvc.registry.hostdirs import split_config_path
 from imgsvc.registry.transport import Timeouts
 from imgsvc.roots import ContainerRoots
 from imgsvc.rpc import ErrorInterceptor
+from imgsvc.runtime.streaming.server import StreamServer
 from imgsvc.snapshot import detect, native, overlay
-from imgsvc.snapshot.interfaces import Limits, Snapshotter
+from imgsvc.snapshot.interfaces import CheckedSnapshotter, Limits
 from imgsvc.snapshot.unpacker import WorkerUnpacker
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def run(load: Callable[[], Loaded]) -> int:
 
 async def _serve(loaded: Loaded, load: Callable[[], Loaded]) -> int:
     began = time.monotonic()
+    reloads: list[asyncio.Future[None]] = []  # the loop itself keeps no task alive
     notify = Notifier()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -74,7 +76,7 @@ async def _serve(loaded: Loaded, load: Callable[[], Loaded]) -> int:
     async with AsyncExitStack() as stack:
         services = await build(loaded, stack)
         server = await _listen(loaded.config, services)
-        loop.add_signal_handler(signal.SIGHUP, lambda: _reload(services, loaded, load))
+        loop.add_signal_handler(signal.SIGHUP, lambda: reloads.append(asyncio.ensure_future(_reload(services, loaded, load))))
         log.info("ready: imgsvc %s on %s after %.2f s", __version__, loaded.config.address, time.monotonic() - began)
         notify("READY=1")
         await stop.wait()
@@ -94,6 +96,7 @@ class Services:
     admin: AdminService
     runtime: cri_pb2_grpc.RuntimeServiceServicer
     tools: ImageTools
+    streams: StreamServer | None
     store: ImageStore
     watch: Watch
 
@@ -146,7 +149,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     pods = await start_pods(settings, state, root, db, roots, stack)
     policy = Policy(settings.gc.startup_delay, settings.gc.schedule_delay, _cache_budget(settings), settings.gc.min_free)
     keeper = ContainerKeeper(pods.container_ids, snapshotters)
-    care = StoreCare(images, content, snapshotters, leases, threads, root, policy, [keeper])
+    care = StoreCare(images, content, snapshotters, puller.unpack_aside, leases, threads, root, policy, [keeper])
     await care.start(stack)
     expiry = asyncio.ensure_future(leases.expire_forever(lambda: care.trigger("lease expired")))
     stack.callback(expiry.cancel)
@@ -167,6 +170,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
             on_removed=on_removed,
         ),
         runtime=pods.service,
+        streams=pods.streams,
         tools=tools,
         store=images,
         watch=watch,
@@ -186,14 +190,14 @@ def _cache_budget(settings: Config) -> int:
     return 0 if settings.images.discard_unpacked_layers else settings.gc.blob_cache
 
 
-async def _snapshotters(settings: Config, root: Path, db: MetaDB, threads: Threads, stack: AsyncExitStack) -> dict[str, Snapshotter]:
+async def _snapshotters(settings: Config, root: Path, db: MetaDB, threads: Threads, stack: AsyncExitStack) -> dict[str, CheckedSnapshotter]:
     """The drivers this node can use, the default one first. Raises: FailedPrecondition when the configured one cannot work."""
     detected = await threads.run(detect.detect, root / overlay.NAME)
     wanted = detected.driver if settings.images.snapshotter == "auto" else settings.images.snapshotter
     if wanted == overlay.NAME and detected.options is None:
         raise FailedPrecondition(detected.reason, where="images.snapshotter", hint='use "native", or another file system for root')
     log.info("snapshotter %s: %s", wanted, detected.reason)
-    drivers: dict[str, Snapshotter] = {}
+    drivers: dict[str, CheckedSnapshotter] = {}
     if detected.options is not None:
         drivers[overlay.NAME] = overlay.OverlaySnapshotter(root / overlay.NAME, db, detected.options)
     drivers[native.NAME] = native.NativeSnapshotter(root / native.NAME, db)
@@ -252,10 +256,12 @@ async def _listen(settings: Config, services: Services) -> grpc.aio.Server:
     return server
 
 
-def _reload(services: Services, loaded: Loaded, load: Callable[[], Loaded]) -> None:
+async def _reload(services: Services, loaded: Loaded, load: Callable[[], Loaded]) -> None:
     """SIGHUP: what can change while running does, the rest is named. A bad file changes nothing."""
     try:
-        new = load()
+        new = await asyncio.to_thread(load)
+        if services.streams is not None:
+            await services.streams.reload_certificate()
     except ImgsvcError as error:
         log.error("configuration not reloaded: %s", error)
         return

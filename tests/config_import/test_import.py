@@ -64,7 +64,7 @@ def test_the_result_is_a_configuration_with_containerds_values() -> None:
     assert loaded.runtime.default_runtime_name == "runc"
     assert loaded.runtime.runtimes["runc"].path == "runc"
     assert loaded.stream_processors["io.containerd.ocicrypt.decoder.v1.tar"].path == "ctd-decoder"
-    assert loaded.registry.config_path == config.Registry().config_path
+    assert loaded.registry.config_path == config.schema.Registry().config_path
     assert loaded.root == config.Config().root
 
 
