@@ -43,7 +43,7 @@ async def start_pods(settings: Config, state: Path, root: Path, db: MetaDB, imag
     stack.push_async_callback(streams.close)
     node = await RuntimeNode.start(runtime_settings(settings, state, root), db, images)
     stack.push_async_callback(node.close)
-    return Pods(RuntimeService(node, streams), node.root_keys)
+    return Pods(RuntimeService(node, streams), node.root_keys, streams)
 
 
 def _off(settings: Config) -> str:
