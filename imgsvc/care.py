@@ -6,7 +6,8 @@ The wiring of gc, fsck and df with this daemon's content store, snapshotters, im
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,16 +16,20 @@ from imgsvc import gc_sources
 from imgsvc.concurrency import CancelToken, Threads
 from imgsvc.content.interfaces import Scrubber, Store
 from imgsvc.df import disk_usage
-from imgsvc.fsck import Checker, ContentChecker, ImageChecker, fsck
+from imgsvc.errors import NotFound
+from imgsvc.fsck import Checker, ContentChecker, ImageChecker, LayerChecker, fsck
 from imgsvc.gc import Collector, Keeper, Policy, Root
-from imgsvc.images import ImageStore
+from imgsvc.images import Image, ImageStore
 from imgsvc.leases import LeaseManager
-from imgsvc.roots import KEY_PREFIX
-from imgsvc.snapshot.interfaces import Snapshotter
+from imgsvc.roots import KEY_PREFIX, is_unpacked
+from imgsvc.snapshot.interfaces import CheckedSnapshotter, Key, Name, Snapshotter
 
 
 class CheckedStore(Store, Scrubber, Protocol):
     """A content store that can be checked."""
+
+
+UnpackAside = Callable[[Image, int, str, Key], Coroutine[Any, Any, None]]
 
 
 class ContainerKeeper:
@@ -54,14 +59,16 @@ class StoreCare:
         self,
         images: ImageStore,
         content: CheckedStore,
-        snapshotters: Mapping[str, Snapshotter],
+        snapshotters: Mapping[str, CheckedSnapshotter],
+        unpack_aside: UnpackAside,
         leases: LeaseManager,
         threads: Threads,
         root: Path,
         policy: Policy,
         keepers: Iterable[Keeper] = (),
     ) -> None:
-        """keepers: who needs things beside images and what is in progress."""
+        """keepers: who needs things beside images and what is in progress. unpack_aside: Puller.unpack_aside."""
+        self._unpack_aside = unpack_aside
         self._images = images
         self._content = content
         self._snapshotters = dict(snapshotters)
@@ -103,15 +110,55 @@ class StoreCare:
     async def check(self, deep: bool, repair: bool) -> dict[str, Any]:
         """`imgsvc fsck`."""
         cancel = CancelToken()
+        images, snapshotters = self._images.all(), list(self._snapshotters.values())
+        layers = {
+            (name, Name(layer.snapshot)): (image, at)
+            for name in self._snapshotters
+            for image in images
+            for at, layer in enumerate(image.layers)
+        }
+        loop = asyncio.get_running_loop()
+
+        def compare(snapshotter: str, name: Name, cancel: CancelToken) -> str:
+            if (snapshotter, name) not in layers:
+                raise NotFound("no image here names it")
+            image, position = layers[snapshotter, name]
+            if self._content.info(image.layers[position].descriptor.digest) is None:
+                raise NotFound(f"{image.layers[position].descriptor.digest} is not here")
+            return self._differs(image, position, self._snapshotters[snapshotter], loop, cancel)
+
         checkers: list[Checker] = [
             ContentChecker(self._content),
-            ImageChecker(self._images.all(), self._content, list(self._snapshotters.values())),
+            LayerChecker(snapshotters, compare),
+            ImageChecker(images, self._content, snapshotters),
         ]
+        work = asyncio.ensure_future(self._threads.run(lambda: fsck(checkers, deep=deep, repair=repair, cancel=cancel)))
         try:
-            report = await self._threads.run(lambda: fsck(checkers, deep=deep, repair=repair, cancel=cancel))
+            return (await asyncio.shield(work)).to_json()
         finally:
             cancel.cancel()
-        return report.to_json()
+            await asyncio.wait([work])
+
+    def _differs(
+        self, image: Image, position: int, snapshotter: CheckedSnapshotter, loop: asyncio.AbstractEventLoop, cancel: CancelToken
+    ) -> str:
+        """How an unpacked layer differs from its blob; unpacks it a second time. On a thread."""
+        key = Key(f"fsck-{uuid.uuid4().hex}")
+        unpacking = asyncio.run_coroutine_threadsafe(self._unpack_aside(image, position, snapshotter.name, key), loop)
+        try:
+            unpacking.result()
+            return snapshotter.difference(Name(image.layers[position].snapshot), key, cancel)
+        finally:
+            snapshotter.remove(key)
+
+    async def is_whole(self, image: Image) -> bool:
+        """Whether an image can be used: an artifact's blobs, or all layers in some snapshotter, are there."""
+        return await self._threads.run(self._is_whole, image)
+
+    def _is_whole(self, image: Image) -> bool:
+        if image.artifact:
+            return all(self._content.info(layer.descriptor.digest) is not None for layer in image.layers)
+        return any(is_unpacked(image, snapshotter) for snapshotter in self._snapshotters.values())
 
     def image_fs(self) -> tuple[str, int, int]:
         """(directory, bytes, inodes) of unpacked layers; blobs are a cache that goes when space is low."""

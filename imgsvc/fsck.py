@@ -8,30 +8,34 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Protocol
 
 from imgsvc.concurrency import CancelToken
 from imgsvc.content.interfaces import Fault, Manager, Provider, Scrubber
-from imgsvc.errors import Cancelled
+from imgsvc.errors import Cancelled, FailedPrecondition, ImgsvcError
 from imgsvc.failpoints import failpoint
 from imgsvc.images import Image
 from imgsvc.metadb import LastEnd
 from imgsvc.oci import Digest
-from imgsvc.snapshot.interfaces import Snapshotter
+from imgsvc.snapshot.interfaces import Kind, LayerCare, Name, SnapshotInfo, Snapshotter
 
 RECOVERY_BUDGET: Final = 10.0  # [s] of hashing before the socket answers; what is left waits for `imgsvc fsck --repair`
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is not as it should be. repaired: done about it, "" when nothing was."""
+    """One thing that is not as it should be, or that was not looked at (broken is false then).
+
+    repaired: done about it, "" when nothing was.
+    """
 
     kind: str
     id: str
     problem: str
     repaired: str = ""
+    broken: bool = True
 
     def __str__(self) -> str:
         return f"{self.kind} {self.id}: {self.problem}" + (f", {self.repaired}" if self.repaired else "")
@@ -47,7 +51,7 @@ class FsckReport:
     @property
     def clean(self) -> bool:
         """Nothing is broken (any more)."""
-        return all(finding.repaired for finding in self.findings)
+        return all(finding.repaired or not finding.broken for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
         """For `imgsvc fsck --json`."""
@@ -92,6 +96,65 @@ class ContentChecker:
         if repair:
             done = "verified and recorded" if self._content.adopt(digest, cancel) else "deleted, its bytes are not what its name says"
         return Finding("blob", digest, Fault.STRAY, done)
+
+
+Compare = Callable[[str, Name, CancelToken], str]  # (snapshotter, layer) → how its files differ from its blob, "" if they do not
+
+
+class LayerChecker:
+    """Directories of layers against their records and, when deep, their files against the blobs they came from."""
+
+    def __init__(self, snapshotters: Iterable[LayerCare], compare: Compare) -> None:
+        """compare: blocking; raises ImgsvcError, NotFound among them, when it cannot be done."""
+        self._snapshotters = list(snapshotters)
+        self._compare = compare
+
+    def check(self, *, deep: bool, repair: bool, cancel: CancelToken) -> Iterator[Finding]:
+        """See Checker. A layer on top of a broken one is not compared: it cannot be unpacked again."""
+        for snapshotter in self._snapshotters:
+            broken: set[Name | None] = set()
+            for name, parent in _parents_first(snapshotter.walk()):
+                cancel.check()
+                label = f"{snapshotter.name}/{name}"
+                problem: str = snapshotter.check(name) or ""
+                if deep and not problem and parent not in broken:
+                    try:
+                        problem = self._compare(snapshotter.name, name, cancel)
+                    except Cancelled:
+                        raise
+                    except ImgsvcError as error:
+                        yield Finding("layer", label, f"not compared with its blob: {error}", broken=False)
+                if problem or parent in broken:
+                    broken.add(name)
+                if problem:
+                    yield self._broken(snapshotter, name, problem, repair)
+            for directory in snapshotter.strays():
+                if repair:
+                    snapshotter.discard_stray(directory)
+                yield Finding("layer", f"{snapshotter.name}/{directory}", "a directory without a record", "deleted" if repair else "")
+
+    def _broken(self, snapshotter: LayerCare, name: Name, problem: str, repair: bool) -> Finding:
+        done, label = "", f"{snapshotter.name}/{name}"
+        if repair:
+            try:
+                gone = snapshotter.forget(name)
+                done = "forgotten" + (f" with {len(gone) - 1} on top of it" if len(gone) > 1 else "") + ", the next pull unpacks it"
+            except FailedPrecondition as error:
+                problem = f"{problem}; it stays because {error.what}"
+        return Finding("layer", label, problem, done)
+
+
+def _parents_first(snapshots: Iterable[SnapshotInfo]) -> Iterator[tuple[Name, Name | None]]:
+    """(name, parent) of the committed ones."""
+    on_top: dict[Name | None, list[Name]] = {}
+    committed = {Name(info.id): info.parent for info in snapshots if info.kind is Kind.COMMITTED}
+    for name, parent in committed.items():
+        on_top.setdefault(parent if parent in committed else None, []).append(name)
+    todo = on_top.get(None, [])[::-1]
+    while todo:
+        name = todo.pop()
+        yield name, committed[name]
+        todo += on_top.get(name, [])
 
 
 class ImageChecker:
@@ -140,7 +203,7 @@ def recover(content: RecoverableBlobs, last_end: LastEnd, *, budget: float = REC
     failpoint("content.recover")
     findings = [Finding("ingest", name, "it cannot be resumed", "deleted") for name in content.clean_ingests()]
     deadline = CancelToken()
-    timer = threading.Timer(budget, deadline.cancel)
+    timer = threading.Timer(min(budget, threading.TIMEOUT_MAX), deadline.cancel)
     timer.daemon = True
     timer.start()
     try:

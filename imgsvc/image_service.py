@@ -26,7 +26,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Usage(Protocol):
-    """Where images live and how much they use."""
+    """Where images live, how much they use, and whether they are whole."""
+
+    async def is_whole(self, image: Image) -> bool:
+        """Whether everything that using the image takes is on disk."""
 
     def image_fs(self) -> tuple[str, int, int]:
         """(directory, bytes, inodes) of blobs and image layers."""
@@ -82,8 +85,8 @@ class ImageService(cri_pb2_grpc.ImageServiceServicer):
         if not request.image.image:
             raise InvalidArgument("ImageStatus without an image", hint="name an image or an ID")
         image = self._images.find(request.image.image)
-        if image is None:
-            return cri_pb2.ImageStatusResponse()
+        if image is None or not await self._usage.is_whole(image):
+            return cri_pb2.ImageStatusResponse()  # the kubelet pulls an image that has lost a part, and so heals it
         info = {"info": json.dumps(describe(image), sort_keys=True)} if request.verbose else {}
         return cri_pb2.ImageStatusResponse(image=self._image(image), info=info)
 

@@ -140,6 +140,26 @@ class Layers:
         self._stages: Shared[_Stage] = Shared(_Stage)
         self._syncs = {name: _Sync(snapshotter, threads) for name, snapshotter in snapshotters.items()}
 
+    async def ensure_all(self, plan: LayerPlan) -> None:
+        """Make all snapshots exist. One whose files were lost below others that are here comes back before anything else.
+
+        Raises: as ensure.
+        """
+        here = await self._threads.run(lambda: [plan.snapshotter.stat(name) is not None for name in plan.names])
+        for position in range(len(here)):
+            if not here[position] and any(here[position:]):
+                await self.ensure(plan, position)
+        await all_of(*(self.ensure(plan, position) for position in range(len(plan.layers))))
+
+    async def unpack_aside(self, plan: LayerPlan, position: int, key: Key) -> None:
+        """Unpack one layer into a new active snapshot `key`, as it was unpacked into plan.names[position]. For comparing.
+
+        Raises: as ensure. The caller removes the snapshot in every case.
+        """
+        make = self._beside if plan.snapshotter.parallel else self._on_parent
+        async with AsyncExitStack() as jobs:
+            await make(plan, position, key, jobs)
+
     async def ensure(self, plan: LayerPlan, position: int) -> None:
         """Make one layer's snapshot exist, with all below it, joining whoever is at it already.
 

@@ -393,7 +393,9 @@ def _map_env(path: Path, sync: bool, tables: int, size: int) -> lmdb.Environment
 
 
 def _unreadable(path: Path, why: str) -> DataLoss:
-    return DataLoss(f"the metadata database cannot be used: {why}", where=str(path / _DATA), hint="run `imgsvc fsck --repair`")
+    return DataLoss(
+        f"the metadata database cannot be used: {why}", where=str(path / _DATA), hint=f"run `imgsvc fsck --repair --root {path.parent}`"
+    )
 
 
 def _key(key: str) -> bytes:

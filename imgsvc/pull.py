@@ -26,7 +26,7 @@ from imgsvc.blobs import Blobs
 from imgsvc.concurrency import SingleFlight, Threads, all_of
 from imgsvc.content.interfaces import Store
 from imgsvc.content.verify import read_verified
-from imgsvc.decrypt.interfaces import Decryptor
+from imgsvc.decrypt.interfaces import Decryptor, LayerKey
 from imgsvc.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
 from imgsvc.failpoints import afailpoint
 from imgsvc.images import Image, ImageStore, build_image
@@ -36,6 +36,7 @@ from imgsvc.oci import (
     MAX_DOCUMENT,
     MAX_INDEX_DEPTH,
     Descriptor,
+    Digest,
     ImageConfig,
     Index,
     Manifest,
@@ -45,7 +46,7 @@ from imgsvc.oci import (
 )
 from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import Attempt, BlobSource, Credential, Fetcher, Registry
-from imgsvc.snapshot.interfaces import Snapshotter, Unpacker
+from imgsvc.snapshot.interfaces import Key, Name, Snapshotter, Unpacker
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,8 @@ class Puller:
         self._images = images
         self._leases = leases
         self._threads = threads
-        self._layers = Layers(Blobs(content, threads), snapshotters, unpacker, decryptor, threads)
+        self.blobs = Blobs(content, threads)  # shared with whoever else downloads into the store
+        self._layers = Layers(self.blobs, snapshotters, unpacker, decryptor, threads)
         self._documents: SingleFlight[bytes] = SingleFlight()
 
     async def pull(self, request: PullRequest) -> Pulled:
@@ -170,7 +172,7 @@ class Puller:
             if manifest.is_artifact or not config.diff_ids:
                 await all_of(*(self._layers.bring(plan, layer) for layer in manifest.layers))
             else:
-                await all_of(*(self._layers.ensure(plan, position) for position in range(len(plan.layers))))
+                await self._layers.ensure_all(plan)
             await afailpoint("pull.layers")
             attempts = (*resolved.attempts, *(a for source in plan.sources.values() for a in source.attempts))
             image = build_image(
@@ -196,6 +198,36 @@ class Puller:
             return Pulled(shown, timings, attempts, _bytes_from(plan.sources.values()))
         finally:
             await asyncio.shield(self._leases.release(lease))
+
+    async def bring_back(self, image: Image, blobs: Sequence[Digest]) -> None:
+        """Have blobs of layers of a complete image in the store, from its own repository where the cache gave them up.
+
+        The caller's lease names them. Raises: PullFailed, DataLoss, ResourceExhausted, NotFound (the image has no name).
+        """
+        plan = self._plan_of(image, next(iter(self._snapshotters)), [None] * len(image.layers))
+        await all_of(*(self._layers.bring(plan, layer) for layer in plan.layers if layer.digest in blobs))
+
+    async def unpack_aside(self, image: Image, position: int, snapshotter: str, key: Key) -> None:
+        """Unpack a layer of a complete image once more, into an active snapshot `key` that the caller removes in every case.
+
+        Raises: as pull; PermissionDenied without the key of an encrypted layer.
+        """
+        keys = await unwrap_layers(self._decryptor, [layer.descriptor for layer in image.layers])
+        await self._layers.unpack_aside(self._plan_of(image, snapshotter, keys), position, key)
+
+    def _plan_of(self, image: Image, snapshotter: str, keys: Sequence[LayerKey | None]) -> LayerPlan:
+        if not image.names:
+            raise NotFound(f"image {image.image_id} has no name to fetch its layers by")
+        return LayerPlan(
+            label=image.names[0],
+            fetcher=self._registry.fetcher(Reference.parse(image.names[0]), None),
+            layers=tuple(layer.descriptor for layer in image.layers),
+            diff_ids=tuple(layer.diff_id for layer in image.layers),
+            names=tuple(Name(layer.snapshot) for layer in image.layers),
+            keys=tuple(keys),
+            snapshotter=self._snapshotters[snapshotter],
+            reporter=Silent(),
+        )
 
     async def _walk(
         self, request: PullRequest, fetcher: Fetcher, target: Descriptor, first: bytes | None

@@ -62,9 +62,9 @@ class ContainerRoots:
         if self._check is not None:
             await self._check(image)
         await self._authorise(image)
-        if parent and await self._threads.run(driver.stat, parent) is None:
+        if not await self._threads.run(is_unpacked, image, driver):
             raise FailedPrecondition(
-                f"{_label(image)} is not unpacked for snapshotter {driver.name}",
+                f"{_label(image)} is not completely unpacked for snapshotter {driver.name}",
                 hint="pull it again with the runtime handler that will run it",
             )
         if await self._threads.run(driver.stat, key) is None:
@@ -95,6 +95,11 @@ class ContainerRoots:
             raise PermissionDenied(
                 f"{_label(image)} was decrypted with other keys than this node has now", hint="pull it again with the right keys"
             )
+
+
+def is_unpacked(image: Image, snapshotter: Snapshotter) -> bool:
+    """Whether all layers are there, with their files. Blocking: some microseconds per layer."""
+    return all(snapshotter.stat(layer.snapshot) is not None for layer in image.layers)
 
 
 def _label(image: Image) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from imgsvc.cli.client import add_address, connect
@@ -18,8 +19,9 @@ def add_commands(commands: Any) -> None:
     collect.add_argument("--explain", action="store_true", help="say why each thing stays or goes, and remove nothing")
     collect.set_defaults(run=run_gc)
     check = commands.add_parser("fsck", help="check the store")
-    check.add_argument("--deep", action="store_true", help="read every blob and compare its digest")
+    check.add_argument("--deep", action="store_true", help="read every blob and compare its digest; compare layers with their blobs")
     check.add_argument("--repair", action="store_true", help="forget what is broken, so that the next pull brings it back")
+    check.add_argument("--root", metavar="DIR", type=Path, help="check the store in DIR, on which no daemon runs, without one")
     check.set_defaults(run=run_fsck)
     for parser in (usage, collect, check):
         parser.add_argument("--json", action="store_true")
@@ -70,10 +72,7 @@ def run_gc(arguments: argparse.Namespace) -> int:
 
 def run_fsck(arguments: argparse.Namespace) -> int:
     """`imgsvc fsck`: 1 when something is broken and was not repaired."""
-    from imgsvc.api import admin_pb2
-
-    with connect(arguments) as daemon:
-        reply = json.loads(daemon.admin.Check(admin_pb2.CheckRequest(deep=arguments.deep, repair=arguments.repair)).json)
+    reply = _check_offline(arguments) if arguments.root else _check(arguments)
     if arguments.json:
         print_json(reply)
     else:
@@ -81,3 +80,18 @@ def run_fsck(arguments: argparse.Namespace) -> int:
             print(f"{finding['kind']} {finding['id']}: {finding['problem']}" + (f"; {finding['repaired']}" if finding["repaired"] else ""))
         print("clean" if reply["clean"] else "broken; `imgsvc fsck --repair` mends what it can")
     return 0 if reply["clean"] else 1
+
+
+def _check(arguments: argparse.Namespace) -> dict[str, Any]:
+    from imgsvc.api import admin_pb2
+
+    with connect(arguments) as daemon:
+        request = admin_pb2.CheckRequest(deep=arguments.deep, repair=arguments.repair)
+        report: dict[str, Any] = json.loads(daemon.admin.Check(request).json)
+    return report
+
+
+def _check_offline(arguments: argparse.Namespace) -> dict[str, Any]:
+    from imgsvc.offline import check_offline
+
+    return check_offline(arguments.root, deep=arguments.deep, repair=arguments.repair).to_json()

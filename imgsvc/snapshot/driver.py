@@ -6,22 +6,26 @@ removed before the directory goes; cleanup() at start drops whichever is without
 
 from __future__ import annotations
 
+import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from imgsvc.errors import FailedPrecondition, NotFound
+from imgsvc.concurrency import CancelToken
+from imgsvc.errors import FailedPrecondition, NotFound, from_os_error
 from imgsvc.failpoints import failpoint
 from imgsvc.metadb import MetaDB
+from imgsvc.snapshot.compare import difference
 from imgsvc.snapshot.directories import Directories, disk_usage
-from imgsvc.snapshot.interfaces import Key, Kind, Mount, Name, SnapshotInfo, Usage
+from imgsvc.snapshot.interfaces import Key, Kind, LayerFault, Mount, Name, SnapshotInfo, Usage
 from imgsvc.snapshot.records import Records, Stored
 
 _MEASURED_FOR: Final = 10.0  # seconds an active snapshot's measured usage is good for; CRI asks for all of them at a time
 
 
-class DirectoryDriver:
+class DirectoryDriver(ABC):
     """Common half of a Snapshotter over numbered directories with their files in `fs`."""
 
     def __init__(self, name: str, root: Path, db: MetaDB, *, sync_remove: bool = False) -> None:
@@ -38,8 +42,23 @@ class DirectoryDriver:
 
     def stat(self, key_or_name: str) -> SnapshotInfo | None:
         """See Snapshotter."""
-        stored = self._records.get(key_or_name)
+        stored = self._present(key_or_name)
         return None if stored is None else stored.info
+
+    def _present(self, key_or_name: str) -> Stored | None:
+        """The record of something that is whole."""
+        stored = self._records.get(key_or_name)
+        return None if stored is None or self._fault(stored) else stored
+
+    def _fault(self, stored: Stored) -> LayerFault | None:
+        if stored.info.kind is not Kind.COMMITTED:
+            return None
+        try:
+            if stored.extra.get("filled") and _is_empty(self._files(stored)):
+                return LayerFault.EMPTY
+            return None if stored.extra.get("filled") or self._files(stored).is_dir() else LayerFault.MISSING
+        except (FileNotFoundError, NotADirectoryError):
+            return LayerFault.MISSING
 
     def usage(self, key_or_name: str) -> Usage:
         """See Snapshotter."""
@@ -69,8 +88,13 @@ class DirectoryDriver:
         stored = self._records.must_get(key)
         if stored.info.kind is not Kind.ACTIVE:
             raise FailedPrecondition(f'snapshot "{key}" is not active')
-        self._records.commit(name, key, parent, usage or disk_usage(self._files(stored)), labels)
+        old = self._records.get(name)
+        lost = old.number if old is not None and self._fault(old) else None
+        facts = {"filled": not _is_empty(self._files(stored))}
+        self._records.commit(name, key, parent, usage or disk_usage(self._files(stored)), labels, facts, replaces=lost)
         self._measured.pop(key, None)
+        if lost is not None:
+            self._directories.discard(lost)
 
     def sync(self, keys: Sequence[Key]) -> None:
         """See Snapshotter: one syncfs serves them all."""
@@ -105,22 +129,77 @@ class DirectoryDriver:
             self._directories.discard(number)
         return dropped + len(orphans)
 
+    def check(self, name: Name) -> LayerFault | None:
+        """See LayerCare."""
+        stored = self._records.get(name)
+        return None if stored is None else self._fault(stored)
+
+    def strays(self) -> list[str]:
+        """See LayerCare. Directories first: a record comes before its directory."""
+        present = self._directories.numbers()
+        return [str(number) for number in sorted(present - {stored.number for stored in self._records.walk()})]
+
+    def discard_stray(self, directory: str) -> None:
+        """See LayerCare."""
+        self._directories.discard(int(directory))
+
+    def forget(self, name: Name) -> list[Name]:
+        """See LayerCare."""
+        gone = self._records.forget(name)
+        for stored in gone:
+            self._directories.discard(stored.number)
+        return [Name(stored.info.id) for stored in gone]
+
+    def difference(self, name: Name, key: Key, cancel: CancelToken) -> str:
+        """See LayerCare."""
+        one, other = (self._files(self._records.must_get(each)) for each in (name, key))
+        try:
+            return difference(one, other, cancel)
+        except OSError as error:
+            raise from_os_error(error, "comparing a layer", where=str(one)) from error
+
     def close(self) -> None:
         """See Snapshotter."""
         self._directories.close()
+
+    @abstractmethod
+    def mounts(self, key: Key, *, below: Sequence[str] = ()) -> list[Mount]:
+        """See Snapshotter."""
 
     def _files(self, stored: Stored) -> Path:
         return self._directories.path(stored.number) / "fs"
 
     def _parents(self, name: str | None) -> list[Path]:
-        """Directories of a committed snapshot and its parents, nearest first. Raises: NotFound."""
-        return [self._files(stored) for stored in self._records.chain(name)]
+        """Directories of a committed snapshot and its parents, nearest first. Raises: NotFound, also when files of one are lost."""
+        found = []
+        for stored in self._records.chain(name):
+            if fault := self._fault(stored):
+                raise NotFound(
+                    f"layer {stored.info.id} cannot be used, {fault}", where=str(self._files(stored)), hint="pull the image again"
+                )
+            found.append(self._files(stored))
+        return found
+
+    def _make_view(self, key: Key, parent: Name | None, labels: Mapping[str, str] | None) -> list[Mount]:
+        stored = self._records.create(key, Kind.VIEW, parent, labels)
+        try:
+            self._directories.make(stored.number, ("fs",))
+            return self.mounts(key)
+        except BaseException:
+            self.remove(key)
+            raise
 
     def _active(self, key: str) -> Stored:
         stored = self._records.must_get(key)
         if stored.info.kind is Kind.COMMITTED:
             raise NotFound(f'snapshot "{key}" is committed; only active snapshots and views are mounted')
         return stored
+
+
+def _is_empty(path: Path) -> bool:
+    """Raises: FileNotFoundError, NotADirectoryError."""
+    with os.scandir(path) as entries:
+        return next(entries, None) is None
 
 
 def bind(path: Path, *, read_only: bool = False) -> Mount:

@@ -11,6 +11,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import NewType, Protocol
 
+from imgsvc.concurrency import CancelToken
 from imgsvc.oci import Digest
 
 Key = NewType("Key", str)  # an active snapshot or a view: work in progress, a container's root
@@ -74,7 +75,7 @@ class Snapshotter(Protocol):
         """Layers may be unpacked without their parents: prepare(key, None), then commit(…, parent=…) ("rebase")."""
 
     def stat(self, key_or_name: str) -> SnapshotInfo | None:
-        """The record, or None."""
+        """The record, or None; None also for a committed snapshot whose files are lost (LayerCare.check)."""
 
     def usage(self, key_or_name: str) -> Usage:
         """Disk use; recorded for committed snapshots, measured for active ones. Raises: NotFound."""
@@ -113,6 +114,7 @@ class Snapshotter(Protocol):
         """Turn active `key` into committed `name`; becoming visible is the last, atomic step.
 
         Args:     parent: new parent for a key prepared without one (only where `parallel`). usage: known disk use.
+        A `name` whose files are lost is replaced, and what stands on it stands on the new one.
         Durability: the layer's files must be on disk before this is called (see sync); the record is, on return.
         Raises:   AlreadyExists (name; the key stays), NotFound, FailedPrecondition (not active).
         """
@@ -134,6 +136,46 @@ class Snapshotter(Protocol):
 
     def close(self) -> None:
         """Wait for background removal and release what is held."""
+
+
+class LayerFault(StrEnum):
+    """What can be wrong with a committed snapshot, seen from outside. Its contents are compared by difference()."""
+
+    MISSING = "its directory is missing"
+    EMPTY = "its directory is empty"
+
+
+class LayerCare(Protocol):
+    """Looking after what lies on disk; a snapshotter that keeps its layers somewhere else has none of this."""
+
+    @property
+    def name(self) -> str:
+        """As Snapshotter."""
+
+    def walk(self) -> Iterator[SnapshotInfo]:
+        """As Snapshotter."""
+
+    def check(self, name: Name) -> LayerFault | None:
+        """Whether a committed snapshot's files are there. Cheap. None also for what is no committed snapshot."""
+
+    def strays(self) -> list[str]:
+        """Directories without a record."""
+
+    def discard_stray(self, directory: str) -> None:
+        """Delete one of them. Absent is a success."""
+
+    def forget(self, name: Name) -> list[Name]:
+        """Remove a committed snapshot and those on top of it, which are worth nothing without it; those removed.
+
+        Raises: FailedPrecondition when one of them is in use by an active snapshot or a view; then all stay.
+        """
+
+    def difference(self, name: Name, key: Key, cancel: CancelToken) -> str:
+        """What a committed snapshot has other than an active one, in words; "" for nothing. Blocking: reads both."""
+
+
+class CheckedSnapshotter(Snapshotter, LayerCare, Protocol):
+    """A snapshotter that can be checked."""
 
 
 @dataclass(frozen=True, slots=True)

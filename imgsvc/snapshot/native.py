@@ -43,8 +43,8 @@ class NativeSnapshotter(DirectoryDriver):
         stored = self._records.create(key, Kind.ACTIVE, parent, labels, mapping)
         try:
             files = self._directories.make(stored.number, ("fs",)) / "fs"
-            if parent is not None:
-                copy_tree(self._parents(parent)[0], files)
+            if lower := self._parents(parent):
+                copy_tree(lower[0], files)
             if mapping is not None:
                 shift_tree(files, mapping)
         except BaseException:
@@ -54,9 +54,7 @@ class NativeSnapshotter(DirectoryDriver):
 
     def view(self, key: Key, parent: Name | None, labels: Mapping[str, str] | None = None) -> list[Mount]:
         """See Snapshotter. Shows the parent's own directory."""
-        stored = self._records.create(key, Kind.VIEW, parent, labels)
-        self._directories.make(stored.number, ("fs",))
-        return self.mounts(key)
+        return self._make_view(key, parent, labels)
 
 
 def native(root: Path, db: MetaDB) -> Snapshotter:

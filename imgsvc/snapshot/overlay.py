@@ -55,7 +55,7 @@ class OverlaySnapshotter(DirectoryDriver):
 
     def stat(self, key_or_name: str) -> SnapshotInfo | None:
         """See Snapshotter."""
-        stored = self._records.get(key_or_name)
+        stored = self._present(key_or_name)
         if stored is None or not self._options.upperdir_label:
             return None if stored is None else stored.info
         info = stored.info
@@ -78,6 +78,7 @@ class OverlaySnapshotter(DirectoryDriver):
             raise Unimplemented("no idmapped mounts here, and slow_chown is off", where=str(self._directories.root))
         stored = self._records.create(key, Kind.ACTIVE, parent, labels, mapping, {"copied": copied})
         try:
+            self._parents(parent)  # raises when files of one are lost
             directory = self._directories.make(stored.number, ("fs", "work"))
             if copied:
                 assert mapping is not None
@@ -93,9 +94,7 @@ class OverlaySnapshotter(DirectoryDriver):
 
     def view(self, key: Key, parent: Name | None, labels: Mapping[str, str] | None = None) -> list[Mount]:
         """See Snapshotter."""
-        stored = self._records.create(key, Kind.VIEW, parent, labels)
-        self._directories.make(stored.number, ("fs",))
-        return self.mounts(key)
+        return self._make_view(key, parent, labels)
 
     def _mounts(self, stored: Stored, lowers: list[Path]) -> list[Mount]:
         files = self._files(stored)

@@ -102,8 +102,21 @@ class Records:
 
         return self._db.write(change)
 
-    def commit(self, name: Name, key: Key, parent: Name | None, usage: Usage, labels: Mapping[str, str] | None) -> None:
-        """Turn active `key` into committed `name`. Raises: as Snapshotter.commit."""
+    def commit(
+        self,
+        name: Name,
+        key: Key,
+        parent: Name | None,
+        usage: Usage,
+        labels: Mapping[str, str] | None,
+        facts: Mapping[str, Any] | None = None,
+        *,
+        replaces: int | None = None,
+    ) -> None:
+        """Turn active `key` into committed `name`. Raises: as Snapshotter.commit.
+
+        Args: facts: more of the driver's own. replaces: number of the directory of a record of that name which is to go.
+        """
         _check_key(name)
 
         def change(txn: WriteTxn) -> None:
@@ -112,7 +125,7 @@ class Records:
                 raise NotFound(f'no snapshot "{printable(key, 120)}"', where=self._prefix.rstrip("/"))
             if record["kind"] != Kind.ACTIVE:
                 raise FailedPrecondition(f'snapshot "{printable(key, 120)}" is not active')
-            self._must_be_free(txn, name)
+            record["children"] = self._make_room(txn, name, replaces)
             if parent is not None and parent != record["parent"]:
                 if record["parent"] is not None:
                     raise FailedPrecondition(f'snapshot "{printable(key, 120)}" has a parent already')
@@ -120,6 +133,7 @@ class Records:
                 record["parent"] = parent
             merged = {**record["labels"], **(labels or {})}
             record.update(kind=Kind.COMMITTED, labels=merged, updated=_now(), size=usage.size, inodes=usage.inodes)
+            record["extra"] = {**record["extra"], **(facts or {})}
             txn.delete(_TABLE, self._prefix + key)
             txn.put(_TABLE, self._prefix + name, record)
             self._add_usage(txn, usage.size, usage.inodes)
@@ -135,35 +149,64 @@ class Records:
                 return None
             if stored.children:
                 raise FailedPrecondition(f'snapshot "{printable(key, 120)}" has children', hint="remove those first")
-            if stored.info.parent is not None and self._load(txn, stored.info.parent) is not None:
-                self._add_child(txn, stored.info.parent, -1)
-            if stored.info.kind is Kind.COMMITTED:
-                self._add_usage(txn, -stored.usage.size, -stored.usage.inodes)
-            txn.delete(_TABLE, self._prefix + key)
+            self._delete(txn, stored)
             return stored
 
         return self._db.write(change)
 
-    def drop_broken(self, present: set[int]) -> int:
-        """Forget records whose directory is not among `present`, with the committed ones on top of them; how many."""
+    def forget(self, name: Name) -> list[Stored]:
+        """Remove a committed record with all on top of it, top first. Raises: FailedPrecondition when one on top is in use."""
 
-        def change(txn: WriteTxn) -> int:
-            records = {k.removeprefix(self._prefix): r for k, r in txn.items(_TABLE, self._prefix)}
-            broken = {key for key, r in records.items() if r["number"] not in present}
-            more = broken
-            while more:
-                more = {k for k, r in records.items() if r["parent"] in broken and r["kind"] == Kind.COMMITTED} - broken
-                broken |= more
-            for key in broken:
-                record = records[key]
-                if record["parent"] is not None and record["parent"] not in broken:
-                    self._add_child(txn, record["parent"], -1)
-                if record["kind"] == Kind.COMMITTED:
-                    self._add_usage(txn, -record["size"], -record["inodes"])
-                txn.delete(_TABLE, self._prefix + key)
-            return len(broken)
+        def change(txn: WriteTxn) -> list[Stored]:
+            all_of = [_stored(key.removeprefix(self._prefix), record) for key, record in txn.items(_TABLE, self._prefix)]
+            on_top: dict[str | None, list[Stored]] = {}
+            for stored in all_of:
+                on_top.setdefault(stored.info.parent, []).append(stored)
+            gone = [stored for stored in all_of if stored.info.id == name]
+            for stored in gone:
+                gone += on_top.get(stored.info.id, [])
+            users = [stored.info.id for stored in gone if stored.info.kind is not Kind.COMMITTED]
+            if users:
+                raise FailedPrecondition(f"{users[0]} stands on it", where=f"{self._prefix}{name}", hint="remove that first")
+            for stored in reversed(gone):
+                self._delete(txn, stored)
+            return gone[::-1]
 
         return self._db.write(change)
+
+    def drop_broken(self, present: set[int]) -> int:
+        """Forget records whose directory is not among `present` and on which nothing stands; how many.
+
+        Others wait for a pull that brings their files back (commit): a container may be running on what is above.
+        """
+
+        def change(txn: WriteTxn) -> int:
+            records = [_stored(key.removeprefix(self._prefix), record) for key, record in txn.items(_TABLE, self._prefix)]
+            broken = {stored.info.id: stored for stored in records if stored.number not in present}
+            count = 0
+            while free := [key for key in broken if (now := self._load(txn, key)) is not None and not now.children]:
+                for key in free:
+                    self._delete(txn, broken.pop(key))
+                    count += 1
+            return count
+
+        return self._db.write(change)
+
+    def _delete(self, txn: WriteTxn, stored: Stored) -> None:
+        if stored.info.parent is not None and self._load(txn, stored.info.parent) is not None:
+            self._add_child(txn, stored.info.parent, -1)
+        if stored.info.kind is Kind.COMMITTED:
+            self._add_usage(txn, -stored.usage.size, -stored.usage.inodes)
+        txn.delete(_TABLE, self._prefix + stored.info.id)
+
+    def _make_room(self, txn: WriteTxn, name: str, replaces: int | None) -> int:
+        """Let `name` be free, at the cost of the record with directory `replaces`; how many snapshots stand on that."""
+        old = self._load(txn, name)
+        if old is None or old.number != replaces:
+            self._must_be_free(txn, name)
+            return 0
+        self._delete(txn, old)
+        return old.children
 
     def update(self, key: str, labels: Mapping[str, str | None]) -> SnapshotInfo:
         """Merge labels. Raises: NotFound."""

@@ -1,0 +1,70 @@
+"""`imgsvc fsck --root DIR`: checking a store on which no daemon runs, also one whose metadata cannot be read.
+
+Such a database is set aside when repairing. What it knew is lost: images have to be pulled again, but blobs that are
+what their name says are taken up again, so that little of that goes over the network.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+from imgsvc.concurrency import CancelToken
+from imgsvc.content.local import LocalStore
+from imgsvc.errors import DataLoss, NotFound, Unimplemented
+from imgsvc.fsck import Checker, ContentChecker, Finding, FsckReport, ImageChecker, LayerChecker, fsck, recover
+from imgsvc.images import Image, ImageStore
+from imgsvc.metadb import MetaDB, set_aside
+from imgsvc.snapshot import native, overlay
+from imgsvc.snapshot.interfaces import CheckedSnapshotter, Name
+
+METADATA = "metadata"  # below the root
+
+
+def check_offline(root: Path, *, deep: bool, repair: bool) -> FsckReport:
+    """Check, and repair if asked, the store below `root`. Blocking.
+
+    Raises: NotFound (no store there), FailedPrecondition (a daemon runs on it, or it is a newer one's), ResourceExhausted.
+    """
+    if not (root / METADATA).is_dir():
+        raise NotFound("there is no store", where=str(root), hint="name the daemon's root with --root")
+    lost: list[Finding] = []
+    with ExitStack() as stack:
+        try:
+            images, content, drivers, findings = _open(root, stack)
+        except DataLoss as error:
+            if not repair:
+                return FsckReport((Finding("metadata", str(root / METADATA), error.what),), 0.0)
+            stack.close()
+            aside = set_aside(root / METADATA)
+            lost.append(Finding("metadata", str(root / METADATA), error.what, f"set aside as {aside.name}; pull the images again"))
+            images, content, drivers, findings = _open(root, stack)
+        checkers: list[Checker] = [
+            ContentChecker(content),
+            LayerChecker(drivers, _cannot_compare),
+            ImageChecker(images, content, drivers),
+        ]
+        report = fsck(checkers, deep=deep, repair=repair, cancel=CancelToken())
+    return FsckReport((*lost, *findings, *report.findings), report.seconds)
+
+
+def _open(root: Path, stack: ExitStack) -> tuple[list[Image], LocalStore, list[CheckedSnapshotter], Iterable[Finding]]:
+    """What a daemon would find, after the repair that every daemon's start does. Raises: DataLoss (unreadable)."""
+    db = MetaDB(root / METADATA)
+    stack.callback(db.close)
+    images = ImageStore(db).all()
+    content = LocalStore(root, db, sync=True)
+    findings = recover(content, db.last_end, budget=sys.float_info.max)
+    makers = {overlay.NAME: overlay.OverlaySnapshotter, native.NAME: native.NativeSnapshotter}
+    drivers: list[CheckedSnapshotter] = []
+    for name, make in makers.items():
+        if (root / "snapshots" / name).is_dir():
+            drivers.append(make(root / "snapshots" / name, db))
+            stack.callback(drivers[-1].close)
+    return images, content, drivers, findings
+
+
+def _cannot_compare(_snapshotter: str, _name: Name, _cancel: CancelToken) -> str:
+    raise Unimplemented("only a running daemon unpacks layers for comparing")
