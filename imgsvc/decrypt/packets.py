@@ -58,13 +58,13 @@ def wrapped_keys(descriptor: Descriptor) -> list[WrappedKey]:
 
     Raises: InvalidArgument when there are more than MAX_ITEMS.
     """
-    found: list[WrappedKey] = []
+    found: list[tuple[str, str]] = []
     for name, value in descriptor.annotations.items():
         if name.startswith(_KEYS):
-            found += [_wrapped_key(name.removeprefix(_KEYS), item) for item in value.split(",") if item.strip()]
+            found += [(name.removeprefix(_KEYS), item) for item in value.split(",") if item.strip()]
     if len(found) > MAX_ITEMS:
         raise InvalidArgument(f"{len(found)} wrapped keys; at most {MAX_ITEMS} are accepted", where=f"encrypted layer {descriptor.digest}")
-    return found
+    return [_wrapped_key(scheme, item) for scheme, item in found]
 
 
 def _wrapped_key(scheme: str, item: str) -> WrappedKey:

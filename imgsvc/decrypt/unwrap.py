@@ -74,7 +74,11 @@ def layer_recipients(descriptor: Descriptor, wrappers: Sequence[KeyWrapper]) -> 
     """Everybody the layer's key is wrapped for, as far as its packets say."""
     by_scheme = {w.scheme: w for w in wrappers}
     found = []
-    for item in wrapped_keys(descriptor):
+    try:
+        items = wrapped_keys(descriptor)
+    except InvalidArgument as error:
+        return [Recipient("", error.what)]  # only a stream processor may have taken such a layer
+    for item in items:
         wrapper = by_scheme.get(item.scheme)
         names = wrapper.recipients(item.packet) if wrapper and item.packet is not None else []
         fallback = f"key provider {item.scheme.removeprefix('provider.')}" if item.scheme.startswith("provider.") else "unreadable packet"

@@ -292,6 +292,12 @@ def test_recipients_of_everything(rsa_key: rsa.RSAPrivateKey) -> None:
     assert recipients(replace(layer, media_type=GZIP)) == []
 
 
+def test_recipients_without_number_are_said_to_be_too_many() -> None:
+    """Such a layer is refused, unless a stream processor takes it: then it is shown."""
+    layer = seal(b"x").descriptor(jwe=[b"x"] * 1000)
+    assert [(r.scheme, "1000 wrapped keys" in r.name) for r in recipients(layer)] == [("", True)]
+
+
 # Stream processors
 
 

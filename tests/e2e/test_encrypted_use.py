@@ -349,9 +349,7 @@ def test_decryption_can_be_switched_off(make_node: Callable[..., Node], registry
     assert (code, "key_model" in text) == (grpc.StatusCode.UNIMPLEMENTED, True), text
 
 
-def test_layers_of_many_recipients_are_unwrapped_side_by_side(
-    make_node: Callable[..., Node], registry: RealRegistry, tmp_path: Path
-) -> None:
+def test_the_layers_of_an_image_are_unwrapped_side_by_side(make_node: Callable[..., Node], registry: RealRegistry, tmp_path: Path) -> None:
     """A provider that takes a second per layer must not make six layers take six."""
     script = (
         "import base64, json, sys, time; time.sleep(1); "
@@ -366,7 +364,7 @@ def test_layers_of_many_recipients_are_unwrapped_side_by_side(
     pulled = node.daemon.cli("pull", "--timings", "use/slow")
     assert pulled.returncode == 0, pulled.stderr
     (seconds,) = [float(line.split()[1]) for line in pulled.stdout.splitlines() if line.startswith("unwrap")]
-    assert 1 <= seconds < 4
+    assert 1 <= seconds < 5
 
 
 def test_a_thousand_keys_are_no_burden(make_node: Callable[..., Node], registry: RealRegistry, rsa_key: rsa.RSAPrivateKey) -> None:
