@@ -147,6 +147,20 @@ def test_c_r13_range_lies_end_on_the_next_host_with_the_right_bytes(tmp_path: Pa
     assert len(liar.requests) <= 2
 
 
+@pytest.mark.parametrize("length", [None, -1], ids=["announced", "chunked"])
+def test_one_byte_too_many_is_an_error(tmp_path: Path, length: int | None) -> None:
+    with FakeRegistry() as fake:
+        fake.rule(fake.on("/blobs/", Reply(200, {}, DATA + b"x", length=length)))
+
+        async def main() -> PullFailed:
+            async with fetching(tmp_path, fake) as (_, fetcher):
+                with pytest.raises(PullFailed) as caught:
+                    await fetcher.download(blob(DATA), MemorySink(len(DATA)))
+            return caught.value
+
+        assert run(main()).code == "DATA_LOSS"
+
+
 def test_c_r13_content_that_changes_between_ranges_is_noticed(tmp_path: Path) -> None:
     with FakeRegistry() as fake:
         count = [0]

@@ -213,6 +213,7 @@ def test_bearer_anonymous_and_private(tmp_path: Path, bearer: tuple[str, TokenSe
             await push(client.repository(Reference.parse(f"{address}/public/a"), ROBOT), image_of())
             await push(client.repository(Reference.parse(f"{address}/private/a"), ROBOT), image_of())
             await pull(client, f"{address}/public/a")
+            await pull(client, f"{address}/private/a", ROBOT)
             with pytest.raises(PullFailed) as caught:
                 await pull(client, f"{address}/private/a")
             assert caught.value.code == "UNAUTHENTICATED"
