@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
+from typing import Protocol
 
 from imgsvc.concurrency import Shared, SingleFlight, Threads
 from imgsvc.content.interfaces import Store, Writer
@@ -13,9 +14,9 @@ from imgsvc.errors import DataLoss
 from imgsvc.failpoints import afailpoint
 from imgsvc.oci import Descriptor, Digest
 from imgsvc.registry.interfaces import BlobSource, Fetcher, PullFailed
-from imgsvc.snapshot.interfaces import UnpackJob
 
 log = logging.getLogger(__name__)
+
 
 class WrongBytes(DataLoss):
     """A download gave other bytes than the digest names. elsewhere: whether somebody else can be asked."""
@@ -30,6 +31,13 @@ class WrongBytes(DataLoss):
 Progress = Callable[[int], None]  # told how many bytes, from the start and without a gap, are here
 
 
+class Follower(Protocol):
+    """Reads a blob while it comes in: an unpack job, or who sends it on."""
+
+    def advance(self, available: int) -> None:
+        """That many bytes, from the start and without a gap, can be read now."""
+
+
 class GrowingBlob:
     """A blob on its way in: followers learn how many bytes, from the start and without a gap, can be read.
 
@@ -40,7 +48,7 @@ class GrowingBlob:
         self.available = 0
         self.opened = asyncio.Event()
         self._fd = -1
-        self._followers: list[UnpackJob] = []
+        self._followers: list[Follower] = []
 
     def open(self, fd: int, available: int) -> None:
         """The file exists; its descriptor is duplicated here and lives until close().
@@ -53,17 +61,22 @@ class GrowingBlob:
         self.available = available
         self.opened.set()
 
-    def follow(self, job: UnpackJob) -> None:
-        """Tell `job` what is there now and whenever there is more."""
-        self._followers.append(job)
-        job.advance(self.available)
+    def follow(self, follower: Follower) -> None:
+        """Tell `follower` what is there now and whenever there is more."""
+        self._followers.append(follower)
+        follower.advance(self.available)
+
+    def leave(self, follower: Follower) -> None:
+        """Tell it nothing more; absent is a success."""
+        if follower in self._followers:
+            self._followers.remove(follower)
 
     def grew(self, available: int) -> None:
         """More bytes from the start are readable."""
         if available > self.available:
             self.available = available
-            for job in self._followers:
-                job.advance(available)
+            for follower in self._followers:
+                follower.advance(available)
 
     def duplicate(self) -> int:
         """A descriptor of the file for the caller to close."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from imgsvc.archive.service import Archives
@@ -17,7 +17,7 @@ from imgsvc.events import EventBus
 from imgsvc.http1 import Handler, HttpServer, is_loopback, server_tls
 from imgsvc.image_service import Usage
 from imgsvc.image_tools import ImageTools
-from imgsvc.images import Image, ImageStore
+from imgsvc.images import ImageStore
 from imgsvc.leases import LeaseManager
 from imgsvc.metadb import MetaDB
 from imgsvc.metrics import Gauge, Page
@@ -25,6 +25,7 @@ from imgsvc.mirror import Mirror
 from imgsvc.observe import Observer, store_gauges
 from imgsvc.prepull.service import Prepull
 from imgsvc.pull import Puller
+from imgsvc.pullthrough import PullThrough
 from imgsvc.registry.interfaces import Registry
 from imgsvc.snapshot.tarstream import TarStream
 from imgsvc.verification.policy import load_policy
@@ -81,7 +82,7 @@ class Parts:
     db: MetaDB
     threads: Threads
     usage: Usage
-    check: Callable[[Image], Awaitable[None]]
+    verification: Verification
     snapshotter: str
 
 
@@ -120,12 +121,23 @@ async def _start_mirror(settings: Config, parts: Parts, watch: Watch, stack: Asy
         return
     if not mirror.tls_cert_file and not is_loopback(mirror.address):
         log.warning("mirror.address %s is reachable from outside and speaks plain HTTP; set mirror.tls_cert_file", mirror.address)
+    through = PullThrough(
+        namespaces=mirror.pull_through,
+        keep=timedelta(seconds=mirror.keep),
+        registry=parts.registry,
+        blobs=parts.puller.blobs,
+        content=parts.content,
+        leases=parts.leases,
+        threads=parts.threads,
+        verifier=parts.verification,
+    )
     service = Mirror(
         parts.images,
         parts.content,
         parts.threads,
-        check=parts.check,
+        check=parts.verification.check,
         private=mirror.private_images == "certificate",
+        through=through,
         served=watch.observer.served,
     )
     await _listen("mirror", mirror.address, service.handle, stack, mirror.tls_cert_file, mirror.tls_key_file, mirror.client_ca_file)

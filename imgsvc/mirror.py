@@ -23,22 +23,33 @@ import json
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final
 
 from imgsvc.concurrency import Threads
 from imgsvc.content.interfaces import Provider
 from imgsvc.errors import ImgsvcError, InvalidArgument, NotFound, printable
-from imgsvc.http1 import FileBody, Request, Response, parse_range
+from imgsvc.http1 import FileBody, Request, Response, StreamBody, parse_range
 from imgsvc.images import Image, ImageStore
 from imgsvc.oci import MAX_DOCUMENT, OCI_INDEX, Descriptor, Digest, Manifest, parse_document
+from imgsvc.pullthrough import PullThrough
 from imgsvc.reference import DEFAULT_HOST, Reference
+from imgsvc.registry.interfaces import PullFailed
 
 log = logging.getLogger(__name__)
 
 _ROUTE = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|referrers)/(?P<target>[^/]+)", re.ASCII)
 _HOST_PORT = re.compile(r"(?P<host>[a-z0-9.-]+)_(?P<port>[0-9]{1,5})", re.ASCII)
-_STATUS: Final = {"NOT_FOUND": 404, "PERMISSION_DENIED": 403, "INVALID_ARGUMENT": 400, "DATA_LOSS": 404}
+_STATUS: Final = {
+    "NOT_FOUND": 404,
+    "PERMISSION_DENIED": 403,
+    "UNAUTHENTICATED": 404,
+    "INVALID_ARGUMENT": 400,
+    "DATA_LOSS": 502,
+    "UNAVAILABLE": 502,
+    "DEADLINE_EXCEEDED": 504,
+    "RESOURCE_EXHAUSTED": 503,
+}
 _CODES: Final = {404: "MANIFEST_UNKNOWN", 403: "DENIED", 400: "NAME_INVALID", 416: "RANGE_INVALID"}
 _VERSION: Final = ("Docker-Distribution-Api-Version", "registry/2.0")
 
@@ -47,7 +58,7 @@ class Mirror:
     """Answers the requests of an HttpServer.
 
     check: raises for an image that may not be used; private: whether clients with a certificate may have images that
-    took credentials; served: told of every answer with its size [bytes].
+    took credentials; through: fetches what is not here; served: told of every answer with its size [bytes].
     """
 
     def __init__(
@@ -58,6 +69,7 @@ class Mirror:
         *,
         check: Callable[[Image], Awaitable[None]],
         private: bool,
+        through: PullThrough | None = None,
         served: Callable[[str, int], None] = lambda kind, size: None,
     ) -> None:
         self._images = images
@@ -65,6 +77,7 @@ class Mirror:
         self._threads = threads
         self._check = check
         self._private = private
+        self._through = through
         self._served = served
 
     async def handle(self, request: Request) -> Response:
@@ -79,6 +92,8 @@ class Mirror:
             response = await self._serve(name, route["kind"], route["target"], request)
         except ImgsvcError as error:
             status = _STATUS.get(error.code, 500)
+            if isinstance(error, PullFailed) and status == 403:
+                status = 404  # the registry's refusal of this node says nothing of the client
             if status == 500:
                 log.error("mirror: %s %s: %s", request.method, request.path, error)
             return _problem(status, str(error) if status != 500 else "the store cannot be read")
@@ -87,18 +102,54 @@ class Mirror:
         return response
 
     async def _serve(self, name: Reference, kind: str, target: str, request: Request) -> Response:
-        if kind == "manifests" and ":" not in target:
-            image = self._images.find(Reference(name.host, name.repository, _tag(target)).tagged)
-            if image is None or not self._may_have(image, request):
-                raise NotFound(f"{name.name}:{printable(target, 130)} is not on this node")
-            await self._check(image)
-            return await self._document(image.documents[0])
-        digest = Digest(target)
         if kind == "referrers":
-            return await self._referrers(name, digest, request)
-        image = self._owner(name, digest, request, blobs=kind == "blobs")
+            return await self._referrers(name, Digest(target), request)
+        if kind == "blobs":
+            return await self._blob_of(name, Digest(target), request)
+        wanted = name.with_digest(Digest(target)) if ":" in target else Reference(name.host, name.repository, _tag(target))
+        if self._through is not None and self._through.covers(name) and not wanted.digest:
+            try:
+                return _document(*await self._through.manifest(wanted, private=self._trusts(request)))
+            except PullFailed as error:
+                # The registry knows best where a tag stands; when it does not answer, what is here has to do.
+                log.info("mirror: %s", error)
+        try:
+            digest = await self._manifest_here(wanted, request)
+        except NotFound:
+            if self._through is None or not self._through.covers(name) or not wanted.digest:
+                raise
+            return _document(*await self._through.manifest(wanted, private=self._trusts(request)))
+        return _document(digest, await self._threads.run(_read, self._content, digest))
+
+    async def _manifest_here(self, wanted: Reference, request: Request) -> Digest:
+        """The digest of a manifest of an image on this node. Raises: NotFound, PermissionDenied."""
+        if wanted.digest:
+            await self._check(self._owner(wanted, wanted.digest, request, blobs=False))
+            return wanted.digest
+        image = self._images.find(wanted.tagged)
+        if image is None or not self._may_have(image, request):
+            raise NotFound(f"{wanted} is not on this node")
         await self._check(image)
-        return await (self._blob(digest, request) if kind == "blobs" else self._document(digest))
+        return image.documents[0]
+
+    async def _blob_of(self, name: Reference, digest: Digest, request: Request) -> Response:
+        try:
+            await self._check(self._owner(name, digest, request, blobs=True))
+            return await self._blob(digest, request)
+        except NotFound:
+            if self._through is None or not self._through.covers(name):
+                raise
+        blob = self._through.blob(name, digest, private=self._trusts(request))
+        if await self._threads.run(self._content.info, digest) is not None:
+            return await self._blob(digest, request)
+        status, headers, offset, count = _part(digest, blob.size, request)
+        if status == 416 or request.method == "HEAD":
+            return Response(status, headers, StreamBody(_nothing(), count))
+        return Response(status, headers, await self._through.stream(name, blob, offset, count))
+
+    def _trusts(self, request: Request) -> bool:
+        """Whether the client may have what takes credentials."""
+        return self._private and request.client != ""
 
     def _owner(self, name: Reference, digest: Digest, request: Request, *, blobs: bool) -> Image:
         """An image of that name that consists of the digest and that the client may have."""
@@ -112,33 +163,12 @@ class Mirror:
         return [image for image in self._images.all() if any(Reference.parse(known).name == name.name for known in image.names)]
 
     def _may_have(self, image: Image, request: Request) -> bool:
-        return not image.provenance.get("credentials") or (self._private and request.client != "")
-
-    async def _document(self, digest: Digest) -> Response:
-        data = await self._threads.run(_read, self._content, digest)
-        kind = parse_document(data, "", str(digest)).media_type
-        return Response(200, [_VERSION, ("Content-Type", kind), ("Docker-Content-Digest", digest), ("ETag", f'"{digest}"')], data)
+        return not image.provenance.get("credentials") or self._trusts(request)
 
     async def _blob(self, digest: Digest, request: Request) -> Response:
         fd, size = await self._threads.run(_open, self._content, digest)
-        headers = [
-            _VERSION,
-            ("Content-Type", "application/octet-stream"),
-            ("Docker-Content-Digest", digest),
-            ("ETag", f'"{digest}"'),
-            ("Accept-Ranges", "bytes"),
-        ]
-        # A blob never changes, so that If-Range is true whenever it names this digest.
-        wanted = request.headers.get("range", "") if request.headers.get("if-range", f'"{digest}"') == f'"{digest}"' else ""
-        try:
-            part = parse_range(wanted, size) if wanted else None
-        except ValueError:
-            os.close(fd)
-            return Response(416, [_VERSION, ("Content-Range", f"bytes */{size}")])
-        if part is None:
-            return Response(200, headers, FileBody(fd, 0, size))
-        offset, count = part
-        return Response(206, [*headers, ("Content-Range", f"bytes {offset}-{offset + count - 1}/{size}")], FileBody(fd, offset, count))
+        status, headers, offset, count = _part(digest, size, request)
+        return Response(status, headers, FileBody(fd, offset, count))
 
     async def _referrers(self, name: Reference, digest: Digest, request: Request) -> Response:
         """Images and artifacts of that name whose subject it is. None known is a 404: somebody else may know more."""
@@ -165,6 +195,37 @@ def repository(path: str, namespace: str) -> Reference:
     if slash and port and ("." in first or port["host"] == "localhost"):
         return _plain(f"{port['host']}:{port['port']}/{rest}")
     return _plain(path if slash and ("." in first or first == "localhost") else f"{DEFAULT_HOST}/{path}")
+
+
+def _part(digest: Digest, size: int, request: Request) -> tuple[int, list[tuple[str, str]], int, int]:
+    """Status, headers, offset and count of what a request wants of a blob."""
+    headers = [
+        _VERSION,
+        ("Content-Type", "application/octet-stream"),
+        ("Docker-Content-Digest", digest),
+        ("ETag", f'"{digest}"'),
+        ("Accept-Ranges", "bytes"),
+    ]
+    # A blob never changes, so that If-Range is true whenever it names this digest.
+    wanted = request.headers.get("range", "") if request.headers.get("if-range", f'"{digest}"') == f'"{digest}"' else ""
+    try:
+        part = parse_range(wanted, size) if wanted else None
+    except ValueError:
+        return 416, [_VERSION, ("Content-Range", f"bytes */{size}")], 0, 0
+    if part is None:
+        return 200, headers, 0, size
+    offset, count = part
+    return 206, [*headers, ("Content-Range", f"bytes {offset}-{offset + count - 1}/{size}")], offset, count
+
+
+def _document(digest: Digest, data: bytes) -> Response:
+    kind = parse_document(data, "", str(digest)).media_type
+    return Response(200, [_VERSION, ("Content-Type", kind), ("Docker-Content-Digest", digest), ("ETag", f'"{digest}"')], data)
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    for chunk in list[bytes]():
+        yield chunk
 
 
 def _plain(text: str) -> Reference:

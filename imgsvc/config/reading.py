@@ -200,6 +200,7 @@ def _check(config: Config, origins: Mapping[str, str]) -> None:
     mirror = config.mirror
     need(bool(mirror.tls_cert_file) == bool(mirror.tls_key_file), "mirror.tls_cert_file", "needs tls_key_file too")
     need(not mirror.client_ca_file or bool(mirror.tls_cert_file), "mirror.client_ca_file", "needs tls_cert_file")
+    need(mirror.keep > 0, "mirror.keep", "must be above zero")
     need(mirror.private_images in ("never", "certificate"), "mirror.private_images", 'must be "never" or "certificate"')
     need(
         mirror.private_images == "never" or bool(mirror.client_ca_file),

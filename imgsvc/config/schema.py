@@ -221,6 +221,8 @@ class Mirror:
     tls_key_file: str = ""
     client_ca_file: str = ""  # "": no client certificates are asked for
     private_images: str = "never"  # "never", or "certificate": to clients with a certificate of client_ca_file
+    pull_through: tuple[str, ...] = ()  # registries of which is fetched what is not here
+    keep: Duration = 7 * 24 * 3600.0  # how long what was fetched so stays after its last use
 
 
 @dataclass(frozen=True, slots=True)
