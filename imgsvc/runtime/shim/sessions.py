@@ -87,7 +87,7 @@ class ShimExec:
     async def _sides(self, place: Path, streams: Streams, ours: AsyncExitStack) -> AsyncIterator[None]:
         sides = []
         if streams.stdin:
-            writer = FdWriter(os.open(place / "stdin", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+            writer = FdWriter(os.open(place / "stdin", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
             ours.callback(writer.close)
             sides.append(asyncio.create_task(self._feed(streams.stdin, writer, place.name)))
         if streams.sizes:
@@ -100,6 +100,7 @@ class ShimExec:
     async def _feed(self, source: Source, writer: FdWriter, exec_id: str) -> None:
         while data := await source.read():
             await writer.write(data)
+        writer.close()  # the process sees the end only when nobody holds the FIFO open for writing
         await close_stdin(self.tasks, self.container_id, exec_id)
 
     async def _forget(self, exec_id: str) -> None:
@@ -132,7 +133,7 @@ class ShimAttach:
         async with AsyncExitStack() as ours:
             sides = []
             if streams.stdin and self.stdin.exists():
-                writer = FdWriter(os.open(self.stdin, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+                writer = FdWriter(os.open(self.stdin, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
                 ours.callback(writer.close)
                 sides.append(asyncio.create_task(self._feed(streams.stdin, writer)))
             if streams.sizes:
@@ -147,6 +148,7 @@ class ShimAttach:
     async def _feed(self, source: Source, writer: FdWriter) -> None:
         while data := await source.read():
             await writer.write(data)
+        writer.close()
         if self.once:
             await close_stdin(self.tasks, self.container_id, "")
 
