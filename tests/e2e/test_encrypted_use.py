@@ -273,8 +273,9 @@ def test_c_e2_a_tampered_layer_leaves_nothing_behind(
     assert cri.pull(node.daemon.images(), "use/good") == str(made.config_digest)
 
 
+@pytest.mark.parametrize("snapshotter", ["auto", "native"])
 def test_c_e2_a_large_layer_is_removed_when_only_its_last_byte_is_wrong(
-    make_node: Callable[..., Node], registry: RealRegistry, rsa_key: rsa.RSAPrivateKey
+    make_node: Callable[..., Node], registry: RealRegistry, rsa_key: rsa.RSAPrivateKey, snapshotter: str
 ) -> None:
     """Here nearly all files are on disk before the MAC is judged."""
 
@@ -282,7 +283,7 @@ def test_c_e2_a_large_layer_is_removed_when_only_its_last_byte_is_wrong(
         sealed = seal(blob, media_type)
         return replace(sealed, blob=sealed.blob[:-1] + bytes([sealed.blob[-1] ^ 1]))
 
-    node = make_node()
+    node = make_node(settings=f'[images]\nsnapshotter = "{snapshotter}"\n')
     node.key("rsa.pem", rsa_key)
     # Behind the end of the archive nothing is needed for the files or, uncompressed, shows in them.
     tar = images.tar([Entry(f"f{n}", os.urandom(1_000_000)) for n in range(20)]) + bytes(1024 * 1024)
