@@ -4,6 +4,7 @@
 
 The layers are gzip: one of --tree (default: this Python's packages and its standard library), one of files that do not
 compress. Data below --directory (default: a tmpfs), registry on loopback. Goal: at most 1.25 times the wall time.
+On a machine that does other things too, run it under `chrt -r 1`: unpack workers are nice, and decrypting is their work.
 """
 
 from __future__ import annotations
