@@ -1,6 +1,6 @@
 """Two trees compared by everything a layer determines: names, types, modes, owners, sizes, contents, links, xattrs, times.
 
-Times of directories are left out: implied ones have none of their own. What is read is never run, followed or mounted.
+Times of directories and whiteouts are left out: implied ones have none of their own. What is read is never run, followed or mounted.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final
 from imgsvc.concurrency import CancelToken
 from imgsvc.errors import printable
 from imgsvc.oci import MIB
+from imgsvc.snapshot.tree import is_whiteout
 
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -105,7 +106,7 @@ def _attributes(mine: os.stat_result, theirs: os.stat_result) -> str:
         "another owner": ((mine.st_uid, mine.st_gid), (theirs.st_uid, theirs.st_gid)),
         "another device": (mine.st_rdev, theirs.st_rdev),
     }
-    if not stat.S_ISDIR(mine.st_mode):
+    if not stat.S_ISDIR(mine.st_mode) and not is_whiteout(mine):
         facts["another size"] = (mine.st_size, theirs.st_size)
         facts["another time"] = (mine.st_mtime_ns, theirs.st_mtime_ns)
     return next((what for what, (a, b) in facts.items() if a != b), "")

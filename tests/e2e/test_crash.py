@@ -8,9 +8,7 @@ daemon passes (UNREACHED) in tests/content/test_crash.py.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -23,18 +21,17 @@ import grpc
 import pytest
 
 from imgsvc import failpoints
-from imgsvc.api import admin_pb2, admin_pb2_grpc, cri_pb2
-from imgsvc.oci import KIB, MIB, Digest
+from imgsvc.api import admin_pb2, cri_pb2
+from imgsvc.oci import Digest
+from tests.e2e.twoimages import APP, BASE, LAYERS, admin, check, collect, offer, pull, remove
 from tests.fakes.registry import FakeRegistry
-from tests.snapshot.layers import Entry, directory, link, symlink, tar
 from tests.support import cri
 from tests.support.daemon import RPC_TIMEOUT, Daemon, new_daemon
 from tests.support.disk import Disk, Expected
-from tests.support.images import image, layer
 
 pytestmark = pytest.mark.root
 
-BASE, APP, OTHER = "docker.io/crash/base:1", "docker.io/crash/app:1", "docker.io/crash/app:other"
+OTHER = "docker.io/two/app:other"
 STRAY, UNFINISHED = b"a blob that a power cut left without a record", "abandoned two days ago"
 UNREACHED = {
     "content.update": "labels of blobs are changed by no call yet",
@@ -55,27 +52,6 @@ AGAIN = [  # where the first time is during the start, or of the first of severa
 ]
 
 
-def noise(count: int, seed: int) -> bytes:
-    return random.Random(seed).randbytes(count)
-
-
-SHARED = tar(
-    [
-        directory("etc", 0o750, uid=5),
-        Entry("etc/passwd", data=b"root", uid=7),
-        Entry("etc/gone", data=b"gone"),
-        directory("cache"),
-        Entry("cache/old", data=b"old"),
-        Entry("bin/tool", data=noise(300 * KIB, 1), mode=0o4755, xattrs={"user.note": b"kept"}),
-        symlink("sh", "bin/tool"),
-    ]
-)
-ONLY_BASE = tar([Entry("base-only", data=noise(50 * KIB, 2))])
-BIG = tar([directory("opt"), Entry("opt/big", data=noise(5 * MIB // 2, 3)), *(Entry(f"opt/f{n}", data=b"%d" % n) for n in range(40))])
-TOP = tar([Entry("etc/.wh.gone"), Entry("cache/.wh..wh..opq"), Entry("cache/new", data=b"new"), link("bin/same", "bin/tool")])
-LAYERS = {BASE: (SHARED, ONLY_BASE), APP: (SHARED, BIG, TOP)}
-
-
 @dataclass(frozen=True, slots=True)
 class Scene:
     """A root as a killed daemon left it, with BASE and rubbish of all kinds; the registry; what images have to look like."""
@@ -84,25 +60,6 @@ class Scene:
     registry: FakeRegistry
     expected: dict[str, Expected]
     blobs: dict[str, str]  # digest of a layer's blob → name of its snapshot
-
-
-def pull(daemon: Daemon, name: str) -> None:
-    cri.pull(daemon.images(), name)
-
-
-def admin(daemon: Daemon) -> admin_pb2_grpc.AdminStub:
-    return admin_pb2_grpc.AdminStub(daemon.channel())
-
-
-def collect(daemon: Daemon) -> None:
-    report = json.loads(admin(daemon).Collect(admin_pb2.CollectRequest(), timeout=RPC_TIMEOUT).json)
-    assert report["failed"] == {}
-
-
-def check(daemon: Daemon) -> list[object]:
-    """What `imgsvc fsck --deep` finds."""
-    report = json.loads(admin(daemon).Check(admin_pb2.CheckRequest(deep=True), timeout=RPC_TIMEOUT).json)
-    return list(report["findings"])
 
 
 LEAVE_RUBBISH = """
@@ -128,9 +85,7 @@ os._exit(0)  # without closing anything
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     with FakeRegistry() as registry:
-        built = {name: [layer(data) for data in LAYERS[name]] for name in LAYERS}
-        for name, layers in built.items():
-            registry.add(image(layers), name.removeprefix("docker.io/").partition(":")[0], "1")
+        offer(registry)
         place = tmp_path_factory.mktemp("scene")
         daemon = new_daemon(network=False, settings="enabled = false\n")
         try:
@@ -139,7 +94,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
             pull(daemon, BASE)
             pull(daemon, APP)
             names = {x["descriptor"]["digest"]: x["snapshot"] for i in Disk(daemon.root).images().values() for x in i["layers"]}
-            daemon.images().RemoveImage(cri_pb2.RemoveImageRequest(image=cri_pb2.ImageSpec(image=APP)), timeout=RPC_TIMEOUT)
+            remove(daemon, APP)
             collect(daemon)
             assert daemon.stop() == 0
             subprocess.run([sys.executable, "-c", LEAVE_RUBBISH, str(daemon.root), UNFINISHED], check=True, timeout=60)
@@ -168,12 +123,11 @@ def node(scene: Scene, make_daemon: Callable[..., Daemon]) -> Daemon:
 def lead_a_life(daemon: Daemon, armed: str) -> list[str]:
     """Start, pull, tag, remove, collect, stop, until it dies. Returns what was acknowledged."""
     acknowledged: list[str] = []
-    spec = cri_pb2.ImageSpec(image=BASE)
     steps: dict[str, Callable[[], object]] = {
         "started": lambda: daemon.start({failpoints.ENV: armed}),
         "pulled": lambda: pull(daemon, APP),
         "tagged": lambda: admin(daemon).Tag(admin_pb2.TagRequest(source=APP, target=OTHER), timeout=RPC_TIMEOUT),
-        "removed": lambda: daemon.images().RemoveImage(cri_pb2.RemoveImageRequest(image=spec), timeout=RPC_TIMEOUT),
+        "removed": lambda: remove(daemon, BASE),
         "collected": lambda: collect(daemon),
         "stopped": lambda: os.kill(daemon.pid, signal.SIGTERM),
     }
