@@ -4,17 +4,19 @@
 
     service, convert      the gRPC servicer: protobuf <-> the dataclasses of model; no decisions
     sandboxes, containers the use cases: life of a pod, life of a container, rollback at every step
-    execs, stats, events  ExecSync and exec sessions; cgroup numbers; fan-out of container events
+    stats, metrics, events
+                          numbers for the kubelet; fan-out of container events
     recovery              what a restarted daemon, or a rebooted node, does with what it finds
     ---------------------------------------------------------------------------------------------
     model, state, records what CRI asks for; what state a record is in (derived, never stored); versioned records
-    spec, users, security, mounts, devices
-                          CRI config + image config -> OCI runtime specification; hostile passwd files; mount sources
+    containerplan, spec, users, security, volumes, devices, cdi, rootfs, logs
+                          CRI config + image config -> OCI runtime specification; hostile passwd files; mounts; log files
     oci_runtime, monitor  handler kind 1: an OCI CLI (runc, crun) under one conmon per container
     shim/                 handler kind 2: containerd shims (`io.containerd.NAME.vN`) over ttrpc
     cni, network          the CNI protocol; the pod network on top of it
     namespaces, kernel    namespaces pinned by bind mounts; system calls that Python 3.11 lacks
-    cgroups               drivers (cgroupfs, systemd), version 1 and 2, limits and statistics
+    cgroups, usage        drivers (cgroupfs, systemd), version 1 and 2; what a cgroup has used
+    reaper, exits         orphans are ours (child subreaper); noticing the end of a process that is not our child
     interfaces            the seams: Images (from the edge), OCIRuntime, NetworkPlugin
 
 Decisions, and what they cost:

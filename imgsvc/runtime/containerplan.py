@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, printable
 from imgsvc.oci import Digest
-from imgsvc.runtime import cdi, cgroups, devices, kernel, podfiles, security, spec, volumes
+from imgsvc.runtime import cdi, cgroups, devices, podfiles, security, spec, volumes
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.interfaces import RootMount, RunnableImage
 from imgsvc.runtime.model import ContainerConfig, Mount, NamespaceMode, User, UserNamespace
-from imgsvc.runtime.namespaces import userns_fd
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord
+from imgsvc.runtime.rootfs import idmapped_volume, mapping_fd, mount_all, mount_idmapped
 from imgsvc.runtime.users import resolve_user
 
 
@@ -78,7 +77,7 @@ class ContainerBuilder:
             mount_all(mounts, rootfs)
             return
         os.chown(bundle, user.uids[0].host_id, user.gids[0].host_id)
-        with _mapping(user) as fd:
+        with mapping_fd(user) as fd:
             mount_idmapped(mounts, rootfs, bundle / "lower", fd, user)
 
     def build(
@@ -167,7 +166,7 @@ class ContainerBuilder:
         if not mount.uidMappings and not mount.gidMappings:
             return bound
         user = UserNamespace(NamespaceMode.POD, mount.uidMappings, mount.gidMappings)
-        return _idmapped(bound, bundle / f"volume-{number}", user)
+        return idmapped_volume(bound, bundle / f"volume-{number}", user)
 
     def _image_volume(
         self, bundle: Path, number: int, mount: Mount, roots: Sequence[RootMount], sandbox: SandboxRecord
@@ -177,7 +176,7 @@ class ContainerBuilder:
         root.mkdir(mode=0o711, parents=True)
         user = sandbox.config.namespaces.user
         if user:
-            with _mapping(user) as fd:
+            with mapping_fd(user) as fd:
                 mount_idmapped(roots, root, base / "lower", fd, user)
         else:
             mount_all(roots, root)
@@ -192,7 +191,7 @@ class ContainerBuilder:
             raise InvalidArgument("the image declares its root a volume")
         bound = volumes.declared_volume(bundle / "rootfs", path, storage)
         if user := sandbox.config.namespaces.user:
-            bound = _idmapped(bound, bundle / f"declared-{number}", user)
+            bound = idmapped_volume(bound, bundle / f"declared-{number}", user)
         return volumes.BoundMount(destination, bound.source, bound.options)
 
 
@@ -209,61 +208,3 @@ def _base_spec(path: str) -> Mapping[str, Any]:
 def volume_key(container_id: str, number: int) -> str:
     """Key under which the image side keeps the root of an image volume."""
     return f"{container_id}-volume-{number}"
-
-
-@contextmanager
-def _mapping(user: UserNamespace) -> Iterator[int]:
-    fd = userns_fd(user)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def mount_all(mounts: Sequence[RootMount], target: Path) -> None:
-    """Mount a snapshot, in order, onto one directory."""
-    for m in mounts:
-        kernel.mount_with_options(m.source, str(target), m.type, m.options)
-
-
-def mount_idmapped(mounts: Sequence[RootMount], target: Path, scratch: Path, fd: int, user: UserNamespace) -> None:
-    """Mount a snapshot so that the pod's user namespace sees the image's owners.
-
-    An overlay cannot be mapped itself: its lower layers are, and what is written goes to an upper directory that belongs
-    to the pod's root. A plain bind mount is mapped directly. Source: facts of the kernel, mount_setattr(2).
-    """
-    for m in mounts:
-        if m.type != "overlay":
-            kernel.idmapped_clone(m.source, str(target), fd)
-            continue
-        options = []
-        for option in m.options:
-            key, _, value = option.partition("=")
-            if key == "lowerdir":
-                lowers = [_mapped_lower(layer, scratch / str(n), fd) for n, layer in enumerate(value.split(":"))]
-                options.append("lowerdir=" + ":".join(lowers))
-                continue
-            if key == "upperdir":
-                os.chown(value, user.uids[0].host_id, user.gids[0].host_id)
-            options.append(option)
-        kernel.mount_with_options(m.source, str(target), m.type, options)
-
-
-def _mapped_lower(layer: str, place: Path, fd: int) -> str:
-    place.mkdir(mode=0o711, parents=True)
-    kernel.idmapped_clone(layer, str(place), fd)
-    return str(place)
-
-
-def _idmapped(bound: volumes.BoundMount, place: Path, user: UserNamespace) -> volumes.BoundMount:
-    """The same volume seen through the pod's ID mapping. Runtimes differ in what they can; a mount of ours works with all."""
-    if os.path.isdir(bound.source):
-        place.mkdir(mode=0o711)
-    else:
-        place.touch()
-    with _mapping(user) as fd:
-        try:
-            kernel.idmapped_clone(bound.source, str(place), fd, recursive="rbind" in bound.options)
-        except OSError as error:
-            raise FailedPrecondition(f"the volume's file system cannot be ID-mapped: {error.strerror}", where=bound.source) from error
-    return volumes.BoundMount(bound.destination, str(place), bound.options)

@@ -14,23 +14,23 @@ import logging
 import os
 import shutil
 import signal
-import stat
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
 from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, printable
 from imgsvc.failpoints import afailpoint
-from imgsvc.runtime import kernel, spec, validate
+from imgsvc.runtime import spec, validate
 from imgsvc.runtime.containerplan import BuiltContainer, ContainerBuilder, volume_key
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType
 from imgsvc.runtime.exits import UNKNOWN_EXIT, alive, now_ns, start_time
 from imgsvc.runtime.interfaces import Exit, NewTask, RootMount, RunnableImage
+from imgsvc.runtime.logs import check_log_directory, prepare_log
 from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, NamespaceMode
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord, container_name, durable
+from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.signals import stop_signal_name, to_number
 from imgsvc.runtime.state import (
     ContainerState,
@@ -374,53 +374,3 @@ def merge_resources(old: LinuxContainerResources | None, new: LinuxContainerReso
         return new
     values = {name: getattr(new, name) or getattr(old, name) for name in LinuxContainerResources.__dataclass_fields__}
     return LinuxContainerResources(**values)
-
-
-def check_log_directory(directory: str, log_path: str) -> None:
-    """Every directory between the log directory and the log is one, not a symlink (CVE-2025-0750). Blocking."""
-    path = Path(directory)
-    for part in Path(log_path).parent.parts:
-        path /= part
-        if not stat.S_ISDIR(os.lstat(path).st_mode):
-            raise InvalidArgument("a log directory is not a directory", where=str(path))
-
-
-def prepare_log(directory: str, log_path: str) -> None:
-    """Make the log file, following no symlink below the log directory, so that conmon opens just this. Blocking."""
-    base = Path(directory)
-    base.mkdir(mode=0o755, parents=True, exist_ok=True)
-    parent = os.open(base, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        *directories, name = log_path.split("/")
-        for part in directories:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(part, 0o755, dir_fd=parent)
-            below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-            os.close(parent)
-            parent = below
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(name, flags, 0o640, dir_fd=parent)
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise InvalidArgument("the log is not a regular file", where=os.path.join(directory, log_path))
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise InvalidArgument(f"the log cannot be opened: {error.strerror}", where=os.path.join(directory, log_path)) from error
-    finally:
-        os.close(parent)
-
-
-def remove_bundle(bundle: Path) -> None:
-    """Unmount and remove everything in a bundle. Idempotent. Blocking."""
-    unmount_below(bundle)
-    shutil.rmtree(bundle, ignore_errors=True)
-
-
-def unmount_below(directory: Path) -> None:
-    """Unmount everything at or below a directory of ours, deepest first. Blocking."""
-    prefix = str(directory)
-    with open("/proc/self/mountinfo") as stream:
-        points = [line.split(" ")[4].encode().decode("unicode_escape") for line in stream]
-    for point in sorted((p for p in points if p == prefix or p.startswith(prefix + "/")), key=len, reverse=True):
-        kernel.umount(point)

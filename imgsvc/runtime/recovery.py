@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 from dataclasses import replace
 
 from imgsvc.errors import ImgsvcError
-from imgsvc.runtime.containers import Containers, unmount_below
+from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.exits import UNKNOWN_EXIT, now_ns
 from imgsvc.runtime.interfaces import Exit
 from imgsvc.runtime.model import NamespaceMode
 from imgsvc.runtime.namespaces import pinned
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord, durable
+from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.sandboxes import Sandboxes
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,7 @@ def _sweep_directories(core: Core) -> None:
         for directory in list(parent.iterdir()):
             if directory.name not in known:
                 log.warning("removing %s, which belongs to nothing", directory)
-                unmount_below(directory)
-                shutil.rmtree(directory, ignore_errors=True)
+                remove_bundle(directory)
     for left in list(core.paths.exits.iterdir()) + list(core.paths.sockets.iterdir()):
         if left.name not in known:
             left.unlink(missing_ok=True)

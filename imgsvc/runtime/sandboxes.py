@@ -21,7 +21,7 @@ from typing import Any, Final
 from imgsvc.errors import FailedPrecondition, ImgsvcError
 from imgsvc.failpoints import afailpoint
 from imgsvc.runtime import cgroups, kernel, podfiles, spec, validate
-from imgsvc.runtime.containers import Containers, remove_bundle
+from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType
 from imgsvc.runtime.exits import alive, now_ns, process_gone, start_time
@@ -29,6 +29,7 @@ from imgsvc.runtime.model import LinuxContainerResources, NamespaceMode, PodSand
 from imgsvc.runtime.namespaces import NamespacePlan, pin, pinned, unpin
 from imgsvc.runtime.pause import write_pause
 from imgsvc.runtime.records import SandboxRecord, durable, sandbox_name
+from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.seccomp_profile import default_profile
 
 log = logging.getLogger(__name__)
