@@ -245,6 +245,10 @@ def _self_test_spec(cgroup: str) -> dict[str, Any]:
         "ociVersion": "1.0.2",
         "process": {"args": ["/pause"], "cwd": "/", "user": {"uid": 65534, "gid": 65534}, "noNewPrivileges": True},
         "root": {"path": "rootfs", "readonly": True},
-        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            # The root file system is below STATE, and systemd mounts /run without devices: runc makes /dev/null, and opens it.
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+        ],
         "linux": {"cgroupsPath": cgroup, "namespaces": [{"type": t} for t in ("pid", "mount", "ipc", "uts", "network")]},
     }
