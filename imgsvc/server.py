@@ -39,9 +39,7 @@ from imgsvc.metadb import MetaDB
 from imgsvc.notify import Notifier
 from imgsvc.pods import start_pods
 from imgsvc.pull import Puller
-from imgsvc.registry.client import RegistryClient, RegistrySettings
-from imgsvc.registry.hostdirs import split_config_path
-from imgsvc.registry.transport import Timeouts
+from imgsvc.registries import open_registries
 from imgsvc.roots import ContainerRoots
 from imgsvc.rpc import ErrorInterceptor
 from imgsvc.runtime.streaming.server import StreamServer
@@ -122,7 +120,10 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     default = next(iter(snapshotters))
     images = ImageStore(db, settings.images.pinned_images)
     leases = LeaseBook(db)
-    registry = RegistryClient(_registry_settings(settings))
+    registries = open_registries(loaded)
+    for warning in registries.warnings:
+        log.warning("%s", warning)
+    registry = registries.client
     stack.push_async_callback(registry.close)
     for directory in registry.directories.missing_roots():
         log.info("registry.config_path: %s is not there", directory)
@@ -130,6 +131,8 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     stack.push_async_callback(decryptor.close)
     unpacker = _unpacker(settings)
     stack.push_async_callback(unpacker.close)
+    warming = asyncio.ensure_future(unpacker.warm())  # beside everything else, so that the first layer need not wait
+    stack.push_async_callback(_ended, warming)
     watch = Watch.create(images)
     verification = open_verification(settings, registry, db, threads)
     puller = Puller(
@@ -152,7 +155,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     care = StoreCare(images, content, snapshotters, puller.unpack_aside, leases, threads, root, policy, [keeper])
     await care.start(stack)
     expiry = asyncio.ensure_future(leases.expire_forever(lambda: care.trigger("lease expired")))
-    stack.callback(expiry.cancel)
+    stack.push_async_callback(_ended, expiry)
 
     def on_removed() -> None:
         care.trigger("image removed")
@@ -175,6 +178,14 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
         store=images,
         watch=watch,
     )
+
+
+async def _ended(task: asyncio.Future[None]) -> None:
+    """Stop a task of the daemon's own; what it failed with was no reason to stop serving."""
+    task.cancel()
+    for error in await asyncio.gather(task, return_exceptions=True):
+        if isinstance(error, Exception):
+            log.warning("a background task failed: %s", error)
 
 
 def _state_dir(settings: Config) -> Path:
@@ -206,17 +217,6 @@ async def _snapshotters(settings: Config, root: Path, db: MetaDB, threads: Threa
         if count := await threads.run(driver.cleanup):
             log.warning("snapshotter %s: %d unfinished snapshots cleaned up", driver.name, count)
     return {wanted: drivers.pop(wanted), **drivers}
-
-
-def _registry_settings(settings: Config) -> RegistrySettings:
-    stall = settings.images.image_pull_progress_timeout
-    timeouts = Timeouts()
-    return RegistrySettings(
-        roots=split_config_path(settings.registry.config_path),
-        timeouts=Timeouts(timeouts.connect, timeouts.headers, min(timeouts.stall, stall) if stall else timeouts.stall),
-        max_downloads=settings.images.max_concurrent_downloads,
-        max_downloads_per_image=settings.images.max_concurrent_downloads_per_image,
-    )
 
 
 def _unpacker(settings: Config) -> WorkerUnpacker:
