@@ -214,7 +214,7 @@ class Download:
             if skip and len(self._workers) > 1:
                 raise lied(response, "the whole blob instead of the range asked for", code="UNAVAILABLE")
             try:
-                await self._copy(endpoint, response, span, skip)
+                await self._copy(endpoint, response, span, end, skip)
             except RequestFailed as error:
                 endpoint.record("fetch", response.status, began, error.what)
                 raise
@@ -239,9 +239,8 @@ class Download:
             raise lied(response, f"{length[:20]} bytes announced, {expected} expected{note}")
         return start if response.status == 200 else 0
 
-    async def _copy(self, endpoint: Endpoint, response: Response, span: Span, skip: int) -> None:
-        """Move the body into the sink until the span ends; the span may become shorter meanwhile."""
-        announced_end = span.end
+    async def _copy(self, endpoint: Endpoint, response: Response, span: Span, announced_end: int, skip: int) -> None:
+        """Move the body into the sink until the span ends. The span may have become shorter since `announced_end` was asked for."""
         async with _Writes(self._sink, span.position) as writes:
             clock = _Clock(self._pace, shown_url(response.url))
             async with contextlib.aclosing(response.chunks()) as chunks:

@@ -267,6 +267,20 @@ def test_parallel_ranges_against_a_server_that_stops_supporting_them(tmp_path: P
         run(download(tmp_path, BIG, fake))
 
 
+def test_a_range_that_is_split_before_its_answer_begins_is_no_lie(tmp_path: Path) -> None:
+    def slow_head(request: Request) -> Reply | None:
+        if "range" not in request.headers:
+            return None
+        start, last = (int(text) for text in request.headers["range"].removeprefix("bytes=").split("-"))
+        return Reply(206, {"Content-Range": f"bytes {start}-{last}/{len(BIG)}"}, BIG[start : last + 1], delay=0.4, rate=16 * MIB)
+
+    with FakeRegistry(rate=16 * MIB) as fake:
+        fake.add_blob(BIG)
+        fake.rule(fake.on("/blobs/", slow_head))
+        source = run(download(tmp_path, BIG, fake))
+    assert [attempt.error for attempt in source.attempts if attempt.error] == []
+
+
 def test_c_r13_a_head_that_disagrees_with_the_document_is_a_lie(tmp_path: Path) -> None:
     async def main() -> None:
         with FakeRegistry() as fake:
