@@ -264,7 +264,8 @@ class Sandboxes:
             await process_gone(record.pause_pid, record.pause_start)
         bundle = self._core.paths.bundle(record.id)
         if bundle.exists():
-            await self._core.handler(record.handler).delete(record.id)
+            if record.handler in self._core.handlers:  # it may have left the configuration
+                await self._core.handler(record.handler).delete(record.id)
             await asyncio.to_thread(remove_bundle, bundle)
 
     async def _detach(self, record: SandboxRecord) -> None:

@@ -78,8 +78,8 @@ async def serve(directory: Path, extra: Mapping[str, Any]) -> None:
 class Daemon:
     """A child process that serves."""
 
-    def __init__(self, directory: Path, extra: Mapping[str, Any] | None = None, *, bridge: str = "", hybrid: bool = True) -> None:
-        """hybrid False: in a mount namespace without cgroup version 2 beside version 1, where crun works."""
+    def __init__(self, directory: Path, extra: Mapping[str, Any] | None = None, *, bridge: str = "", cgroups: str = "") -> None:
+        """cgroups: "v1" without version 2 beside it (where crun works), or "v2" alone, in a mount namespace of the daemon's own."""
         self.directory = directory
         self.extra = dict(extra or {})
         self.cgroup_parent = f"/imgsvc-test/{directory.name}-{os.getpid()}"
@@ -87,7 +87,7 @@ class Daemon:
         if bridge:
             write_bridge(directory, bridge)
         self.bridge = bridge
-        self.namespace = None if hybrid else _without_version_2()
+        self.namespace = _mount_namespace(cgroups) if cgroups else None
         self.prefix = ["nsenter", "-t", str(self.namespace.pid), "-m"] if self.namespace else []
 
     def start(self, *, failpoint: str = "") -> None:
@@ -238,12 +238,15 @@ def _processes_of(directory: str, daemon: int) -> list[str]:
     return found
 
 
-def _without_version_2() -> subprocess.Popen[bytes]:
-    """A process that keeps a mount namespace without cgroup version 2, for a daemon and its successors."""
+_CGROUPS = {"v1": ["umount", "/sys/fs/cgroup/unified"], "v2": ["mount", "-t", "cgroup2", "none", "/sys/fs/cgroup"]}
+
+
+def _mount_namespace(cgroups: str) -> subprocess.Popen[bytes]:
+    """A process that keeps a mount namespace with other cgroup mounts, for a daemon and its successors."""
     holder = subprocess.Popen(["unshare", "-m", "--propagation", "unchanged", "sleep", "infinity"])
     while os.readlink(f"/proc/{holder.pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt"):
         time.sleep(0.01)
-    subprocess.run(["nsenter", "-t", str(holder.pid), "-m", "umount", "/sys/fs/cgroup/unified"], check=True)
+    subprocess.run(["nsenter", "-t", str(holder.pid), "-m", *_CGROUPS[cgroups]], check=True)
     return holder
 
 
@@ -262,10 +265,10 @@ def write_bridge(directory: Path, bridge: str) -> None:
 
 
 @contextlib.contextmanager
-def running(directory: Path, extra: Mapping[str, Any] | None = None, *, bridge: str = "", hybrid: bool = True) -> Iterator[Daemon]:
+def running(directory: Path, extra: Mapping[str, Any] | None = None, *, bridge: str = "", cgroups: str = "") -> Iterator[Daemon]:
     """A daemon for a `with` block; nothing of it survives."""
     directory.mkdir(parents=True, exist_ok=True)
-    daemon = Daemon(directory, extra, bridge=bridge, hybrid=hybrid)
+    daemon = Daemon(directory, extra, bridge=bridge, cgroups=cgroups)
     daemon.start()
     try:
         yield daemon

@@ -30,7 +30,24 @@ def handler(request: pytest.FixtureRequest, make_node: MakeNode) -> Daemon:
     if not shutil.which(program):
         pytest.skip(f"{program} is not installed")
     hybrid = Path("/sys/fs/cgroup/unified").is_dir()
-    return make_node({"handlers": {"default": settings}}, bridge=f"rt{request.param}", hybrid=not (hybrid and request.param == "crun"))
+    cgroups = "v1" if hybrid and request.param == "crun" else ""
+    return make_node({"handlers": {"default": settings}}, bridge=f"rt{request.param}", cgroups=cgroups)
+
+
+def test_cgroup_version_2(make_node: MakeNode) -> None:
+    if not Path("/sys/fs/cgroup/unified").is_dir():
+        pytest.skip("this node has one cgroup version only, which all other tests use")
+    node = make_node(bridge="rtv2", cgroups="v2")
+    pod = node.run_pod("pod")
+    container = node.run(pod, "i=0; while :; do i=$((i+1)); done")
+    time.sleep(1.2)
+    stats = node.cri.ContainerStats(pb.ContainerStatsRequest(container_id=container)).stats
+    assert stats.cpu.usage_core_nano_seconds.value > 10**8
+    directory = Path("/sys/fs/cgroup/unified") / node.cgroup_parent[1:] / "pod" / container
+    assert str(int((directory / "cgroup.procs").read_text().split()[0])).isdigit()
+    node.remove_all()
+    assert not directory.exists()
+    assert_clean(node)
 
 
 def test_a_pod_from_its_beginning_to_its_end(handler: Daemon) -> None:

@@ -14,6 +14,7 @@ import pytest
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.errors import AlreadyExists, FailedPrecondition, ImgsvcError, NotFound, ResourceExhausted
 from imgsvc.metadb import MetaDB
+from imgsvc.runtime import cgroups
 from imgsvc.runtime.codec import fill_proto, from_json, from_proto, to_json
 from imgsvc.runtime.events import MAX_WAITING, Events, EventType
 from imgsvc.runtime.exits import alive, process_gone, start_time
@@ -224,3 +225,15 @@ def test_pressure_files() -> None:
     text = "some avg10=1.50 avg60=2.00 avg300=0.10 total=12345\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=6\n"
     stalls = parse_pressure(text)
     assert (stalls.some.total, stalls.some.avg10, stalls.full.total) == (12345, 1.5, 6)
+
+
+def test_cgroup_paths_of_both_drivers() -> None:
+    assert cgroups.runtime_path("/kubepods/pod1", "s", "c", systemd=False) == "/kubepods/pod1/c"
+    assert cgroups.runtime_path("", "s", "c", systemd=False) == "/imgsvc/s/c"
+    parent = "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice"
+    path = cgroups.runtime_path(parent, "s", "c", systemd=True)
+    assert path == "kubepods-besteffort-pod1.slice:imgsvc:c"
+    assert cgroups.tree_path(path) == f"{parent}/imgsvc-c.scope"
+    assert cgroups.tree_path("/kubepods/pod1/c") == "/kubepods/pod1/c"
+    with pytest.raises(ImgsvcError):
+        cgroups.runtime_path("/kubepods/pod1", "s", "c", systemd=True)
