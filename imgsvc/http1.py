@@ -56,9 +56,12 @@ class FileBody:
 
 @dataclass(frozen=True, slots=True)
 class StreamBody:
-    """Bytes that come in over time, exactly `count` of them. close: called when they are sent, or no longer wanted."""
+    """Parts of a file that come in over time, exactly `count` bytes. chunks.aclose() is called at the end, if it has one.
 
-    chunks: AsyncIterator[bytes]
+    The descriptors of the parts stay their owner's.
+    """
+
+    chunks: AsyncIterator[FileBody]
     count: int
 
 
@@ -234,11 +237,9 @@ class _Connection:
 
     async def _send_stream(self, body: StreamBody) -> None:
         left = body.count
-        async for chunk in body.chunks:
-            left -= len(chunk)
-            self._writer.write(self._protocol.send(h11.Data(data=chunk)) or b"")
-            async with asyncio.timeout(STALL_S):
-                await self._writer.drain()
+        async for part in body.chunks:
+            left -= part.count
+            await self._send_file(part)
         if left:
             raise OSError("the stream is shorter than announced")
 

@@ -223,9 +223,9 @@ def _document(digest: Digest, data: bytes) -> Response:
     return Response(200, [_VERSION, ("Content-Type", kind), ("Docker-Content-Digest", digest), ("ETag", f'"{digest}"')], data)
 
 
-async def _nothing() -> AsyncIterator[bytes]:
-    for chunk in list[bytes]():
-        yield chunk
+async def _nothing() -> AsyncIterator[FileBody]:
+    for part in list[FileBody]():
+        yield part
 
 
 def _plain(text: str) -> Reference:

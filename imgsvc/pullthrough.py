@@ -27,17 +27,16 @@ from imgsvc.blobs import Blobs
 from imgsvc.concurrency import Threads
 from imgsvc.content.interfaces import Store
 from imgsvc.content.verify import read_verified
-from imgsvc.errors import NotFound, Unavailable
-from imgsvc.http1 import StreamBody
+from imgsvc.errors import NotFound
+from imgsvc.http1 import FileBody, StreamBody
 from imgsvc.leases import LeaseManager
-from imgsvc.oci import KIB, MAX_DOCUMENT, MIB, Descriptor, Digest, Index, parse_document
+from imgsvc.oci import KIB, MAX_DOCUMENT, Descriptor, Digest, Index, parse_document
 from imgsvc.pull import Verifier
 from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import Registry, Resolved
 
 MAX_KNOWN: Final = 100_000  # parts of manifests that were asked for here; some 300 bytes each
 HOLD_BACK: Final = 64 * KIB  # [bytes] sent only after the whole blob is verified
-_CHUNK: Final = MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +176,7 @@ class _BlobStream:
     def __aiter__(self) -> _BlobStream:
         return self
 
-    async def __anext__(self) -> bytes:
+    async def __anext__(self) -> FileBody:
         if self._at >= self._end:
             raise StopAsyncIteration
         while (limit := min(self._end, self._readable())) <= self._at:
@@ -186,11 +185,9 @@ class _BlobStream:
                 await self._fetch
                 continue
             await self._news.wait()
-        data = await self._threads.run(os.pread, self._fd, min(_CHUNK, limit - self._at), self._at)
-        if not data:
-            raise Unavailable("the blob is shorter than it was", where=str(self._blob.digest))
-        self._at += len(data)
-        return data
+        part = FileBody(self._fd, self._at, limit - self._at)
+        self._at = limit
+        return part
 
     def _readable(self) -> int:
         """How much may be sent on by now."""

@@ -23,9 +23,14 @@ def file_body(offset: int, count: int) -> FileBody:
         return FileBody(os.dup(stream.fileno()), offset, count)
 
 
-async def chunks() -> AsyncIterator[bytes]:
-    for at in range(0, len(DATA), 65536):
-        yield DATA[at : at + 65536]
+async def chunks() -> AsyncIterator[FileBody]:
+    whole = file_body(0, len(DATA))
+    try:
+        for at in range(0, len(DATA), 65536):
+            await asyncio.sleep(0)
+            yield FileBody(whole.fd, at, min(65536, len(DATA) - at))
+    finally:
+        os.close(whole.fd)
 
 
 async def handler(request: Request) -> Response:
