@@ -272,9 +272,9 @@ def test_a_range_that_is_split_before_its_answer_begins_is_no_lie(tmp_path: Path
         if "range" not in request.headers:
             return None
         start, last = (int(text) for text in request.headers["range"].removeprefix("bytes=").split("-"))
-        return Reply(206, {"Content-Range": f"bytes {start}-{last}/{len(BIG)}"}, BIG[start : last + 1], delay=0.4, rate=16 * MIB)
+        return Reply(206, {"Content-Range": f"bytes {start}-{last}/{len(BIG)}"}, BIG[start : last + 1], delay=0.4)
 
-    with FakeRegistry(rate=16 * MIB) as fake:
+    with FakeRegistry(rate=100 * MIB) as fake:
         fake.add_blob(BIG)
         fake.rule(fake.on("/blobs/", slow_head))
         source = run(download(tmp_path, BIG, fake))
