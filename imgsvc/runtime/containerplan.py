@@ -126,7 +126,7 @@ class ContainerBuilder:
             profile=security.seccomp(requested, granted, core.host, settings),
             apparmor=security.apparmor(requested, core.host, settings),
             selinux=security.selinux_label(requested, core.host, settings),
-            hidden=security.hidden_paths(requested, settings),
+            hidden=security.hidden_paths(requested, settings, user_namespace=pod.namespaces.user is not None),
             root_propagation=volumes.root_propagation(config.mounts),
             device_owner=user if settings.device_ownership_from_security_context else None,
             restrict_oom_score_adj=settings.restrict_oom_score_adj,

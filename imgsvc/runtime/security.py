@@ -36,6 +36,12 @@ DEFAULT_CAPABILITIES: Final = frozenset(
 )
 # Hidden from every container that is not privileged, whatever else was asked for (GHSA-7ww5-4wqc-m92c).
 ALWAYS_MASKED: Final = ("/sys/devices/virtual/powercap", "/sys/firmware")
+# What Kubernetes' procMount: Default stands for.
+USUALLY_MASKED: Final = tuple(
+    "/proc/" + name
+    for name in ["asound", "acpi", "interrupts", "kcore", "keys", "latency_stats", "timer_list", "timer_stats", "sched_debug", "scsi"]
+)
+USUALLY_READONLY: Final = tuple("/proc/" + name for name in ["bus", "fs", "irq", "sys", "sysrq-trigger"])
 _MAX_PROFILE: Final = 4 * MIB
 _SECCOMP_KEYS: Final = frozenset({"defaultAction", "defaultErrnoRet", "architectures", "flags", "syscalls"})
 
@@ -174,12 +180,16 @@ def selinux_label(security: LinuxContainerSecurityContext, host: Host, settings:
     return ":".join((option.user or "system_u", option.role or "system_r", option.type or "container_t", option.level or "s0"))
 
 
-def hidden_paths(security: LinuxContainerSecurityContext, settings: RuntimeSettings) -> Mapping[str, list[str]]:
-    """`maskedPaths` and `readonlyPaths`: what the kubelet asks for, and what is never shown."""
+def hidden_paths(security: LinuxContainerSecurityContext, settings: RuntimeSettings, *, user_namespace: bool) -> Mapping[str, list[str]]:
+    """`maskedPaths` and `readonlyPaths`: what the kubelet asks for, what is never shown, and the usual ones by default.
+
+    Two empty lists are procMount: Unmasked, which Kubernetes allows in user namespaces only; elsewhere somebody forgot them.
+    """
     if security.privileged:
         return {}
-    masked = [*security.masked_paths] if not settings.disable_proc_mount else []
-    return {
-        "maskedPaths": [*masked, *(p for p in ALWAYS_MASKED if p not in masked)],
-        "readonlyPaths": [*security.readonly_paths] if not settings.disable_proc_mount else [],
-    }
+    masked, readonly = list(security.masked_paths), list(security.readonly_paths)
+    if not masked and not readonly and not user_namespace:
+        masked, readonly = list(USUALLY_MASKED), list(USUALLY_READONLY)
+    if settings.disable_proc_mount:
+        masked, readonly = [], []
+    return {"maskedPaths": [*masked, *(p for p in ALWAYS_MASKED if p not in masked)], "readonlyPaths": readonly}

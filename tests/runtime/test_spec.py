@@ -150,10 +150,15 @@ def test_capabilities() -> None:
 
 def test_c_c16_hidden_paths_are_always_hidden() -> None:
     asked = LinuxContainerSecurityContext(masked_paths=("/proc/kcore", "/proc/keys"), readonly_paths=("/proc/sys",))
-    made = security.hidden_paths(asked, SETTINGS)
+    made = security.hidden_paths(asked, SETTINGS, user_namespace=False)
     assert {"/proc/kcore", "/proc/keys", "/sys/devices/virtual/powercap"} <= set(made["maskedPaths"])
     assert made["readonlyPaths"] == ["/proc/sys"]
-    assert security.hidden_paths(LinuxContainerSecurityContext(privileged=True), SETTINGS) == {}
+    assert security.hidden_paths(LinuxContainerSecurityContext(privileged=True), SETTINGS, user_namespace=False) == {}
+    forgotten = security.hidden_paths(LinuxContainerSecurityContext(), SETTINGS, user_namespace=False)
+    assert {"/proc/kcore", "/proc/keys", "/proc/acpi", "/proc/timer_list"} <= set(forgotten["maskedPaths"])
+    assert "/proc/sys" in forgotten["readonlyPaths"]
+    unmasked = security.hidden_paths(LinuxContainerSecurityContext(), SETTINGS, user_namespace=True)
+    assert unmasked == {"maskedPaths": list(security.ALWAYS_MASKED), "readonlyPaths": []}
 
 
 def test_c_c18_the_default_profile_allows_no_crypto_sockets() -> None:
