@@ -1,4 +1,4 @@
-"""The administrative service beside CRI: pulls with progress, inspection, tags, store care.
+"""The administrative service beside CRI: pulls and pushes with progress, inspection, tags, store care.
 
 Source: imgsvc/api/admin.proto.
 """
@@ -18,6 +18,7 @@ from imgsvc.image_service import describe
 from imgsvc.images import ImageStore
 from imgsvc.oci import Digest, Platform
 from imgsvc.pull import Puller, PullRequest
+from imgsvc.push import Pusher, PushRequest
 from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import Credential
 
@@ -43,10 +44,19 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     """What the CLI asks that CRI has no call for."""
 
     def __init__(
-        self, images: ImageStore, puller: Puller, care: Care, *, snapshotter: str, config_toml: str, on_removed: Callable[[], None]
+        self,
+        images: ImageStore,
+        puller: Puller,
+        pusher: Pusher,
+        care: Care,
+        *,
+        snapshotter: str,
+        config_toml: str,
+        on_removed: Callable[[], None],
     ) -> None:
         self._images = images
         self._puller = puller
+        self._pusher = pusher
         self._care = care
         self._snapshotter = snapshotter
         self._config_toml = config_toml
@@ -57,22 +67,25 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         reporter = _Reporter()
         wanted = PullRequest(
             reference=Reference.parse(request.reference),
-            credential=Credential("command line", request.username, request.password) if request.username else None,
+            credential=_credential(request.username, request.password),
             platform=Platform.parse(request.platform) if request.platform else Platform.host(),
             snapshotter=request.snapshotter or self._snapshotter,
             reporter=reporter,
         )
-        task = asyncio.ensure_future(self._puller.pull(wanted))
-        task.add_done_callback(lambda _: reporter.end())
-        try:
-            while (event := await reporter.next()) is not None:
-                yield event
-            pulled = await task
-        finally:
-            task.cancel()
-            await asyncio.wait([task])
+        async for event in _events(task := asyncio.ensure_future(self._puller.pull(wanted)), reporter):
+            yield event
+        pulled = task.result()
         done = admin_pb2.PullDone(image_id=pulled.image.image_id, timings_json=json.dumps(pulled.timings))
         yield admin_pb2.PullEvent(done=done)
+
+    async def Push(self, request: admin_pb2.PushRequest, context: Context) -> AsyncIterator[admin_pb2.PushEvent]:
+        """Push with progress; the last event says what was pushed. Leaving the stream cancels the push."""
+        reporter = _Reporter()
+        wanted = PushRequest(Reference.parse(request.reference), _credential(request.username, request.password), reporter)
+        async for event in _events(task := asyncio.ensure_future(self._pusher.push(wanted)), reporter):
+            yield admin_pb2.PushEvent(blob=event.layer)
+        pushed = task.result()
+        yield admin_pb2.PushEvent(done=admin_pb2.PushDone(digest=pushed.target.digest, sent=pushed.sent, left_out=pushed.left_out))
 
     async def Inspect(self, request: admin_pb2.InspectRequest, context: Context) -> admin_pb2.JsonReply:
         """Everything known of one image."""
@@ -149,6 +162,22 @@ class _Reporter:
         if self._events:
             return self._events.pop(next(iter(self._events)))
         return None
+
+
+async def _events(task: asyncio.Future[Any], reporter: _Reporter) -> AsyncIterator[admin_pb2.PullEvent]:
+    """What the reporter is told while the task runs; at the end the task is done. Raises: what the task raises."""
+    task.add_done_callback(lambda _: reporter.end())
+    try:
+        while (event := await reporter.next()) is not None:
+            yield event
+        await task
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def _credential(username: str, password: str) -> Credential | None:
+    return Credential("command line", username, password) if username else None
 
 
 def _full_name(text: str) -> str:

@@ -189,6 +189,7 @@ def describe(image: Image) -> dict[str, Any]:
             for layer in image.layers
         ],
         "resolvedBy": image.provenance.get("resolved_by", ""),
+        "credentials": list(image.provenance.get("credentials", ())),  # names of their sources
         "imageSpec": dict(image.config.raw),
     }
 

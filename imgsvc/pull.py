@@ -216,11 +216,13 @@ class Puller:
         await self._layers.unpack_aside(self._plan_of(image, snapshotter, keys), position, key)
 
     def _plan_of(self, image: Image, snapshotter: str, keys: Sequence[LayerKey | None]) -> LayerPlan:
-        if not image.names:
+        # A digest is a name that a registry answered to; a tag may be of our own making (`imgsvc tag`).
+        name = next(iter(image.repo_digests + image.repo_tags), "")
+        if not name:
             raise NotFound(f"image {image.image_id} has no name to fetch its layers by")
         return LayerPlan(
-            label=image.names[0],
-            fetcher=self._registry.fetcher(Reference.parse(image.names[0]), None),
+            label=name,
+            fetcher=self._registry.fetcher(Reference.parse(name), None),
             layers=tuple(layer.descriptor for layer in image.layers),
             diff_ids=tuple(layer.diff_id for layer in image.layers),
             names=tuple(Name(layer.snapshot) for layer in image.layers),

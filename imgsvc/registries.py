@@ -54,6 +54,8 @@ def open_registries(loaded: Loaded) -> Registries:
             timeouts=Timeouts(timeouts.connect, timeouts.headers, min(timeouts.stall, stall) if stall else timeouts.stall),
             max_downloads=settings.images.max_concurrent_downloads,
             max_downloads_per_image=settings.images.max_concurrent_downloads_per_image,
+            max_extra_connections=registry.max_extra_connections,
+            foreign_layer_hosts=registry.foreign_layer_hosts,
             environ=dict(os.environ),
         ),
         credentials,

@@ -39,6 +39,7 @@ from imgsvc.metadb import MetaDB
 from imgsvc.notify import Notifier
 from imgsvc.pods import start_pods
 from imgsvc.pull import Puller
+from imgsvc.push import Pusher
 from imgsvc.registries import open_registries
 from imgsvc.roots import ContainerRoots
 from imgsvc.rpc import ErrorInterceptor
@@ -147,6 +148,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
         verifier=verification,
         observer=watch.observer,
     )
+    pusher = Pusher(registry=registry, content=content, images=images, leases=leases, threads=threads, bring_back=puller.bring_back)
     handlers = {name: handler.snapshotter or default for name, handler in settings.runtime.runtimes.items()}
     roots = ContainerRoots(images, snapshotters, decryptor, threads, default=default, check=verification.check)
     pods = await start_pods(settings, state, root, db, roots, stack)
@@ -167,6 +169,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
         admin=AdminService(
             images,
             puller,
+            pusher,
             care,
             snapshotter=default,
             config_toml=config.to_toml(settings, loaded.origins),

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16imgsvc/api/admin.proto\x12\timgsvc.v1\"k\n\x0bPullRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x10\n\x08platform\x18\x02 \x01(\t\x12\x13\n\x0bsnapshotter\x18\x03 \x01(\t\x12\x10\n\x08username\x18\x04 \x01(\t\x12\x10\n\x08password\x18\x05 \x01(\t\"\x91\x01\n\tPullEvent\x12+\n\x08resolved\x18\x01 \x01(\x0b\x32\x17.imgsvc.v1.PullResolvedH\x00\x12)\n\x05layer\x18\x02 \x01(\x0b\x32\x18.imgsvc.v1.LayerProgressH\x00\x12#\n\x04\x64one\x18\x03 \x01(\x0b\x32\x13.imgsvc.v1.PullDoneH\x00\x42\x07\n\x05\x65vent\"0\n\x0cPullResolved\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\"P\n\rLayerProgress\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x12\n\ndownloaded\x18\x03 \x01(\x03\x12\r\n\x05state\x18\x04 \x01(\t\"2\n\x08PullDone\x12\x10\n\x08image_id\x18\x01 \x01(\t\x12\x14\n\x0ctimings_json\x18\x02 \x01(\t\"\x1f\n\x0eInspectRequest\x12\r\n\x05image\x18\x01 \x01(\t\"\x19\n\tJsonReply\x12\x0c\n\x04json\x18\x01 \x01(\t\",\n\nTagRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\"\x1c\n\x08TagReply\x12\x10\n\x08image_id\x18\x01 \x01(\t\"\x1d\n\x0cUntagRequest\x12\r\n\x05image\x18\x01 \x01(\t\"\x1b\n\nUntagReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x0f\n\rConfigRequest\"\x1b\n\x0b\x43onfigReply\x12\x0c\n\x04toml\x18\x01 \x01(\t\"\x12\n\x10\x44iskUsageRequest\"!\n\x0e\x43ollectRequest\x12\x0f\n\x07\x65xplain\x18\x01 \x01(\x08\",\n\x0c\x43heckRequest\x12\x0c\n\x04\x64\x65\x65p\x18\x01 \x01(\x08\x12\x0e\n\x06repair\x18\x02 \x01(\x08\x32\xd7\x03\n\x05\x41\x64min\x12\x36\n\x04Pull\x12\x16.imgsvc.v1.PullRequest\x1a\x14.imgsvc.v1.PullEvent0\x01\x12:\n\x07Inspect\x12\x19.imgsvc.v1.InspectRequest\x1a\x14.imgsvc.v1.JsonReply\x12\x31\n\x03Tag\x12\x15.imgsvc.v1.TagRequest\x1a\x13.imgsvc.v1.TagReply\x12\x37\n\x05Untag\x12\x17.imgsvc.v1.UntagRequest\x1a\x15.imgsvc.v1.UntagReply\x12:\n\x06\x43onfig\x12\x18.imgsvc.v1.ConfigRequest\x1a\x16.imgsvc.v1.ConfigReply\x12>\n\tDiskUsage\x12\x1b.imgsvc.v1.DiskUsageRequest\x1a\x14.imgsvc.v1.JsonReply\x12:\n\x07\x43ollect\x12\x19.imgsvc.v1.CollectRequest\x1a\x14.imgsvc.v1.JsonReply\x12\x36\n\x05\x43heck\x12\x17.imgsvc.v1.CheckRequest\x1a\x14.imgsvc.v1.JsonReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16imgsvc/api/admin.proto\x12\timgsvc.v1\"k\n\x0bPullRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x10\n\x08platform\x18\x02 \x01(\t\x12\x13\n\x0bsnapshotter\x18\x03 \x01(\t\x12\x10\n\x08username\x18\x04 \x01(\t\x12\x10\n\x08password\x18\x05 \x01(\t\"\x91\x01\n\tPullEvent\x12+\n\x08resolved\x18\x01 \x01(\x0b\x32\x17.imgsvc.v1.PullResolvedH\x00\x12)\n\x05layer\x18\x02 \x01(\x0b\x32\x18.imgsvc.v1.LayerProgressH\x00\x12#\n\x04\x64one\x18\x03 \x01(\x0b\x32\x13.imgsvc.v1.PullDoneH\x00\x42\x07\n\x05\x65vent\"0\n\x0cPullResolved\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\"P\n\rLayerProgress\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x12\x12\n\ndownloaded\x18\x03 \x01(\x03\x12\r\n\x05state\x18\x04 \x01(\t\"2\n\x08PullDone\x12\x10\n\x08image_id\x18\x01 \x01(\t\x12\x14\n\x0ctimings_json\x18\x02 \x01(\t\"D\n\x0bPushRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x10\n\x08username\x18\x02 \x01(\t\x12\x10\n\x08password\x18\x03 \x01(\t\"c\n\tPushEvent\x12(\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x18.imgsvc.v1.LayerProgressH\x00\x12#\n\x04\x64one\x18\x02 \x01(\x0b\x32\x13.imgsvc.v1.PushDoneH\x00\x42\x07\n\x05\x65vent\":\n\x08PushDone\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04sent\x18\x02 \x01(\x03\x12\x10\n\x08left_out\x18\x03 \x01(\x05\"\x1f\n\x0eInspectRequest\x12\r\n\x05image\x18\x01 \x01(\t\"\x19\n\tJsonReply\x12\x0c\n\x04json\x18\x01 \x01(\t\",\n\nTagRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\"\x1c\n\x08TagReply\x12\x10\n\x08image_id\x18\x01 \x01(\t\"\x1d\n\x0cUntagRequest\x12\r\n\x05image\x18\x01 \x01(\t\"\x1b\n\nUntagReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x0f\n\rConfigRequest\"\x1b\n\x0b\x43onfigReply\x12\x0c\n\x04toml\x18\x01 \x01(\t\"\x12\n\x10\x44iskUsageRequest\"!\n\x0e\x43ollectRequest\x12\x0f\n\x07\x65xplain\x18\x01 \x01(\x08\",\n\x0c\x43heckRequest\x12\x0c\n\x04\x64\x65\x65p\x18\x01 \x01(\x08\x12\x0e\n\x06repair\x18\x02 \x01(\x08\x32\x8f\x04\n\x05\x41\x64min\x12\x36\n\x04Pull\x12\x16.imgsvc.v1.PullRequest\x1a\x14.imgsvc.v1.PullEvent0\x01\x12\x36\n\x04Push\x12\x16.imgsvc.v1.PushRequest\x1a\x14.imgsvc.v1.PushEvent0\x01\x12:\n\x07Inspect\x12\x19.imgsvc.v1.InspectRequest\x1a\x14.imgsvc.v1.JsonReply\x12\x31\n\x03Tag\x12\x15.imgsvc.v1.TagRequest\x1a\x13.imgsvc.v1.TagReply\x12\x37\n\x05Untag\x12\x17.imgsvc.v1.UntagRequest\x1a\x15.imgsvc.v1.UntagReply\x12:\n\x06\x43onfig\x12\x18.imgsvc.v1.ConfigRequest\x1a\x16.imgsvc.v1.ConfigReply\x12>\n\tDiskUsage\x12\x1b.imgsvc.v1.DiskUsageRequest\x1a\x14.imgsvc.v1.JsonReply\x12:\n\x07\x43ollect\x12\x19.imgsvc.v1.CollectRequest\x1a\x14.imgsvc.v1.JsonReply\x12\x36\n\x05\x43heck\x12\x17.imgsvc.v1.CheckRequest\x1a\x14.imgsvc.v1.JsonReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,28 +41,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LAYERPROGRESS']._serialized_end=424
   _globals['_PULLDONE']._serialized_start=426
   _globals['_PULLDONE']._serialized_end=476
-  _globals['_INSPECTREQUEST']._serialized_start=478
-  _globals['_INSPECTREQUEST']._serialized_end=509
-  _globals['_JSONREPLY']._serialized_start=511
-  _globals['_JSONREPLY']._serialized_end=536
-  _globals['_TAGREQUEST']._serialized_start=538
-  _globals['_TAGREQUEST']._serialized_end=582
-  _globals['_TAGREPLY']._serialized_start=584
-  _globals['_TAGREPLY']._serialized_end=612
-  _globals['_UNTAGREQUEST']._serialized_start=614
-  _globals['_UNTAGREQUEST']._serialized_end=643
-  _globals['_UNTAGREPLY']._serialized_start=645
-  _globals['_UNTAGREPLY']._serialized_end=672
-  _globals['_CONFIGREQUEST']._serialized_start=674
-  _globals['_CONFIGREQUEST']._serialized_end=689
-  _globals['_CONFIGREPLY']._serialized_start=691
-  _globals['_CONFIGREPLY']._serialized_end=718
-  _globals['_DISKUSAGEREQUEST']._serialized_start=720
-  _globals['_DISKUSAGEREQUEST']._serialized_end=738
-  _globals['_COLLECTREQUEST']._serialized_start=740
-  _globals['_COLLECTREQUEST']._serialized_end=773
-  _globals['_CHECKREQUEST']._serialized_start=775
-  _globals['_CHECKREQUEST']._serialized_end=819
-  _globals['_ADMIN']._serialized_start=822
-  _globals['_ADMIN']._serialized_end=1293
+  _globals['_PUSHREQUEST']._serialized_start=478
+  _globals['_PUSHREQUEST']._serialized_end=546
+  _globals['_PUSHEVENT']._serialized_start=548
+  _globals['_PUSHEVENT']._serialized_end=647
+  _globals['_PUSHDONE']._serialized_start=649
+  _globals['_PUSHDONE']._serialized_end=707
+  _globals['_INSPECTREQUEST']._serialized_start=709
+  _globals['_INSPECTREQUEST']._serialized_end=740
+  _globals['_JSONREPLY']._serialized_start=742
+  _globals['_JSONREPLY']._serialized_end=767
+  _globals['_TAGREQUEST']._serialized_start=769
+  _globals['_TAGREQUEST']._serialized_end=813
+  _globals['_TAGREPLY']._serialized_start=815
+  _globals['_TAGREPLY']._serialized_end=843
+  _globals['_UNTAGREQUEST']._serialized_start=845
+  _globals['_UNTAGREQUEST']._serialized_end=874
+  _globals['_UNTAGREPLY']._serialized_start=876
+  _globals['_UNTAGREPLY']._serialized_end=903
+  _globals['_CONFIGREQUEST']._serialized_start=905
+  _globals['_CONFIGREQUEST']._serialized_end=920
+  _globals['_CONFIGREPLY']._serialized_start=922
+  _globals['_CONFIGREPLY']._serialized_end=949
+  _globals['_DISKUSAGEREQUEST']._serialized_start=951
+  _globals['_DISKUSAGEREQUEST']._serialized_end=969
+  _globals['_COLLECTREQUEST']._serialized_start=971
+  _globals['_COLLECTREQUEST']._serialized_end=1004
+  _globals['_CHECKREQUEST']._serialized_start=1006
+  _globals['_CHECKREQUEST']._serialized_end=1050
+  _globals['_ADMIN']._serialized_start=1053
+  _globals['_ADMIN']._serialized_end=1580
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,11 @@ class AdminStub:
                 request_serializer=imgsvc_dot_api_dot_admin__pb2.PullRequest.SerializeToString,
                 response_deserializer=imgsvc_dot_api_dot_admin__pb2.PullEvent.FromString,
                 _registered_method=True)
+        self.Push = channel.unary_stream(
+                '/imgsvc.v1.Admin/Push',
+                request_serializer=imgsvc_dot_api_dot_admin__pb2.PushRequest.SerializeToString,
+                response_deserializer=imgsvc_dot_api_dot_admin__pb2.PushEvent.FromString,
+                _registered_method=True)
         self.Inspect = channel.unary_unary(
                 '/imgsvc.v1.Admin/Inspect',
                 request_serializer=imgsvc_dot_api_dot_admin__pb2.InspectRequest.SerializeToString,
@@ -81,6 +86,13 @@ class AdminServicer:
 
     def Pull(self, request, context):
         """Pulls and unpacks one image and reports progress; the last event carries the image or the error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Push(self, request, context):
+        """Uploads an image under one of its names and reports progress; the last event says what was pushed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,6 +154,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Pull,
                     request_deserializer=imgsvc_dot_api_dot_admin__pb2.PullRequest.FromString,
                     response_serializer=imgsvc_dot_api_dot_admin__pb2.PullEvent.SerializeToString,
+            ),
+            'Push': grpc.unary_stream_rpc_method_handler(
+                    servicer.Push,
+                    request_deserializer=imgsvc_dot_api_dot_admin__pb2.PushRequest.FromString,
+                    response_serializer=imgsvc_dot_api_dot_admin__pb2.PushEvent.SerializeToString,
             ),
             'Inspect': grpc.unary_unary_rpc_method_handler(
                     servicer.Inspect,
@@ -206,6 +223,33 @@ class Admin:
             '/imgsvc.v1.Admin/Pull',
             imgsvc_dot_api_dot_admin__pb2.PullRequest.SerializeToString,
             imgsvc_dot_api_dot_admin__pb2.PullEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Push(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/imgsvc.v1.Admin/Push',
+            imgsvc_dot_api_dot_admin__pb2.PushRequest.SerializeToString,
+            imgsvc_dot_api_dot_admin__pb2.PushEvent.FromString,
             options,
             channel_credentials,
             insecure,

@@ -33,6 +33,8 @@ class AdminStub:
     def __new__(cls, channel: _aio.Channel) -> AdminAsyncStub: ...
     Pull: _grpc.UnaryStreamMultiCallable[_admin_pb2.PullRequest, _admin_pb2.PullEvent]
     """Pulls and unpacks one image and reports progress; the last event carries the image or the error."""
+    Push: _grpc.UnaryStreamMultiCallable[_admin_pb2.PushRequest, _admin_pb2.PushEvent]
+    """Uploads an image under one of its names and reports progress; the last event says what was pushed."""
     Inspect: _grpc.UnaryUnaryMultiCallable[_admin_pb2.InspectRequest, _admin_pb2.JsonReply]
     """Everything known of one image, as the JSON that `imgsvc inspect` prints."""
     Tag: _grpc.UnaryUnaryMultiCallable[_admin_pb2.TagRequest, _admin_pb2.TagReply]
@@ -53,6 +55,8 @@ class AdminAsyncStub(AdminStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Pull: _aio.UnaryStreamMultiCallable[_admin_pb2.PullRequest, _admin_pb2.PullEvent]  # type: ignore[assignment]
     """Pulls and unpacks one image and reports progress; the last event carries the image or the error."""
+    Push: _aio.UnaryStreamMultiCallable[_admin_pb2.PushRequest, _admin_pb2.PushEvent]  # type: ignore[assignment]
+    """Uploads an image under one of its names and reports progress; the last event says what was pushed."""
     Inspect: _aio.UnaryUnaryMultiCallable[_admin_pb2.InspectRequest, _admin_pb2.JsonReply]  # type: ignore[assignment]
     """Everything known of one image, as the JSON that `imgsvc inspect` prints."""
     Tag: _aio.UnaryUnaryMultiCallable[_admin_pb2.TagRequest, _admin_pb2.TagReply]  # type: ignore[assignment]
@@ -76,6 +80,14 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_pb2.PullEvent], _abc.AsyncIterator[_admin_pb2.PullEvent]]:
         """Pulls and unpacks one image and reports progress; the last event carries the image or the error."""
+
+    @_abc_1.abstractmethod
+    def Push(
+        self,
+        request: _admin_pb2.PushRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.PushEvent], _abc.AsyncIterator[_admin_pb2.PushEvent]]:
+        """Uploads an image under one of its names and reports progress; the last event says what was pushed."""
 
     @_abc_1.abstractmethod
     def Inspect(

@@ -1,4 +1,4 @@
-"""pull, images, inspect, rmi, tag."""
+"""pull, push, images, inspect, rmi, tag."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from imgsvc.cli.client import Daemon, add_address, connect
-from imgsvc.cli.output import PullDisplay, human_size, print_json, print_table
+from imgsvc.cli.output import PullDisplay, human_size, plural, print_json, print_table, warn
 from imgsvc.errors import NotFound
 from imgsvc.reference import Reference
 
@@ -24,6 +24,10 @@ def add_commands(commands: Commands) -> None:
     pull.add_argument("--snapshotter", default="", help="unpack into this snapshotter")
     pull.add_argument("--timings", action="store_true", help="print seconds by phase")
     pull.set_defaults(run=run_pull)
+    push = commands.add_parser("push", help="upload an image under one of its names")
+    push.add_argument("reference", metavar="REF")
+    push.add_argument("--creds", default="", metavar="USER:PASSWORD", help="credentials for the registry")
+    push.set_defaults(run=run_push)
     listing = commands.add_parser("images", help="list images")
     listing.add_argument("--json", action="store_true")
     listing.set_defaults(run=run_images)
@@ -38,7 +42,7 @@ def add_commands(commands: Commands) -> None:
     tag.add_argument("source", metavar="SRC")
     tag.add_argument("target", metavar="DST")
     tag.set_defaults(run=run_tag)
-    for parser in (pull, listing, inspect, remove, tag):
+    for parser in (pull, push, listing, inspect, remove, tag):
         add_address(parser)
 
 
@@ -86,6 +90,26 @@ def _pull(daemon: Daemon, arguments: argparse.Namespace, text: str) -> None:
                 print(event.done.image_id)
                 if arguments.timings:
                     print_table(("PHASE", "SECONDS"), [(k, f"{v:.3f}") for k, v in json.loads(event.done.timings_json).items()])
+
+
+def run_push(arguments: argparse.Namespace) -> int:
+    """`imgsvc push`: prints the digest that the name has in the registry now."""
+    from imgsvc.api import admin_pb2
+
+    reference = Reference.parse(arguments.reference)
+    username, _, password = arguments.creds.partition(":")
+    display = PullDisplay(str(reference), sys.stderr)
+    with connect(arguments) as daemon:
+        for event in daemon.admin.Push(admin_pb2.PushRequest(reference=str(reference), username=username, password=password)):
+            if event.WhichOneof("event") == "blob":
+                display.layer(event.blob.digest, event.blob.size, event.blob.downloaded, event.blob.state)
+                continue
+            display.end()
+            print(event.done.digest)
+            if event.done.left_out:
+                others = plural(event.done.left_out, "other manifest")
+                warn(f"pushed the manifest of one platform; {others} of its index are not on this node")
+    return 0
 
 
 def run_images(arguments: argparse.Namespace) -> int:

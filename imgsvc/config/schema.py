@@ -82,6 +82,8 @@ class Registry:
     """[registry]: where hosts.toml files live; the legacy inline tables are read with a warning."""
 
     config_path: str = "/etc/imgsvc/hosts.d:/etc/containerd/certs.d:/etc/docker/certs.d"
+    foreign_layer_hosts: tuple[str, ...] = ()  # "host[:port]" from which the URLs in layer descriptors are fetched, without credentials
+    max_extra_connections: int = 24  # per node, with which large blobs are fetched in parallel ranges; 0: one connection per blob
     credentials: Credentials = field(default_factory=Credentials)
     mirrors: Raw = field(default_factory=dict)
     configs: Raw = field(default_factory=dict)
