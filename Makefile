@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run setup test lint bench proto lock
+.PHONY: run setup test test-vm lint bench proto lock
 .DEFAULT_GOAL := run
 
 run:
@@ -15,6 +15,10 @@ setup:
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Only the tests in an emulated machine with systemd and cgroup version 2; `make test` runs them too.
+test-vm: setup
+	$(BIN)/python -m pytest tests/vm $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,0 +1,36 @@
+"""Machines for the tests of this directory; those in inside/ run in the machine and are not collected here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vm import root
+from tests.vm.disk import new_disk
+from tests.vm.images import prepare
+from tests.vm.machine import Machine, machine
+from tests.vm.power_cuts import wait_until_up
+
+collect_ignore = ["inside"]
+
+
+@pytest.fixture(scope="session")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A disk with this checkout; machines put layers over it."""
+    if why := root.missing():
+        pytest.skip(why)
+    directory = tmp_path_factory.mktemp("vm")
+    prepare(directory / "extra")
+    with new_disk(directory, directory / "extra") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def vm(disk: Path) -> Iterator[Machine]:
+    """A machine whose daemon and registry run; one for the tests of a file, in their order."""
+    with machine(disk) as made:
+        made.boot()
+        wait_until_up(made)
+        yield made

@@ -1,0 +1,54 @@
+"""The disk of one run: the root file system, the wheel of this checkout, its unit file, its tests, the registry's data."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from tests.vm.root import HERE, PROJECT, cached_root, run, run_in
+
+SIZE: Final = "3G"  # sparse
+UNIT: Final = PROJECT / "docs/deploy/imgsvc.service"
+
+
+@contextlib.contextmanager
+def new_disk(directory: Path, extra: Path, *, unit: str = "") -> Iterator[Path]:
+    """A bootable disk image with this checkout on it, for a `with` block.
+
+    extra: a tree that is copied over its root. unit: other text for imgsvc.service. Beside the disk lie the kernel ("vmlinuz") and the initial RAM file system ("initrd").
+    """
+    root = directory / "root"
+    run(["cp", "-a", str(cached_root()), str(root)])
+    _add_checkout(root, unit or UNIT.read_text())
+    shutil.copytree(extra, root, dirs_exist_ok=True)
+    run_in(root, "chown", "-R", "docker-registry:", "/var/lib/docker-registry")
+    for name in ("vmlinuz", "initrd"):
+        shutil.copy(next((root / "boot").glob(f"{name}*")), directory / name)
+    disk = directory / "disk.img"
+    run(["mkfs.ext4", "-q", "-d", str(root), str(disk), SIZE])
+    shutil.rmtree(root)
+    try:
+        yield disk
+    finally:
+        disk.unlink()
+
+
+def _add_checkout(root: Path, unit: str) -> None:
+    """The wheel, installed as an administrator does it; the unit, enabled; configuration; the tests."""
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    run([*pip, "--wheel-dir", str(root / "tmp/wheel"), str(PROJECT)])
+    wheel = next((root / "tmp/wheel").glob("*.whl")).name
+    run_in(root, "/opt/imgsvc/bin/pip", "install", "--quiet", "--no-index", "--no-deps", f"/tmp/wheel/{wheel}")
+    (root / "etc/systemd/system/imgsvc.service").write_text(unit)
+    run_in(root, "systemctl", "enable", "imgsvc")
+    shutil.copytree(HERE / "etc", root / "etc", dirs_exist_ok=True)
+    tests = root / "opt/checkout"
+    shutil.copytree(PROJECT / "tests", tests / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(PROJECT / "pyproject.toml", tests)
+    run_in(
+        root, "python3", "-m", "compileall", "-q", "/opt/checkout/tests/vm", "/opt/checkout/tests/support", "/opt/checkout/tests/snapshot"
+    )

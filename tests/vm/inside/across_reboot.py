@@ -1,0 +1,53 @@
+"""`before` leaves a pod with a running and an ended container; `after` says what became of them. C-D5."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from imgsvc.api import cri_pb2 as pb
+from tests.support import cri
+from tests.support.disk import Disk
+from tests.vm.images import BUSYBOX
+from tests.vm.inside.node import RPC_TIMEOUT, Node
+
+STORE = Path("/var/lib/imgsvc")
+
+
+def before(node: Node) -> None:
+    """Two pods, one per OCI runtime."""
+    for handler in ("crun", "runc"):
+        pod = node.pod_config(f"boot{handler}")
+        sandbox = node.run_pod(pod, handler)
+        node.run(sandbox, pod, "exec sleep 6000", "runs")
+        assert cri.wait_for_exit(node.runtime, node.run(sandbox, pod, "exit 3", "ended")).exit_code == 3
+
+
+def after(node: Node) -> None:
+    """Pods not ready, containers ended; all can be removed, and then nothing of them is left."""
+    pods = node.runtime.ListPodSandbox(pb.ListPodSandboxRequest(), timeout=RPC_TIMEOUT).items
+    assert {(p.metadata.name, p.state) for p in pods} == {(f"boot{h}", pb.SANDBOX_NOTREADY) for h in ("crun", "runc")}, pods
+    containers = node.runtime.ListContainers(pb.ListContainersRequest(), timeout=RPC_TIMEOUT).containers
+    codes = sorted((c.metadata.name, cri.status(node.runtime, c.id).state, cri.status(node.runtime, c.id).exit_code) for c in containers)
+    ended = pb.CONTAINER_EXITED
+    assert codes == [("ended", ended, 3)] * 2 + [("runs", ended, 255)] * 2, codes
+    node.remove_all_pods()
+    leases = list(Path("/var/lib/cni/networks/pods").glob("*.*.*.*"))
+    assert leases == [], leases
+    subprocess.run(["imgsvc", "gc"], check=True, timeout=60)
+    left = [key for key, record in Disk(STORE).snapshots().items() if not key.startswith("sha256:")]
+    assert left == [], left
+    # and the node works
+    pod = node.pod_config("again")
+    sandbox = node.run_pod(pod)
+    assert node.output(sandbox, pod, "echo again") == ["again"]
+    assert cri.image_status(node.images, BUSYBOX)
+    node.remove_all_pods()
+
+
+if __name__ == "__main__":
+    connected = Node()
+    if cri.image_status(connected.images, BUSYBOX) is None:
+        cri.pull(connected.images, BUSYBOX)
+    {"before": before, "after": after}[sys.argv[1]](connected)
