@@ -117,7 +117,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     content = LocalStore(root, db, sync=sync)
     for finding in await threads.run(recover, content, db.last_end):
         log.warning("repaired after an unclean end: %s", finding)
-    snapshotters = await _snapshotters(settings, root / "snapshots", db, threads, stack)
+    snapshotters = await _snapshotters(settings, private_dir(root / "snapshots"), db, threads, stack)
     default = next(iter(snapshotters))
     images = ImageStore(db, settings.images.pinned_images)
     leases = LeaseBook(db)

@@ -17,7 +17,7 @@ _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 def copy_tree(source: Path, target: Path) -> None:
     """Fill the directory `target` with everything in `source`, metadata and hard links included. Blocking: a process.
 
-    Shares blocks where the file system can. Raises: ResourceExhausted (disk full), Internal.
+    Shares blocks where the file system can. Raises: ResourceExhausted (disk full), InvalidArgument (paths beyond PATH_MAX), Internal.
     """
     command = ["cp", "-a", "--reflink=auto", "--", f"{source}/.", str(target)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env={"LC_ALL": "C"} | _path(), check=False)
@@ -25,6 +25,8 @@ def copy_tree(source: Path, target: Path) -> None:
         text = printable(done.stderr.decode("utf-8", "replace").strip())
         if "No space left" in text or "quota exceeded" in text:
             raise ResourceExhausted(f"cannot copy a snapshot: {text}", where=str(target), hint="free space there, then try again")
+        if "File name too long" in text:  # directories nested beyond PATH_MAX, which only descriptors reach
+            raise InvalidArgument("the image has paths too long to be copied", where=str(target), hint='use the snapshotter "overlayfs"')
         raise Internal(f"cannot copy a snapshot: {text}", where=str(target))
 
 
