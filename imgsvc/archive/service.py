@@ -80,13 +80,15 @@ class Archives:
     async def save(self, names: Iterable[str]) -> AsyncIterator[bytes]:
         """Export images as one archive, in chunks.
 
-        Raises, before the first chunk: NotFound (no such image), FailedPrecondition (a layer's blob is gone).
+        Layers whose blobs are no longer stored are fetched again, from where the image came.
+        Raises, before the first chunk: NotFound (no such image), PullFailed, FailedPrecondition (a document is gone).
         """
         exported = self._select(names)
         blobs = {digest for entry in exported for digest in blobs_of(entry.image)}
         lease = await self._leases.hold([("content", digest) for digest in blobs], purpose="export")
         try:
-            await self._threads.run(self._check, exported)
+            for entry in exported:
+                await self._bring_back(entry)
             archive = write_archive(exported, self._content)
             while (chunk := await self._threads.run(next, archive, b"")) != b"":
                 yield chunk
@@ -107,14 +109,14 @@ class Archives:
             chosen[image.image_id] = Exported(image, tuple(dict.fromkeys((*(before.names if before else ()), *tags))))
         return list(chosen.values())
 
-    def _check(self, exported: list[Exported]) -> None:
-        for entry in exported:
-            missing = [digest for digest in blobs_of(entry.image) if self._content.info(digest) is None]
-            if missing:
-                raise FailedPrecondition(
-                    f"{len(missing)} blobs of {(entry.names or (entry.image.image_id,))[0]} are no longer stored ({missing[0]} …)",
-                    hint="remove the image and pull it again; [gc] blob_cache and discard_unpacked_layers say what is kept",
-                )
+    async def _bring_back(self, entry: Exported) -> None:
+        image = entry.image
+        missing = await self._threads.run(lambda: [digest for digest in blobs_of(image) if self._content.info(digest) is None])
+        if not {image.manifest.digest, image.image_id}.isdisjoint(missing):
+            label = (entry.names or (image.image_id,))[0]
+            raise FailedPrecondition(f"manifest or config of {label} cannot be read", hint="pull it again")
+        if missing:
+            await self._puller.bring_back(image, missing)
 
 
 class _Feed:
