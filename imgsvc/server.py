@@ -7,6 +7,7 @@ thing is closed, so that whatever was opened is closed in reverse order whatever
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -73,7 +74,11 @@ async def _serve(loaded: Loaded, load: Callable[[], Loaded]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
+        # What is built now stays. With 10 000 images, looking through it for garbage takes 0.5 s each time, on this loop.
+        gc.disable()
         services = await build(loaded, stack)
+        gc.freeze()
+        gc.enable()
         server = await _listen(loaded.config, services)
         loop.add_signal_handler(signal.SIGHUP, lambda: reloads.append(asyncio.ensure_future(_reload(services, loaded, load))))
         log.info("ready: imgsvc %s on %s after %.2f s", __version__, loaded.config.address, time.monotonic() - began)
