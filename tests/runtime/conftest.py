@@ -40,9 +40,9 @@ def make_node(directory: Path) -> Iterator[Callable[..., Daemon]]:
     _require("runc", "conmon")
     with ExitStack() as stack:
 
-        def make(extra: dict[str, Any] | None = None, *, bridge: str = "", cgroups: str = "") -> Daemon:
+        def make(extra: dict[str, Any] | None = None, *, bridge: str = "", cgroups: str = "", failpoint: str = "") -> Daemon:
             settings = {"handlers": {"default": {"path": "runc"}}} | (extra or {})
-            return stack.enter_context(running(directory, settings, bridge=bridge, cgroups=cgroups))
+            return stack.enter_context(running(directory, settings, bridge=bridge, cgroups=cgroups, failpoint=failpoint))
 
         yield make
 

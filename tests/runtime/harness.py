@@ -265,11 +265,13 @@ def write_bridge(directory: Path, bridge: str) -> None:
 
 
 @contextlib.contextmanager
-def running(directory: Path, extra: Mapping[str, Any] | None = None, *, bridge: str = "", cgroups: str = "") -> Iterator[Daemon]:
+def running(
+    directory: Path, extra: Mapping[str, Any] | None = None, *, bridge: str = "", cgroups: str = "", failpoint: str = ""
+) -> Iterator[Daemon]:
     """A daemon for a `with` block; nothing of it survives."""
     directory.mkdir(parents=True, exist_ok=True)
     daemon = Daemon(directory, extra, bridge=bridge, cgroups=cgroups)
-    daemon.start()
+    daemon.start(failpoint=failpoint)
     try:
         yield daemon
     finally:

@@ -35,9 +35,7 @@ def whole_life(node: Daemon) -> None:
 
 @pytest.mark.parametrize("point", POINTS)
 def test_c_c27_killed_at_every_point_nothing_is_left(make_node: MakeNode, point: str) -> None:
-    node = make_node(bridge="rtkill")
-    node.stop()
-    node.start(failpoint=f"{point}=kill")
+    node = make_node(bridge="rtkill", failpoint=f"{point}=kill")
     with pytest.raises(grpc.RpcError):
         whole_life(node)
     node.wait_dead()
@@ -56,9 +54,7 @@ def whole_life_of_others(node: Daemon) -> None:
 
 @pytest.mark.parametrize("point", POINTS)
 def test_c_c27_failing_at_every_point_can_be_repeated(make_node: MakeNode, point: str) -> None:
-    node = make_node(bridge="rtfail")
-    node.stop()
-    node.start(failpoint=f"{point}=error:ENOSPC*1")
+    node = make_node(bridge="rtfail", failpoint=f"{point}=error:ENOSPC*1")
     with pytest.raises(grpc.RpcError) as caught:
         whole_life(node)
     assert "failpoint" in (caught.value.details() or "")
@@ -102,9 +98,7 @@ def test_c_c27_a_network_that_cannot_be_left_is_left_later(make_node: MakeNode) 
 
 @pytest.mark.parametrize("point", ["sandbox.namespaces", "sandbox.network", "container.root", "container.created"])
 def test_c_c27_a_caller_that_leaves_leaves_nothing(make_node: MakeNode, point: str) -> None:
-    node = make_node(bridge="rtleave")
-    node.stop()
-    node.start(failpoint=f"{point}=delay:700*1")
+    node = make_node(bridge="rtleave", failpoint=f"{point}=delay:700*1")
     pod = "" if point.startswith("sandbox") else node.run_pod("victim")
     with pytest.raises(grpc.RpcError):
         impatient(node, pod)
