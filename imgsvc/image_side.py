@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,11 +23,17 @@ from imgsvc.leases import LeaseManager
 from imgsvc.metadb import MetaDB
 from imgsvc.metrics import Gauge, Page
 from imgsvc.mirror import Mirror
+from imgsvc.mounts import ImageMounts
 from imgsvc.observe import Observer, store_gauges
 from imgsvc.prepull.service import Prepull
 from imgsvc.pull import Puller
 from imgsvc.pullthrough import PullThrough
 from imgsvc.registry.interfaces import Registry
+from imgsvc.roots import ContainerRoots
+from imgsvc.runtime.interfaces import RootMount
+from imgsvc.snapshot import kernel
+from imgsvc.snapshot.interfaces import Mount
+from imgsvc.snapshot.mount import mount_all
 from imgsvc.snapshot.tarstream import TarStream
 from imgsvc.verification.policy import load_policy
 from imgsvc.verification.programs import Programs
@@ -83,6 +90,7 @@ class Parts:
     threads: Threads
     usage: Usage
     verification: Verification
+    roots: ContainerRoots
     snapshotter: str
 
 
@@ -112,7 +120,12 @@ async def start_image_side(settings: Config, parts: Parts, watch: Watch, stack: 
     await _start_mirror(settings, parts, watch, stack)
     life = asyncio.ensure_future(prepull.run())
     stack.push_async_callback(_stopped, life)
-    return ImageTools(archives, prepull, watch.bus, snapshotter=parts.snapshotter)
+    mounts = ImageMounts(parts.images, parts.roots, parts.leases, parts.threads, parts.snapshotter, _mount_all, kernel.umount)
+    return ImageTools(archives, prepull, watch.bus, mounts, snapshotter=parts.snapshotter)
+
+
+def _mount_all(mounts: Sequence[RootMount], target: str) -> None:
+    mount_all([Mount(mount.type, mount.source, mount.options) for mount in mounts], target)
 
 
 async def _start_mirror(settings: Config, parts: Parts, watch: Watch, stack: AsyncExitStack) -> None:

@@ -12,6 +12,7 @@ from imgsvc.api import imagetools_pb2, imagetools_pb2_grpc
 from imgsvc.archive.service import Archives, Target
 from imgsvc.errors import InvalidArgument
 from imgsvc.events import EventBus
+from imgsvc.mounts import ImageMounts
 from imgsvc.oci import Platform
 from imgsvc.prepull.service import Prepull
 
@@ -19,9 +20,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ImageTools(imagetools_pb2_grpc.ImageToolsServicer):
-    """Archives, pre-pull, events."""
+    """Archives, pre-pull, events, mounts."""
 
-    def __init__(self, archives: Archives, prepull: Prepull, bus: EventBus, *, snapshotter: str) -> None:
+    def __init__(self, archives: Archives, prepull: Prepull, bus: EventBus, mounts: ImageMounts, *, snapshotter: str) -> None:
+        self._mounts = mounts
         self._archives = archives
         self._prepull = prepull
         self._bus = bus
@@ -54,6 +56,15 @@ class ImageTools(imagetools_pb2_grpc.ImageToolsServicer):
         """`imgsvc events`."""
         async for event in self._bus.listen():
             yield imagetools_pb2.Event(json=json.dumps(event.to_json()))
+
+    async def Mount(self, request: imagetools_pb2.MountRequest, context: Context) -> imagetools_pb2.MountReply:
+        """`imgsvc mount`."""
+        return imagetools_pb2.MountReply(image_id=await self._mounts.mount(request.image, request.directory))
+
+    async def Unmount(self, request: imagetools_pb2.UnmountRequest, context: Context) -> imagetools_pb2.UnmountReply:
+        """`imgsvc unmount`."""
+        await self._mounts.unmount(request.directory)
+        return imagetools_pb2.UnmountReply()
 
 
 async def _data(first: bytes, requests: AsyncIterator[imagetools_pb2.ImportRequest]) -> AsyncIterator[bytes]:

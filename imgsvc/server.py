@@ -167,7 +167,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     def on_removed() -> None:
         care.trigger("image removed")
 
-    parts = Parts(root, registry, content, images, puller, leases, db, threads, care, verification, default)
+    parts = Parts(root, registry, content, images, puller, leases, db, threads, care, verification, roots, default)
     tools = await start_image_side(settings, parts, watch, stack)
     return Services(
         images=ImageService(images, puller, care, snapshotter=default, handlers=handlers, on_removed=on_removed),

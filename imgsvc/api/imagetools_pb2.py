@@ -24,33 +24,41 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bimgsvc/api/imagetools.proto\x12\timgsvc.v1\"\x1f\n\rExportRequest\x12\x0e\n\x06images\x18\x01 \x03(\t\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"H\n\rImportRequest\x12)\n\x07options\x18\x01 \x01(\x0b\x32\x18.imgsvc.v1.ImportOptions\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"X\n\rImportOptions\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrepository\x18\x02 \x01(\t\x12\x10\n\x08platform\x18\x03 \x01(\t\x12\x13\n\x0bsnapshotter\x18\x04 \x01(\t\"7\n\x0bImportReply\x12(\n\x06images\x18\x01 \x03(\x0b\x32\x18.imgsvc.v1.ImportedImage\"4\n\rImportedImage\x12\x11\n\treference\x18\x01 \x01(\t\x12\x10\n\x08image_id\x18\x02 \x01(\t\"\x1d\n\x0ePrepullRequest\x12\x0b\n\x03now\x18\x01 \x01(\x08\"\x1c\n\x0cPrepullReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x0f\n\rEventsRequest\"\x15\n\x05\x45vent\x12\x0c\n\x04json\x18\x01 \x01(\t2\xf9\x01\n\nImageTools\x12\x36\n\x06\x45xport\x12\x18.imgsvc.v1.ExportRequest\x1a\x10.imgsvc.v1.Chunk0\x01\x12<\n\x06Import\x12\x18.imgsvc.v1.ImportRequest\x1a\x16.imgsvc.v1.ImportReply(\x01\x12=\n\x07Prepull\x12\x19.imgsvc.v1.PrepullRequest\x1a\x17.imgsvc.v1.PrepullReply\x12\x36\n\x06\x45vents\x12\x18.imgsvc.v1.EventsRequest\x1a\x10.imgsvc.v1.Event0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bimgsvc/api/imagetools.proto\x12\timgsvc.v1\"0\n\x0cMountRequest\x12\r\n\x05image\x18\x01 \x01(\t\x12\x11\n\tdirectory\x18\x02 \x01(\t\"\x1e\n\nMountReply\x12\x10\n\x08image_id\x18\x01 \x01(\t\"#\n\x0eUnmountRequest\x12\x11\n\tdirectory\x18\x01 \x01(\t\"\x0e\n\x0cUnmountReply\"\x1f\n\rExportRequest\x12\x0e\n\x06images\x18\x01 \x03(\t\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"H\n\rImportRequest\x12)\n\x07options\x18\x01 \x01(\x0b\x32\x18.imgsvc.v1.ImportOptions\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"X\n\rImportOptions\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrepository\x18\x02 \x01(\t\x12\x10\n\x08platform\x18\x03 \x01(\t\x12\x13\n\x0bsnapshotter\x18\x04 \x01(\t\"7\n\x0bImportReply\x12(\n\x06images\x18\x01 \x03(\x0b\x32\x18.imgsvc.v1.ImportedImage\"4\n\rImportedImage\x12\x11\n\treference\x18\x01 \x01(\t\x12\x10\n\x08image_id\x18\x02 \x01(\t\"\x1d\n\x0ePrepullRequest\x12\x0b\n\x03now\x18\x01 \x01(\x08\"\x1c\n\x0cPrepullReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x0f\n\rEventsRequest\"\x15\n\x05\x45vent\x12\x0c\n\x04json\x18\x01 \x01(\t2\xf1\x02\n\nImageTools\x12\x36\n\x06\x45xport\x12\x18.imgsvc.v1.ExportRequest\x1a\x10.imgsvc.v1.Chunk0\x01\x12<\n\x06Import\x12\x18.imgsvc.v1.ImportRequest\x1a\x16.imgsvc.v1.ImportReply(\x01\x12=\n\x07Prepull\x12\x19.imgsvc.v1.PrepullRequest\x1a\x17.imgsvc.v1.PrepullReply\x12\x36\n\x06\x45vents\x12\x18.imgsvc.v1.EventsRequest\x1a\x10.imgsvc.v1.Event0\x01\x12\x37\n\x05Mount\x12\x17.imgsvc.v1.MountRequest\x1a\x15.imgsvc.v1.MountReply\x12=\n\x07Unmount\x12\x19.imgsvc.v1.UnmountRequest\x1a\x17.imgsvc.v1.UnmountReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'imgsvc.api.imagetools_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EXPORTREQUEST']._serialized_start=42
-  _globals['_EXPORTREQUEST']._serialized_end=73
-  _globals['_CHUNK']._serialized_start=75
-  _globals['_CHUNK']._serialized_end=96
-  _globals['_IMPORTREQUEST']._serialized_start=98
-  _globals['_IMPORTREQUEST']._serialized_end=170
-  _globals['_IMPORTOPTIONS']._serialized_start=172
-  _globals['_IMPORTOPTIONS']._serialized_end=260
-  _globals['_IMPORTREPLY']._serialized_start=262
-  _globals['_IMPORTREPLY']._serialized_end=317
-  _globals['_IMPORTEDIMAGE']._serialized_start=319
-  _globals['_IMPORTEDIMAGE']._serialized_end=371
-  _globals['_PREPULLREQUEST']._serialized_start=373
-  _globals['_PREPULLREQUEST']._serialized_end=402
-  _globals['_PREPULLREPLY']._serialized_start=404
-  _globals['_PREPULLREPLY']._serialized_end=432
-  _globals['_EVENTSREQUEST']._serialized_start=434
-  _globals['_EVENTSREQUEST']._serialized_end=449
-  _globals['_EVENT']._serialized_start=451
-  _globals['_EVENT']._serialized_end=472
-  _globals['_IMAGETOOLS']._serialized_start=475
-  _globals['_IMAGETOOLS']._serialized_end=724
+  _globals['_MOUNTREQUEST']._serialized_start=42
+  _globals['_MOUNTREQUEST']._serialized_end=90
+  _globals['_MOUNTREPLY']._serialized_start=92
+  _globals['_MOUNTREPLY']._serialized_end=122
+  _globals['_UNMOUNTREQUEST']._serialized_start=124
+  _globals['_UNMOUNTREQUEST']._serialized_end=159
+  _globals['_UNMOUNTREPLY']._serialized_start=161
+  _globals['_UNMOUNTREPLY']._serialized_end=175
+  _globals['_EXPORTREQUEST']._serialized_start=177
+  _globals['_EXPORTREQUEST']._serialized_end=208
+  _globals['_CHUNK']._serialized_start=210
+  _globals['_CHUNK']._serialized_end=231
+  _globals['_IMPORTREQUEST']._serialized_start=233
+  _globals['_IMPORTREQUEST']._serialized_end=305
+  _globals['_IMPORTOPTIONS']._serialized_start=307
+  _globals['_IMPORTOPTIONS']._serialized_end=395
+  _globals['_IMPORTREPLY']._serialized_start=397
+  _globals['_IMPORTREPLY']._serialized_end=452
+  _globals['_IMPORTEDIMAGE']._serialized_start=454
+  _globals['_IMPORTEDIMAGE']._serialized_end=506
+  _globals['_PREPULLREQUEST']._serialized_start=508
+  _globals['_PREPULLREQUEST']._serialized_end=537
+  _globals['_PREPULLREPLY']._serialized_start=539
+  _globals['_PREPULLREPLY']._serialized_end=567
+  _globals['_EVENTSREQUEST']._serialized_start=569
+  _globals['_EVENTSREQUEST']._serialized_end=584
+  _globals['_EVENT']._serialized_start=586
+  _globals['_EVENT']._serialized_end=607
+  _globals['_IMAGETOOLS']._serialized_start=610
+  _globals['_IMAGETOOLS']._serialized_end=979
 # @@protoc_insertion_point(module_scope)

@@ -54,6 +54,16 @@ class ImageToolsStub:
                 request_serializer=imgsvc_dot_api_dot_imagetools__pb2.EventsRequest.SerializeToString,
                 response_deserializer=imgsvc_dot_api_dot_imagetools__pb2.Event.FromString,
                 _registered_method=True)
+        self.Mount = channel.unary_unary(
+                '/imgsvc.v1.ImageTools/Mount',
+                request_serializer=imgsvc_dot_api_dot_imagetools__pb2.MountRequest.SerializeToString,
+                response_deserializer=imgsvc_dot_api_dot_imagetools__pb2.MountReply.FromString,
+                _registered_method=True)
+        self.Unmount = channel.unary_unary(
+                '/imgsvc.v1.ImageTools/Unmount',
+                request_serializer=imgsvc_dot_api_dot_imagetools__pb2.UnmountRequest.SerializeToString,
+                response_deserializer=imgsvc_dot_api_dot_imagetools__pb2.UnmountReply.FromString,
+                _registered_method=True)
 
 
 class ImageToolsServicer:
@@ -87,6 +97,20 @@ class ImageToolsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Mount(self, request, context):
+        """Shows an image's files, read-only, in an empty directory of this node.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unmount(self, request, context):
+        """Ends such a mount.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ImageToolsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +133,16 @@ def add_ImageToolsServicer_to_server(servicer, server):
                     servicer.Events,
                     request_deserializer=imgsvc_dot_api_dot_imagetools__pb2.EventsRequest.FromString,
                     response_serializer=imgsvc_dot_api_dot_imagetools__pb2.Event.SerializeToString,
+            ),
+            'Mount': grpc.unary_unary_rpc_method_handler(
+                    servicer.Mount,
+                    request_deserializer=imgsvc_dot_api_dot_imagetools__pb2.MountRequest.FromString,
+                    response_serializer=imgsvc_dot_api_dot_imagetools__pb2.MountReply.SerializeToString,
+            ),
+            'Unmount': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unmount,
+                    request_deserializer=imgsvc_dot_api_dot_imagetools__pb2.UnmountRequest.FromString,
+                    response_serializer=imgsvc_dot_api_dot_imagetools__pb2.UnmountReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +253,60 @@ class ImageTools:
             '/imgsvc.v1.ImageTools/Events',
             imgsvc_dot_api_dot_imagetools__pb2.EventsRequest.SerializeToString,
             imgsvc_dot_api_dot_imagetools__pb2.Event.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Mount(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/imgsvc.v1.ImageTools/Mount',
+            imgsvc_dot_api_dot_imagetools__pb2.MountRequest.SerializeToString,
+            imgsvc_dot_api_dot_imagetools__pb2.MountReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unmount(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/imgsvc.v1.ImageTools/Unmount',
+            imgsvc_dot_api_dot_imagetools__pb2.UnmountRequest.SerializeToString,
+            imgsvc_dot_api_dot_imagetools__pb2.UnmountReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,10 @@ class ImageToolsStub:
     """What the pre-pull files ask for and how far it is, as JSON; with now, everything is tried at once."""
     Events: _grpc.UnaryStreamMultiCallable[_imagetools_pb2.EventsRequest, _imagetools_pb2.Event]
     """What happens to images, as it happens; each event is a JSON object."""
+    Mount: _grpc.UnaryUnaryMultiCallable[_imagetools_pb2.MountRequest, _imagetools_pb2.MountReply]
+    """Shows an image's files, read-only, in an empty directory of this node."""
+    Unmount: _grpc.UnaryUnaryMultiCallable[_imagetools_pb2.UnmountRequest, _imagetools_pb2.UnmountReply]
+    """Ends such a mount."""
 
 @_typing.type_check_only
 class ImageToolsAsyncStub(ImageToolsStub):
@@ -51,6 +55,10 @@ class ImageToolsAsyncStub(ImageToolsStub):
     """What the pre-pull files ask for and how far it is, as JSON; with now, everything is tried at once."""
     Events: _aio.UnaryStreamMultiCallable[_imagetools_pb2.EventsRequest, _imagetools_pb2.Event]  # type: ignore[assignment]
     """What happens to images, as it happens; each event is a JSON object."""
+    Mount: _aio.UnaryUnaryMultiCallable[_imagetools_pb2.MountRequest, _imagetools_pb2.MountReply]  # type: ignore[assignment]
+    """Shows an image's files, read-only, in an empty directory of this node."""
+    Unmount: _aio.UnaryUnaryMultiCallable[_imagetools_pb2.UnmountRequest, _imagetools_pb2.UnmountReply]  # type: ignore[assignment]
+    """Ends such a mount."""
 
 class ImageToolsServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -84,5 +92,21 @@ class ImageToolsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_imagetools_pb2.Event], _abc.AsyncIterator[_imagetools_pb2.Event]]:
         """What happens to images, as it happens; each event is a JSON object."""
+
+    @_abc_1.abstractmethod
+    def Mount(
+        self,
+        request: _imagetools_pb2.MountRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_imagetools_pb2.MountReply, _abc.Awaitable[_imagetools_pb2.MountReply]]:
+        """Shows an image's files, read-only, in an empty directory of this node."""
+
+    @_abc_1.abstractmethod
+    def Unmount(
+        self,
+        request: _imagetools_pb2.UnmountRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_imagetools_pb2.UnmountReply, _abc.Awaitable[_imagetools_pb2.UnmountReply]]:
+        """Ends such a mount."""
 
 def add_ImageToolsServicer_to_server(servicer: ImageToolsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

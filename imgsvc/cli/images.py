@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
@@ -42,7 +43,14 @@ def add_commands(commands: Commands) -> None:
     tag.add_argument("source", metavar="SRC")
     tag.add_argument("target", metavar="DST")
     tag.set_defaults(run=run_tag)
-    for parser in (pull, push, listing, inspect, remove, tag):
+    mount = commands.add_parser("mount", help="show an image's files, read-only, in an empty directory")
+    mount.add_argument("reference", metavar="REF")
+    mount.add_argument("directory", metavar="DIR")
+    mount.set_defaults(run=run_mount)
+    unmount = commands.add_parser("unmount", help="end such a mount")
+    unmount.add_argument("directory", metavar="DIR")
+    unmount.set_defaults(run=run_unmount)
+    for parser in (mount, unmount, pull, push, listing, inspect, remove, tag):
         add_address(parser)
 
 
@@ -169,4 +177,23 @@ def run_tag(arguments: argparse.Namespace) -> int:
 
     with connect(arguments) as daemon:
         print(daemon.admin.Tag(admin_pb2.TagRequest(source=arguments.source, target=arguments.target)).image_id)
+    return 0
+
+
+def run_mount(arguments: argparse.Namespace) -> int:
+    """`imgsvc mount`."""
+    from imgsvc.api import imagetools_pb2
+
+    with connect(arguments) as daemon:
+        request = imagetools_pb2.MountRequest(image=arguments.reference, directory=os.path.abspath(arguments.directory))
+        print(daemon.tools.Mount(request).image_id)
+    return 0
+
+
+def run_unmount(arguments: argparse.Namespace) -> int:
+    """`imgsvc unmount`."""
+    from imgsvc.api import imagetools_pb2
+
+    with connect(arguments) as daemon:
+        daemon.tools.Unmount(imagetools_pb2.UnmountRequest(directory=os.path.abspath(arguments.directory)))
     return 0
