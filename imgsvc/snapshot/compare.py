@@ -17,6 +17,8 @@ from imgsvc.snapshot.tree import is_whiteout
 
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+# What overlayfs writes for itself into a directory it is mounted on; other values every time, and nothing of the layer.
+_OF_A_MOUNT: Final = tuple(f"{space}.overlay.{name}" for space in ("trusted", "user") for name in ("uuid", "origin", "impure", "nlink"))
 
 
 def difference(one: Path, other: Path, cancel: CancelToken) -> str:
@@ -114,7 +116,7 @@ def _attributes(mine: os.stat_result, theirs: os.stat_result) -> str:
 
 def _xattrs(fd: int) -> dict[str, bytes]:
     try:
-        return {name: os.getxattr(fd, name) for name in os.listxattr(fd)}
+        return {name: os.getxattr(fd, name) for name in os.listxattr(fd) if name not in _OF_A_MOUNT}
     except OSError:
         return {}  # a file system without them
 

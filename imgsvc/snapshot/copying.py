@@ -22,10 +22,11 @@ def copy_tree(source: Path, target: Path) -> None:
     command = ["cp", "-a", "--reflink=auto", "--", f"{source}/.", str(target)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env={"LC_ALL": "C"} | _path(), check=False)
     if done.returncode:
-        text = printable(done.stderr.decode("utf-8", "replace").strip())
-        if "No space left" in text or "quota exceeded" in text:
+        said = done.stderr.decode("utf-8", "replace").strip()
+        text = printable(said)
+        if "No space left" in said or "quota exceeded" in said:
             raise ResourceExhausted(f"cannot copy a snapshot: {text}", where=str(target), hint="free space there, then try again")
-        if "File name too long" in text:  # directories nested beyond PATH_MAX, which only descriptors reach
+        if "File name too long" in said:  # directories nested beyond PATH_MAX, which only descriptors reach
             raise InvalidArgument("the image has paths too long to be copied", where=str(target), hint='use the snapshotter "overlayfs"')
         raise Internal(f"cannot copy a snapshot: {text}", where=str(target))
 
