@@ -136,8 +136,12 @@ class OCICommand:
         flags = ["-s"] if self._systemd else []
         flags += ["--no-new-keyring"] if options.get("NoNewKeyring") else []
         flags += ["--no-pivot"] if options.get("NoPivotRoot") else []
+        arguments = ["--root=" + self._root]
+        if os.path.basename(self._program) == "runc":
+            # Or its warnings land on the container's standard error, and so in its log; errors reach the monitor as well.
+            arguments.append(f"--log={task.bundle / 'runtime.log'}")
         try:
-            return await self._monitor.create(task, self._program, ["--root=" + self._root], flags)
+            return await self._monitor.create(task, self._program, arguments, flags)
         except BaseException:
             with contextlib.suppress(ImgsvcError):
                 await self.delete(task.container_id)
