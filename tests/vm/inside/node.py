@@ -80,6 +80,11 @@ def scope(name: str, container: str) -> Path:
     return CGROUPS / "kubepods.slice" / f"kubepods-pod{name}.slice" / f"imgsvc-{container}.scope"
 
 
+def processes(group: Path) -> list[str]:
+    """Process IDs in a control group and below: crun puts its containers into a child of the scope."""
+    return [pid for file in group.rglob("cgroup.procs") for pid in file.read_text().split()]
+
+
 def systemctl(*arguments: str) -> None:
     """Raises: CalledProcessError."""
     subprocess.run(["systemctl", *arguments], check=True, timeout=RPC_TIMEOUT)

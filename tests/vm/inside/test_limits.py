@@ -6,7 +6,7 @@ import pytest
 
 from imgsvc.api import cri_pb2 as pb
 from tests.support import cri
-from tests.vm.inside.node import MIB, Node, scope, shown
+from tests.vm.inside.node import MIB, Node, processes, scope, shown
 
 LIMIT = 48 * MIB
 
@@ -20,11 +20,14 @@ def test_containers_are_scopes_in_the_slice_of_their_pod_with_its_limits(node: N
     )
     container = node.run(sandbox, pod, "exec sleep 600", resources=resources)
     group = scope(f"scope{handler}", container)
-    assert (group / "cgroup.procs").read_text().split()
+    assert processes(group)
     assert shown(group.name)["ActiveState"] == "active"
     assert (group / "memory.max").read_text() == f"{LIMIT}\n"
     assert (group / "cpu.max").read_text() == "50000 100000\n"
     assert (group / "pids.max").read_text() == "8\n"
+    stats = node.runtime.ContainerStats(pb.ContainerStatsRequest(container_id=container), timeout=30).stats
+    assert 0 < stats.memory.usage_bytes.value < LIMIT
+    assert stats.cpu.usage_core_nano_seconds.value > 0
     cri.stop(node.runtime, container)
     cri.remove(node.runtime, container)
     assert not group.exists()

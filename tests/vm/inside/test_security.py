@@ -10,7 +10,7 @@ import pytest
 
 from imgsvc.api import cri_pb2 as pb
 from tests.support import cri
-from tests.vm.inside.node import Node
+from tests.vm.inside.node import Node, processes, scope
 
 PROFILE = "vm-test"  # etc/apparmor.d/vm-test
 ProfileType = pb.SecurityProfile.ProfileType
@@ -63,8 +63,7 @@ def test_root_in_a_pod_with_a_user_namespace_is_nobody_outside(node: Node, handl
     context = pb.LinuxContainerSecurityContext(namespace_options=options)
     script = "id -u; stat -c %u /bin/busybox; touch /mine && stat -c %u /mine; echo $$ > /pid; exec sleep 600"
     container = node.run(sandbox, pod, script, security_context=context)
-    group = next(Path("/sys/fs/cgroup").rglob(f"imgsvc-{container}.scope"))
-    [pid] = (group / "cgroup.procs").read_text().split()[:1]
+    pid = processes(scope("users", container))[0]
     assert Path(f"/proc/{pid}/uid_map").read_text().split() == ["0", "1000000", "65536"]
     cri.stop(node.runtime, container)
     assert node.lines(container) == ["0", "0", "0"]

@@ -7,7 +7,7 @@ import time
 
 from imgsvc.api import cri_pb2 as pb
 from tests.support import cri
-from tests.vm.inside.node import Node, journal, scope, shown, systemctl
+from tests.vm.inside.node import Node, journal, processes, scope, shown, systemctl
 
 
 def test_systemd_knows_when_it_is_ready_and_leaves_its_children_alone() -> None:
@@ -24,7 +24,7 @@ def test_containers_live_through_restart_and_stop_and_their_exit_codes_are_found
         sandbox = node.run_pod(pod, handler)
         lives = node.run(sandbox, pod, "trap 'exit 7' TERM; while true; do sleep 0.2; done", "lives")
         ends = node.run(sandbox, pod, "sleep 4; exit 9", "ends")
-        process = (scope("restart", lives) / "cgroup.procs").read_text().split()[0]
+        process = processes(scope("restart", lives))[0]
         main_pid = shown("imgsvc")["MainPID"]
 
         if handler == "crun":
