@@ -90,7 +90,7 @@ class Archives:
             for entry in exported:
                 await self._bring_back(entry)
             archive = write_archive(exported, self._content)
-            while (chunk := await self._threads.run(next, archive, b"")) != b"":
+            while (chunk := await self._threads.run(next, archive, None)) is not None:
                 yield chunk
         finally:
             await asyncio.shield(self._leases.release(lease))

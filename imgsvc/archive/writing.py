@@ -31,7 +31,7 @@ def blobs_of(image: Image) -> list[Digest]:
 
 
 def write_archive(images: Sequence[Exported], content: Provider) -> Iterator[bytes]:
-    """The archive in chunks. The same images give the same bytes.
+    """The archive in chunks, none of them empty. The same images give the same bytes.
 
     Raises: NotFound, DataLoss: a blob is not there or not whole.
     """
@@ -54,7 +54,8 @@ def _blob(digest: Digest, content: Provider) -> Iterator[bytes]:
         while data := reader.read_at(offset, CHUNK):
             yield data
             offset += len(data)
-        yield bytes(-reader.size % tarfile.BLOCKSIZE)
+        if padding := -reader.size % tarfile.BLOCKSIZE:
+            yield bytes(padding)
 
 
 def _index(images: Sequence[Exported]) -> dict[str, Any]:

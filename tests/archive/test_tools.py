@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support import images
 from tests.support.daemon import Daemon
-from tests.support.images import Entry
+from tests.support.images import Compression, Entry
 from tests.support.registries import RealRegistry
 
 NAME = "docker.io/library/archived:1"
@@ -53,6 +55,22 @@ def test_what_is_exported_can_be_imported_with_name_and_id(image_daemon: Daemon,
     assert json.loads(image_daemon.cli("images", "--json").stdout)[0]["repoTags"] == [NAME]
 
 
+@pytest.mark.parametrize("compression", ["plain", "gzip", "zstd"])
+def test_layers_of_any_size_survive_the_trip(image_daemon: Daemon, registry: RealRegistry, compression: Compression) -> None:
+    # Plain layers are whole tar blocks, so that nothing is padded.
+    made = images.image([images.layer([Entry(f"f{n}", bytes([n]) * 1000 * n)], compression) for n in range(5)])
+    registry.push(made, "library/archived", compression)
+    name = f"docker.io/library/archived:{compression}"
+    assert image_daemon.cli("pull", name).returncode == 0
+    file = exported(image_daemon, name)
+    assert image_daemon.cli("rmi", str(made.config_digest)).returncode == 0
+    assert image_daemon.cli("gc").returncode == 0
+
+    assert imported(image_daemon, file) == [{"reference": name, "id": str(made.config_digest)}]
+    with tarfile.open(file) as archive:
+        assert {f"blobs/sha256/{digest.hex}" for digest in made.blobs} < set(archive.getnames())
+
+
 def test_an_export_of_one_image_under_two_names_and_of_two_images(image_daemon: Daemon, pulled: str, registry: RealRegistry) -> None:
     other = images.image([images.layer([Entry("c", b"three")])])
     registry.push(other, "library/other", "1")
@@ -81,6 +99,23 @@ def test_what_cannot_be_exported_or_imported_leaves_no_file_and_no_image(image_d
     assert broken.returncode == 1
     assert "nonsense" in broken.stderr
     assert json.loads(image_daemon.cli("images", "--json").stdout) == []
+
+
+def test_layers_that_were_dropped_after_unpacking_are_fetched_again(make_daemon: Callable[..., Daemon], registry: RealRegistry) -> None:
+    made = images.image([images.layer([Entry("a", b"dropped")])])
+    registry.push(made, "library/archived", "dropped")
+    daemon = make_daemon(settings="[images]\ndiscard_unpacked_layers = true\n")
+    daemon.map_host("docker.io", registry.address)
+    daemon.start()
+    assert daemon.cli("pull", "docker.io/library/archived:dropped").returncode == 0
+    assert daemon.cli("gc").returncode == 0
+    layer = next(d for d in made.blobs if d != made.config_digest)
+    assert not (daemon.root / "content" / "blobs" / "sha256" / layer.hex).exists()
+
+    file = exported(daemon, "docker.io/library/archived:dropped")
+
+    with tarfile.open(file) as archive:
+        assert f"blobs/sha256/{layer.hex}" in archive.getnames()
 
 
 @pytest.mark.compat
