@@ -17,11 +17,12 @@ import signal
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, printable
 from imgsvc.failpoints import afailpoint
-from imgsvc.runtime import spec, validate
+from imgsvc.runtime import cgroups, spec, validate
 from imgsvc.runtime.containerplan import BuiltContainer, ContainerBuilder, volume_key
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType
@@ -29,6 +30,7 @@ from imgsvc.runtime.exits import UNKNOWN_EXIT, alive, now_ns, start_time
 from imgsvc.runtime.interfaces import Exit, NewTask, RootMount, RunnableImage
 from imgsvc.runtime.logs import check_log_directory, prepare_log
 from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, NamespaceMode
+from imgsvc.runtime.oom import OomLedger
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord, container_name, durable
 from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.signals import stop_signal_name, to_number
@@ -56,6 +58,7 @@ class Containers:
         self._ended: dict[str, asyncio.Event] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._signalled: set[str] = set()
+        self._kills = OomLedger()
 
     async def create(self, sandbox_id: str, config: ContainerConfig) -> ContainerRecord:
         """A created container in a ready pod. On failure nothing of it stays.
@@ -216,6 +219,7 @@ class Containers:
 
     def watch(self, record: ContainerRecord) -> None:
         """Note the container's end when it comes."""
+        self._kills.begin(self._group(record))
         self._ended[record.id] = asyncio.Event()
         self._watchers[record.id] = asyncio.create_task(self._watch(record), name=f"watch-{record.id[:12]}")
 
@@ -227,12 +231,17 @@ class Containers:
                 # Without a PID namespace of its own, init's death does not take the others with it.
                 with contextlib.suppress(ImgsvcError):
                     await handler.kill(record.id, signal.SIGKILL, everyone=True)
-            await self.finish(record.id, end)
+            killed = self._kills.ended(self._group(record))
+            await self.finish(record.id, replace(end, oom_killed=end.oom_killed or killed))
         except ImgsvcError as error:
             log.error("the end of container %s cannot be awaited: %s", record.id, error)
             await self.finish(record.id, Exit(UNKNOWN_EXIT, now_ns(), known=False))
         finally:
             self._ended[record.id].set()
+
+    def _group(self, record: ContainerRecord) -> Path:
+        """The container's cgroup on version 2; on version 1 there is none of that name, and conmon hears of every kill."""
+        return cgroups.ROOT / cgroups.tree_path(record.cgroup).lstrip("/")
 
     async def finish(self, container_id: str, end: Exit) -> None:
         """Record how a container ended, once; after a start that is under way, so that events keep their order."""
