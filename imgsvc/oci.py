@@ -26,6 +26,7 @@ MIB: Final = 1024**2
 GIB: Final = 1024**3
 
 MAX_DOCUMENT: Final = 4 * MIB  # [bytes] of one manifest, index or config; the distribution spec asks for at least 4 MiB
+_SHOWN_PLATFORMS: Final = 32  # in an error
 MAX_DESCRIPTORS: Final = 4096  # per document; the largest real indexes and images stay below 200
 MAX_VALUES: Final = 256 * KIB  # commas and brackets per JSON document; 4 MiB of "[]," would cost 130 MB of objects
 MAX_INDEX_DEPTH: Final = 4  # index inside index; the specification allows nesting, real images use 1
@@ -251,7 +252,10 @@ class Index:
         """The one manifest for `wanted`. Raises: NotFound naming what is on offer."""
         found = self.candidates(wanted)
         if not found:
-            offered = ", ".join(sorted({str(m.platform) for m in self.manifests if m.platform})) or "none"
+            platforms = sorted({str(m.platform) for m in self.manifests if m.platform})
+            offered = ", ".join(printable(text, 60) for text in platforms[:_SHOWN_PLATFORMS]) or "none"
+            if len(platforms) > _SHOWN_PLATFORMS:
+                offered += f" and {len(platforms) - _SHOWN_PLATFORMS} more"
             raise NotFound(f"no manifest for platform {wanted}; the index offers {offered}", where=name)
         return found[0]
 
@@ -342,7 +346,7 @@ def config_from_json(value: Mapping[str, Any], where: str) -> ImageConfig:
     config = _member(value, "config", dict, where)
     return ImageConfig(
         platform=_platform(value, where),
-        diff_ids=tuple(Digest(_typed(d, str, "rootfs.diff_ids", where)) for d in raw_ids),
+        diff_ids=tuple(_digest(d, "rootfs.diff_ids", where) for d in raw_ids),
         user=_member(config, "User", str, where),
         env=_strings(config, "Env", where),
         entrypoint=_strings(config, "Entrypoint", where),
@@ -394,10 +398,7 @@ def _descriptor(value: object, where: str) -> Descriptor:
     size = entry.get("size")
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_SIZE:
         raise InvalidArgument(f"size is {printable(repr(size), 40)}, not a number of bytes", where=where)
-    try:
-        digest = Digest(_typed(entry.get("digest"), str, "digest", where))
-    except InvalidArgument as error:
-        raise InvalidArgument(error.what, where=where, hint=error.hint) from error
+    digest = _digest(entry.get("digest"), "digest", where)
     inline = entry.get("data")
     data = _inline(inline, digest, size, where) if inline is not None else None
     platform = _member(entry, "platform", dict, where)
@@ -411,6 +412,14 @@ def _descriptor(value: object, where: str) -> Descriptor:
         urls=_strings(entry, "urls", where),
         data=data,
     )
+
+
+def _digest(value: object, name: str, where: str) -> Digest:
+    text = _typed(value, str, name, where)
+    try:
+        return Digest(text)
+    except InvalidArgument as error:
+        raise InvalidArgument(error.what, where=where, hint=error.hint) from error
 
 
 def _inline(value: object, digest: Digest, size: int, where: str) -> bytes:

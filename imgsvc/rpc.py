@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import grpc
 import grpc.aio
@@ -19,6 +19,9 @@ import grpc.aio
 from imgsvc.errors import ImgsvcError
 
 log = logging.getLogger(__name__)
+
+MAX_MESSAGE: Final = 6 * 1024  # [bytes] of a status message as it is sent
+_CUT: Final = " ... (the daemon's log has all of it) ... "
 
 _CODES = {code.name: code for code in grpc.StatusCode}
 
@@ -102,13 +105,38 @@ class _Call:
             self._observe(self._name, code, time.monotonic() - began)
 
 
+def fit(text: str) -> str:
+    """A message that arrives: its middle is left out where it is too long for the trailers of an answer.
+
+    A client of gRPC's C core that gets more than 8 KiB of them reports that, instead of the message and its code.
+    Source: gRPC over HTTP/2, "Status-Message" (percent-encoding); GRPC_ARG_MAX_METADATA_SIZE.
+    """
+    if sum(map(_cost, text)) <= MAX_MESSAGE:
+        return text
+    tail = _head(text[::-1], MAX_MESSAGE // 4)[::-1]
+    return _head(text, MAX_MESSAGE * 3 // 4 - len(_CUT)) + _CUT + tail
+
+
+def _cost(character: str) -> int:
+    """Bytes of a character when it is sent."""
+    return sum(1 if 0x20 <= byte <= 0x7E and byte != 0x25 else 3 for byte in character.encode("utf-8", "replace"))
+
+
+def _head(text: str, budget: int) -> str:
+    for position, character in enumerate(text):
+        budget -= _cost(character)
+        if budget < 0:
+            return text[:position]
+    return text
+
+
 async def _abort(error: Exception, context: grpc.aio.ServicerContext[Any, Any], method: str) -> None:
     if isinstance(error, grpc.aio.AbortError | grpc.RpcError):
         raise error
     if isinstance(error, ImgsvcError):
         text = f"{error.reason}: {error}" if error.reason else str(error)
         log.warning("%s: %s: %s", method.rpartition("/")[2], error.code, text)
-        await context.abort(_CODES[error.code], text)
+        await context.abort(_CODES[error.code], fit(text))
     if isinstance(error, NotImplementedError):
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method.rpartition('/')[2]} is not implemented")
     if isinstance(error, asyncio.TimeoutError):

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -24,7 +24,8 @@ from imgsvc.registry.redact import shown_url
 from imgsvc.registry.retry import MAX_WAIT_S, Action, Failure
 from imgsvc.registry.transport import RequestFailed, Response
 
-_WRITE_SIZE: Final = MIB  # [bytes] per hop to the sink; a hop to a thread costs about 80 µs
+_WRITE_SIZE: Final = MIB  # [bytes] per hop to the sink; a hop to a thread costs about 80 µs …
+_MIN_WRITE_SIZE: Final = 128 * KIB  # … and what waits for its hop is lost with the process, on each connection
 _PROGRESS: Final = MIB  # [bytes] after which earlier failures are forgotten
 
 
@@ -241,7 +242,7 @@ class Download:
 
     async def _copy(self, endpoint: Endpoint, response: Response, span: Span, announced_end: int, skip: int) -> None:
         """Move the body into the sink until the span ends. The span may have become shorter since `announced_end` was asked for."""
-        async with _Writes(self._sink, span.position) as writes:
+        async with _Writes(self._sink, span.position, lambda: max(_MIN_WRITE_SIZE, _WRITE_SIZE // max(1, len(self._workers)))) as writes:
             clock = _Clock(self._pace, shown_url(response.url))
             async with contextlib.aclosing(response.chunks()) as chunks:
                 while (chunk := await clock.next(chunks)) is not None:
@@ -291,11 +292,15 @@ class _Clock:
 
 
 class _Writes:
-    """Gathers chunks to _WRITE_SIZE and writes one behind the reading of the next. Leaving writes what is gathered."""
+    """Gathers chunks and writes one lot behind the reading of the next. Leaving writes what is gathered.
 
-    def __init__(self, sink: BlobSink, offset: int) -> None:
+    enough: how much makes a lot [bytes].
+    """
+
+    def __init__(self, sink: BlobSink, offset: int, enough: Callable[[], int]) -> None:
         self._sink = sink
         self._offset = offset
+        self._enough = enough
         self._parts: list[bytes] = []
         self._size = 0
         self._pending: asyncio.Task[None] | None = None
@@ -305,7 +310,7 @@ class _Writes:
         if chunk:
             self._parts.append(chunk)
             self._size += len(chunk)
-        if self._size >= _WRITE_SIZE:
+        if self._size >= self._enough():
             await self._flush()
 
     async def _flush(self) -> None:

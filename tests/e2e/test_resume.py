@@ -1,0 +1,66 @@
+"""Downloads go on where they were cut off, whatever cut them (issue 3; needs.md A5.3)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import grpc
+import pytest
+
+from imgsvc.api import cri_pb2
+from imgsvc.oci import MIB
+from tests.fakes.registry import FakeRegistry
+from tests.registry.support import hosts_d, noise
+from tests.support import cri, images
+from tests.support.daemon import RPC_TIMEOUT, Daemon
+from tests.support.images import BuiltDocument, Entry
+
+SIZE = 128 * MIB
+RATE = 24 * MIB  # [bytes/s] of one connection; slow enough to meet a share, fast enough for a test
+
+
+@pytest.fixture(scope="module")
+def large() -> BuiltDocument:
+    return images.image([images.layer([Entry("big", noise(SIZE))], "plain")])
+
+
+@pytest.fixture(params=[True, False], ids=["parallel", "one-connection"])
+def node(request: pytest.FixtureRequest, make_daemon: Callable[..., Daemon], large: BuiltDocument) -> Iterator[tuple[Daemon, FakeRegistry]]:
+    """A daemon, not started, and the registry that has the image library/large."""
+    with FakeRegistry(rate=RATE) as fake:
+        fake.add(large, "library/large")
+        daemon = make_daemon()
+        if not request.param:
+            daemon.config.write_text(daemon.config.read_text().replace("[registry]\n", "[registry]\nmax_extra_connections = 0\n"))
+        hosts_d(daemon.directory / "hosts.d", {"docker.io": f'fallback = false\n[host."{fake.url}"]\n'})
+        yield daemon, fake
+
+
+def test_a5_3_after_sigkill_at_60_percent_at_most_42_percent_are_fetched_again(
+    node: tuple[Daemon, FakeRegistry], large: BuiltDocument
+) -> None:
+    daemon, fake = node
+    daemon.start()
+    call = daemon.images().PullImage.future(cri_pb2.PullImageRequest(image=cri_pb2.ImageSpec(image="large")), timeout=RPC_TIMEOUT)
+    deadline = time.monotonic() + 40
+    while fake.sent < 0.6 * SIZE:
+        assert not call.done(), call.exception()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    daemon.kill()
+    assert isinstance(call.exception(), grpc.RpcError)
+    time.sleep(0.3)  # what is on its way ends in nobody's socket
+    first = fake.sent
+    assert first < 0.75 * SIZE, "the kill came too late for this to mean anything"
+    connections = fake.connections
+
+    daemon.start()
+    assert cri.pull(daemon.images(), "large") == str(large.config_digest)
+
+    again = fake.sent - first
+    assert again <= 0.42 * SIZE, f"{again / SIZE:.1%} fetched again"
+    assert fake.connections > connections
+    layer = max(large.blobs, key=lambda digest: len(large.blobs[digest]))
+    assert (daemon.root / "content/blobs/sha256" / layer.hex).read_bytes() == large.blobs[layer]
+    assert daemon.cli("fsck").returncode == 0
