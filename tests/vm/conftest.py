@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from tests.vm.machine import Machine, machine
 from tests.vm.power_cuts import wait_until_up
 
 collect_ignore = ["inside"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Minutes in one call are no hang here: every wait has a limit of its own, which shows the machine's console."""
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")

@@ -29,9 +29,12 @@ def after(node: Node) -> None:
     pods = node.runtime.ListPodSandbox(pb.ListPodSandboxRequest(), timeout=RPC_TIMEOUT).items
     assert {(p.metadata.name, p.state) for p in pods} == {(f"boot{h}", pb.SANDBOX_NOTREADY) for h in ("crun", "runc")}, pods
     containers = node.runtime.ListContainers(pb.ListContainersRequest(), timeout=RPC_TIMEOUT).containers
-    codes = sorted((c.metadata.name, cri.status(node.runtime, c.id).state, cri.status(node.runtime, c.id).exit_code) for c in containers)
-    ended = pb.CONTAINER_EXITED
-    assert codes == [("ended", ended, 3)] * 2 + [("runs", ended, 255)] * 2, codes
+    seen = [(name, cri.status(node.runtime, found)) for name, found in sorted((c.metadata.name, c.id) for c in containers)]
+    assert {status.state for _, status in seen} == {pb.CONTAINER_EXITED}, seen
+    codes = [(name, status.exit_code) for name, status in seen]
+    assert codes[:2] == [("ended", 3)] * 2, codes
+    # Lost with the reboot; or still seen, when the daemon was stopped last.
+    assert set(codes[2:]) <= {("runs", 255), ("runs", 137)}, codes
     node.remove_all_pods()
     leases = list(Path("/var/lib/cni/networks/pods").glob("*.*.*.*"))
     assert leases == [], leases
