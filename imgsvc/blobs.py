@@ -10,6 +10,7 @@ from typing import Protocol
 
 from imgsvc.concurrency import Shared, SingleFlight, Threads
 from imgsvc.content.interfaces import Store, Writer
+from imgsvc.content.verify import DigestMismatch, SizeMismatch
 from imgsvc.errors import DataLoss
 from imgsvc.failpoints import afailpoint
 from imgsvc.oci import Descriptor, Digest
@@ -149,7 +150,7 @@ class Blobs:
                 await afailpoint("layer.downloaded")
                 try:
                     await self._threads.run(writer.commit, blob.size, blob.digest)
-                except DataLoss as error:
+                except (DigestMismatch, SizeMismatch) as error:  # and not a disk that failed, which is nobody else's doing
                     raise WrongBytes(error, source, elsewhere=await fetcher.rejected(blob, source)) from error
                 growing.grew(blob.size)
                 return source

@@ -97,7 +97,7 @@ class SingleFlight(Generic[T]):
             flight.task.add_done_callback(lambda _: self._forget(key, flight))
             flight.task.cancel()
             # The work gives back what it holds before the last caller's call ends.
-            await asyncio.wait([flight.task])
+            await _ended(flight.task)
 
     def _forget(self, key: str, flight: _Flight[T]) -> None:
         if self._flights.get(key) is flight:
@@ -118,7 +118,7 @@ class Threads:
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            await asyncio.wait([future])
+            await _ended(future)
             raise
 
     def close(self) -> None:
@@ -187,6 +187,13 @@ async def both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U]) ->
     """As all_of, for two results of different types."""
     left, right = await all_of(cast("Coroutine[Any, Any, Any]", first), cast("Coroutine[Any, Any, Any]", second))
     return left, right
+
+
+async def _ended(future: asyncio.Future[Any]) -> None:
+    """Wait for something whose outcome nobody is left to take; else asyncio logs a failure as never retrieved."""
+    await asyncio.wait([future])
+    if not future.cancelled():
+        future.exception()
 
 
 async def _call(work: Callable[[], Awaitable[T]]) -> T:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 
@@ -227,3 +228,34 @@ def test_both_keeps_the_two_apart() -> None:
         return await both(number(), text())
 
     assert asyncio.run(main()) == (1, "a")
+
+
+def test_failures_after_everybody_left_are_not_reported_as_forgotten() -> None:
+    complaints: list[object] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        flights: SingleFlight[None] = SingleFlight()
+        threads = Threads(1, "test")
+
+        async def fails_when_cancelled() -> None:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                raise NotFound("while it gives back what it holds")
+
+        def fails_late() -> None:
+            time.sleep(0.05)
+            raise NotFound("after its caller has left")
+
+        for work in (flights.run("x", fails_when_cancelled), threads.run(fails_late)):
+            caller = asyncio.ensure_future(work)
+            await asyncio.sleep(0.01)
+            caller.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await caller
+        threads.close()
+
+    asyncio.run(main())
+    gc.collect()
+    assert complaints == []

@@ -47,8 +47,8 @@ class Directories:
     def make(self, number: int, names: Iterable[str]) -> Path:
         """Create directory `number` with subdirectories of mode 0755, owned by root. Raises: by cause, as from_os_error."""
         path = self.path(number)
-        failpoint("snapshot.recorded")
         try:
+            failpoint("snapshot.recorded")
             path.mkdir(mode=0o700)
             for name in names:
                 (path / name).mkdir(mode=0o755)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from imgsvc import failpoints
 from imgsvc.api import cri_pb2
 from imgsvc.oci import MIB
 from tests.e2e.twoimages import APP, BASE, LAYERS, check, collect, offer, pull, remove
@@ -214,3 +215,49 @@ def test_c_d3_a_full_disk_fails_a_pull_and_gives_everything_back(
         pull(daemon, BASE)
         assert check(daemon) == []
         assert daemon.stop() == 0
+
+
+WRITES = {  # write class → code
+    "content.ingest.created=error:ENOSPC*1": "RESOURCE_EXHAUSTED",
+    "content.ingest.recorded=error:EMFILE*1": "RESOURCE_EXHAUSTED",
+    "content.write=error:ENOSPC*1@2": "RESOURCE_EXHAUSTED",
+    "content.written=error:EDQUOT*1@3": "RESOURCE_EXHAUSTED",
+    "content.journaled=error:EIO@4": "DATA_LOSS",
+    "content.commit=error:ENOSPC*1@2": "RESOURCE_EXHAUSTED",
+    "content.commit.synced=error:EIO@3": "DATA_LOSS",
+    "content.commit.renamed=error:ENOSPC*1@3": "RESOURCE_EXHAUSTED",
+    "content.commit.dirsynced=error:EIO@4": "DATA_LOSS",
+    "metadb.commit=error:ENOSPC*1@4": "RESOURCE_EXHAUSTED",
+    "metadb.commit=error:ENOSPC@8": "RESOURCE_EXHAUSTED",
+    "metadb.commit=error:EIO@10": "DATA_LOSS",
+    "snapshot.recorded=error:ENOSPC*1": "RESOURCE_EXHAUSTED",
+    "unpack.entry=error:ENOSPC@3": "RESOURCE_EXHAUSTED",
+    "unpack.entry=error:EDQUOT@2": "RESOURCE_EXHAUSTED",
+}
+
+
+@pytest.mark.parametrize("armed", WRITES)
+def test_c_d3_a_write_that_fails_fails_the_pull_and_leaves_nothing(
+    make_daemon: Callable[..., Daemon], source: FakeRegistry, tmp_path: Path, armed: str
+) -> None:
+    daemon = make_daemon(settings="enabled = false\n")
+    daemon.map_host("docker.io", source.address)
+    daemon.start({failpoints.ENV: armed})
+    code, text = cri.refusal(lambda: pull(daemon, APP))
+    assert code.name == WRITES[armed], text
+    assert str(daemon.root) in text, "it names the place"
+    assert cri.image_status(daemon.images(), APP) is None
+    still_failing = "*1" not in armed
+    if still_failing:
+        assert daemon.stop() == 0
+        daemon.start()
+    collect(daemon)
+    disk = Disk(daemon.root)
+    assert {record["kind"] for record in disk.snapshots().values()} <= {"committed"}
+    assert disk.directories() == {record["number"] for record in disk.snapshots().values()}
+    assert disk.blobs() == set(disk.records("content"))
+    assert still_failing or disk.records("leases") == {}
+    assert still_failing or "Traceback" not in daemon.log  # a disk that goes on failing fails cleaning up, too
+    pull(daemon, APP)
+    Expected(tmp_path / "app", LAYERS[APP]).check(disk, disk.images()[APP])
+    assert check(daemon) == []
