@@ -135,7 +135,8 @@ def _details_v1(cpuacct: str, cpu: str, memory: str, pids: str) -> dict[str, int
 
 
 def _read_v2(directory: Path) -> Usage | None:
-    base = str(directory)
+    below = directory / "container"  # crun's, below a systemd scope: limits and throttling are there
+    base = str(below if below.is_dir() else directory)
     text = _text(f"{base}/cpu.stat")
     if text is None:
         return None

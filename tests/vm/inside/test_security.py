@@ -27,7 +27,7 @@ def profile() -> None:
 
 @pytest.mark.parametrize("handler", ["crun", "runc"])
 def test_apparmor_profiles_confine_containers(node: Node, profile: None, handler: str) -> None:
-    pod = node.pod_config("apparmor")
+    pod = node.pod_config(f"apparmor{handler}")
     sandbox = node.run_pod(pod, handler)
     current = "cat /proc/self/attr/current; "
     default = node.output(sandbox, pod, current + "true", "default", security_context=security(ProfileType.RuntimeDefault))
@@ -58,12 +58,12 @@ def test_root_in_a_pod_with_a_user_namespace_is_nobody_outside(node: Node, handl
     mapping = [pb.IDMapping(host_id=1_000_000, container_id=0, length=65536)]
     users = pb.UserNamespace(mode=pb.NamespaceMode.POD, uids=mapping, gids=mapping)
     options = pb.NamespaceOption(userns_options=users, pid=pb.NamespaceMode.CONTAINER)
-    pod = node.pod_config("users", namespace_options=options)
+    pod = node.pod_config(f"users{handler}", namespace_options=options)
     sandbox = node.run_pod(pod, handler)
     context = pb.LinuxContainerSecurityContext(namespace_options=options)
     script = "id -u; stat -c %u /bin/busybox; touch /mine && stat -c %u /mine; echo $$ > /pid; exec sleep 600"
     container = node.run(sandbox, pod, script, security_context=context)
-    pid = processes(scope("users", container))[0]
+    pid = processes(scope(f"users{handler}", container))[0]
     assert Path(f"/proc/{pid}/uid_map").read_text().split() == ["0", "1000000", "65536"]
     cri.stop(node.runtime, container)
     assert node.lines(container) == ["0", "0", "0"]
