@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Final
 
+from imgsvc import children
 from imgsvc.concurrency import CancelToken
 from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted
 
@@ -59,6 +60,7 @@ def run_bounded(
         )
     except OSError as error:
         raise FailedPrecondition(f"cannot start the program: {error.strerror}", where=argv[0]) from error
+    children.started(child.pid)  # it may have ended long before a helper of its closes the pipes
     stdout, stderr = bytearray(), bytearray()
     deadline = time.monotonic() + timeout_s
     try:
@@ -74,6 +76,7 @@ def run_bounded(
             with contextlib.suppress(BrokenPipeError):
                 _opened(stream).close()
         child.wait()
+        children.waited(child.pid)
     return Finished(status, bytes(stdout), stderr.decode("utf-8", "replace").strip())
 
 

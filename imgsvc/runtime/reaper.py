@@ -7,7 +7,10 @@ ourselves are left to whoever started them: their wait status is not ours to tak
 * what somebody announced as adopted (monitors);
 * what lives in another PID namespace, where we never start anything;
 * a member of a process group that is neither its own nor ours: what we start is either a leader or in our group;
-* what has been a zombie for three sweeps, because whoever starts a child here waits for it at once.
+* what has been a zombie for three sweeps: whoever starts a child here waits for it at once, or has said in
+  imgsvc.children that it will later.
+
+Every note is on a process, never on a number alone, which may be given to a child of ours anew.
 
 Source: prctl(2) PR_SET_CHILD_SUBREAPER, proc(5) stat and status.
 """
@@ -19,8 +22,9 @@ import contextlib
 import os
 import signal
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
+from imgsvc import children
 from imgsvc.runtime import kernel
 
 _DELAY_S: Final = 0.005  # collects the SIGCHLDs of one burst into one look
@@ -29,12 +33,19 @@ _PATIENCE: Final = 3  # sweeps
 _REMEMBERED: Final = 1024  # exit codes; asked for within moments, or never
 
 
+class _Process(NamedTuple):
+    """A process, told from a later one of the same number by its start [clock ticks since boot]."""
+
+    pid: int
+    start: int
+
+
 class Reaper:
     """One per process; start() and stop() on the event loop's thread."""
 
     def __init__(self) -> None:
-        self._adopted: set[int] = set()
-        self._seen: dict[int, int] = {}
+        self._adopted: set[_Process] = set()
+        self._seen: dict[_Process, int] = {}
         self._codes: dict[int, int] = {}
         self._pending: asyncio.TimerHandle | None = None
         self._sweeper: asyncio.Task[None] | None = None
@@ -55,9 +66,9 @@ class Reaper:
             await asyncio.wait([self._sweeper])
 
     def adopt(self, pid: int) -> None:
-        """This process is or will be an orphan of ours: reap it when it ends."""
-        if pid > 0:
-            self._adopted.add(pid)
+        """This process is or will be an orphan of ours: reap it when it ends. Gone already is fine."""
+        if pid > 0 and (found := _look(pid)) is not None:
+            self._adopted.add(found.process)
 
     def _wake(self) -> None:
         if self._pending is None:
@@ -66,21 +77,25 @@ class Reaper:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
-            zombies = {pid for pid in _children() if _zombie_group(pid) is not None}
-            self._seen = {pid: self._seen.get(pid, 0) + 1 for pid in zombies}
-            self._adopted.update(pid for pid, sweeps in self._seen.items() if sweeps >= _PATIENCE)
-            self.reap()
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Forget who is gone, and take for an orphan what nobody has waited for in three sweeps."""
+        self._adopted = {p for p in self._adopted if (found := _look(p.pid)) is not None and found.process == p}
+        unclaimed = [found.process for found in _zombies() if found.process.pid not in children.owed()]
+        self._seen = {process: self._seen.get(process, 0) + 1 for process in unclaimed}
+        self._adopted.update(process for process, sweeps in self._seen.items() if sweeps >= _PATIENCE)
+        self.reap()
 
     def reap(self) -> None:
         """Take the status of every orphan that has ended."""
         self._pending = None
         own = os.getpgrp()
-        for pid in _children():
-            group = _zombie_group(pid)
-            if group is not None and (pid in self._adopted or group not in (pid, own) or _in_nested_namespace(pid)):
+        for process, group, _ in _zombies():
+            if process in self._adopted or group not in (process.pid, own) or _in_nested_namespace(process.pid):
                 with contextlib.suppress(ChildProcessError):
-                    self._note(*os.waitpid(pid, os.WNOHANG))
-                self._adopted.discard(pid)
+                    self._note(*os.waitpid(process.pid, os.WNOHANG))
+                self._adopted.discard(process)
 
     def _note(self, pid: int, status: int) -> None:
         self._codes[pid] = status
@@ -96,14 +111,24 @@ class Reaper:
         return code if code >= 0 else 128 - code
 
 
-def _zombie_group(pid: int) -> int | None:
-    """The process group of a zombie; None for what runs or is gone."""
+class _Found(NamedTuple):
+    process: _Process
+    group: int
+    zombie: bool
+
+
+def _look(pid: int) -> _Found | None:
+    """What the process table says; None for what is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stream:
             fields = stream.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    return int(fields[2]) if fields[0] == b"Z" else None
+    return _Found(_Process(pid, int(fields[19])), int(fields[2]), fields[0] == b"Z")
+
+
+def _zombies() -> list[_Found]:
+    return [found for pid in _children() if (found := _look(pid)) is not None and found.zombie]
 
 
 def _children() -> list[int]:

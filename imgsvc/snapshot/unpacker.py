@@ -20,8 +20,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from imgsvc import errors, failpoints
-from imgsvc.errors import Cancelled, DataLoss, ImgsvcError, Internal, Unavailable
+from imgsvc import children, errors, failpoints
+from imgsvc.errors import Cancelled, DataLoss, ImgsvcError, Unavailable
 from imgsvc.oci import Digest
 from imgsvc.snapshot.interfaces import Applied, LayerInput, Limits, Mount, Unpacker, UnpackJob, Usage
 
@@ -40,10 +40,22 @@ class DiffIDMismatch(DataLoss):
         self.found = found
 
 
+class WorkerKilled(Unavailable):
+    """A worker ended without a verdict: somebody outside has ended it."""
+
+    def __init__(self, layer: Digest) -> None:
+        super().__init__(
+            "the unpack worker was killed",
+            where=f"layer {layer}",
+            hint="look for the out-of-memory killer in the kernel log, then pull again",
+        )
+
+
 class _Worker:
     """One child of the worker server: its job socket and its process."""
 
-    def __init__(self, job: socket.socket, pidfd: int) -> None:
+    def __init__(self, layer: Digest, job: socket.socket, pidfd: int) -> None:
+        self._layer = layer
         self._job = job
         self._pidfd = pidfd
         self._unsent: int | None = None
@@ -68,7 +80,7 @@ class _Worker:
             self.advance(available)
 
     async def verdict(self) -> dict[str, Any]:
-        """Wait for the worker's answer. Raises: the error it carries, or Internal when it died without one."""
+        """Wait for the worker's answer. Raises: the error it carries, or WorkerKilled when it died without one."""
         loop = asyncio.get_running_loop()
         data = b""
         for _ in range(2):
@@ -78,7 +90,7 @@ class _Worker:
                 data = await loop.sock_recv(self._job, _VERDICT_LIMIT)
                 break
         if not data:
-            raise Internal("the unpack worker was killed", hint="look for the out-of-memory killer in the kernel log")
+            raise WorkerKilled(self._layer)
         verdict: dict[str, Any] = json.loads(data)
         return verdict
 
@@ -118,7 +130,7 @@ class WorkerJob:
         """Take a slot and a worker."""
         await self._owner.slots.acquire()
         try:
-            self._worker = await self._owner.spawn(self.order, self.journal, self.source)
+            self._worker = await self._owner.spawn(self.layer.digest, self.order, self.journal, self.source)
         except BaseException:
             self._owner.slots.release()
             raise
@@ -221,7 +233,7 @@ class WorkerUnpacker:
             if not job.order["rebase"] or not os.fstat(job.journal).st_size:
                 return job.usage  # nothing was left to do
             async with self._settling:
-                worker = await self.spawn({"do": "settle", "mounts": _plain(mounts)}, job.journal, job.journal)
+                worker = await self.spawn(job.layer.digest, {"do": "settle", "mounts": _plain(mounts)}, job.journal, job.journal)
                 try:
                     verdict = await worker.verdict()
                 finally:
@@ -250,18 +262,23 @@ class WorkerUnpacker:
         async with self._lock:
             self._stop()
 
-    async def spawn(self, order: Mapping[str, Any], journal: int, source: int) -> _Worker:
-        """A fresh worker process with an order. Raises: Unavailable when none can be started."""
+    async def spawn(self, layer: Digest, order: Mapping[str, Any], journal: int, source: int) -> _Worker:
+        """A fresh worker process with an order. Raises: Unavailable when none can be started, or when it died at once."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
                 ours.setblocking(False)
                 pidfd = await self._fork([theirs.fileno(), journal, source])
-            ours.send(json.dumps(order).encode())
         except BaseException:
             ours.close()
             raise
-        return _Worker(ours, pidfd)
+        worker = _Worker(layer, ours, pidfd)
+        try:
+            ours.send(json.dumps(order).encode())
+        except OSError as error:
+            await worker.end()
+            raise WorkerKilled(layer) from error
+        return worker
 
     async def _fork(self, fds: list[int]) -> int:
         # Shielded: an answer nobody waits for would be taken for that of the next request.
@@ -296,6 +313,7 @@ class WorkerUnpacker:
             ours.setblocking(False)
             with theirs:
                 self._server = await asyncio.to_thread(_start_server, theirs.fileno(), self._transform)
+                children.started(self._server.pid)  # its end is noticed at the next layer
             self._control = ours
         return self._control
 
@@ -306,6 +324,7 @@ class WorkerUnpacker:
         if self._server is not None:
             self._server.kill()
             self._server.wait()
+            children.waited(self._server.pid)
             self._server = None
 
 
