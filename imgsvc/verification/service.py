@@ -36,6 +36,18 @@ class Refused(PermissionDenied):
         self.digest = digest
 
 
+class Unverifiable(ImgsvcError):
+    """Signatures are needed, and nobody can tell whether there are any. `code` is the cause's, so that callers retry what may pass."""
+
+    reason = REASON
+
+    def __init__(self, name: str, digest: str, cause: ImgsvcError) -> None:
+        super().__init__(f"{name} ({digest}) is refused: its signatures cannot be looked up: {cause}")
+        self.digest = digest
+        self.code = cause.code  # type: ignore[misc]  # an instance carries the category of its cause
+        self.retryable = cause.retryable  # type: ignore[misc]  # likewise
+
+
 class Verification:
     """Asks policy and programs, and remembers who agreed to what.
 
@@ -61,7 +73,7 @@ class Verification:
         self._flights: SingleFlight[None] = SingleFlight()
 
     async def verify(self, reference: Reference, target: Descriptor, credential: Credential | None) -> None:
-        """See pull.Verifier. Raises: Refused; PullFailed when signatures are needed and could not be looked for."""
+        """See pull.Verifier. Raises: Refused; Unverifiable when signatures are needed and could not be looked for."""
         policy = await self._threads.run(self._policy) if self._policy else None
         fingerprint = await self._fingerprint(policy)
         # Callers with one credential share the work; a verdict that needed a secret is not had by asking without one.
@@ -117,7 +129,10 @@ class Verification:
         if rule.decision is Decision.DENY:
             raise Refused(str(reference), target.digest, f"the policy denies it ({rule.where})")
         if rule.decision is Decision.SIGNED and not remembered:
-            missing = await self._signatures.missing(reference, target, credential, rule)
+            try:
+                missing = await self._signatures.missing(reference, target, credential, rule)
+            except ImgsvcError as error:
+                raise Unverifiable(str(reference), target.digest, error) from error
             if missing:
                 raise Refused(str(reference), target.digest, f"{missing} ({rule.where})")
 

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from imgsvc.api import cri_pb2
+from tests.fakes.registry import FakeRegistry, Reply
 from tests.support import cri, images
 from tests.support.daemon import Daemon
 from tests.support.images import BuiltDocument
@@ -176,3 +177,20 @@ def test_c_e5_a_container_from_an_image_that_is_here_already(daemon: Daemon, reg
     volume.mounts.append(cri_pb2.Mount(container_path="/v", image=cri_pb2.ImageSpec(image=image), readonly=True))
     with pytest.raises(grpc.RpcError):
         cri.create(runtime, sandbox, volume, pod)
+
+
+def test_c_e5_signatures_that_cannot_be_looked_up_refuse_with_the_registrys_words(node: Node) -> None:
+    made = images.busybox(Labels={"name": "dark"})
+    with FakeRegistry() as registry:
+        registry.add(made, "signed/dark", "1")
+        registry.rule(registry.on(tag_for(made.digest, "sig"), Reply(503, body=b"down for the night")))
+        hosts = node.daemon.directory / "hosts.d" / "docker.io" / "hosts.toml"
+        hosts.write_text(f'server = "http://{registry.address}"\n')
+
+        code, text = cri.refusal(lambda: cri.pull(node.daemon.images(), "docker.io/signed/dark:1"))
+
+    assert text.startswith(f"{REFUSED}: docker.io/signed/dark:1 ({made.digest}) is refused")
+    assert "answered 503" in text
+    assert code is grpc.StatusCode.UNAVAILABLE
+    assert registry.seen("/blobs/") == []
+    assert here(node) == []

@@ -18,9 +18,10 @@ from imgsvc.metadb import MetaDB
 from imgsvc.oci import Descriptor, Digest, Manifest, parse_config, parse_document
 from imgsvc.reference import Reference
 from imgsvc.registry.client import RegistryClient, RegistrySettings
+from imgsvc.registry.interfaces import PullFailed
 from imgsvc.verification.policy import load_policy
 from imgsvc.verification.programs import Programs
-from imgsvc.verification.service import Refused, Verification
+from imgsvc.verification.service import Refused, Unverifiable, Verification
 from imgsvc.verification.signatures import Signatures
 from tests.support.images import BuiltDocument, Entry, image, layer
 from tests.support.registries import ScriptedRegistry, free_port
@@ -201,8 +202,10 @@ def test_a_registry_that_cannot_be_asked_refuses(node: Node) -> None:
 
     refusal = node.ask(app(), reference=gone)
 
-    assert refusal is not None
-    assert refusal.reason == "RegistryUnavailable"
+    assert isinstance(refusal, Unverifiable)
+    assert (refusal.reason, refusal.code, refusal.retryable) == ("SignatureValidationFailed", "UNAVAILABLE", True)
+    assert str(refusal.__cause__) in str(refusal)
+    assert isinstance(refusal.__cause__, PullFailed)
 
 
 def test_c_e4_programs_and_policy_both_have_to_agree(node: Node) -> None:
