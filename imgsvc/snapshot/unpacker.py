@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from imgsvc import errors, failpoints
+from imgsvc import children, errors, failpoints
 from imgsvc.errors import Cancelled, DataLoss, ImgsvcError, Unavailable
 from imgsvc.oci import Digest
 from imgsvc.snapshot.interfaces import Applied, LayerInput, Limits, Mount, Unpacker, UnpackJob, Usage
@@ -313,6 +313,7 @@ class WorkerUnpacker:
             ours.setblocking(False)
             with theirs:
                 self._server = await asyncio.to_thread(_start_server, theirs.fileno(), self._transform)
+                children.started(self._server.pid)  # its end is noticed at the next layer
             self._control = ours
         return self._control
 
@@ -323,6 +324,7 @@ class WorkerUnpacker:
         if self._server is not None:
             self._server.kill()
             self._server.wait()
+            children.waited(self._server.pid)
             self._server = None
 
 
