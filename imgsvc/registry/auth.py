@@ -75,7 +75,7 @@ class Authorizer:
         self._known: OrderedDict[tuple[str, ...], tuple[Challenge, Reach]] = OrderedDict()
         self._tokens: OrderedDict[tuple[str, ...], tuple[Token, float]] = OrderedDict()
         self._get_only: OrderedDict[str, None] = OrderedDict()
-        self._flights: SingleFlight[Token] = SingleFlight()
+        self._flights: SingleFlight[tuple[Token, float]] = SingleFlight()
         self._salt = secrets.token_bytes(16)
 
     def identity(self, credential: Credential | None) -> str:
@@ -121,9 +121,7 @@ class Authorizer:
         key = self._token_key(peer, challenge, scopes, credential)
         cached = self._tokens.get(key)
         if cached is None or time.monotonic() >= cached[1]:
-            token = await self._flights.run("\0".join(key), lambda: self._fetch(peer, challenge, scopes, credential))
-            cached = (token, time.monotonic() + usable_for(token))
-            _remember(self._tokens, key, cached)
+            cached = await self._flights.run("\0".join(key), lambda: self._fetch_to_keep(key, peer, challenge, scopes, credential))
         return Answer(f"Bearer {cached[0].value}", note)
 
     def _key(self, peer: Peer, wanted: Sequence[str], credential: Credential | None) -> tuple[str, ...]:
@@ -132,6 +130,15 @@ class Authorizer:
     def _token_key(self, peer: Peer, challenge: Challenge, scopes: Sequence[str], credential: Credential | None) -> tuple[str, ...]:
         parameters = challenge.parameters
         return (peer.base, parameters["realm"], parameters.get("service", ""), self.identity(credential), *scopes)
+
+    async def _fetch_to_keep(
+        self, key: tuple[str, ...], peer: Peer, challenge: Challenge, scopes: Sequence[str], credential: Credential | None
+    ) -> tuple[Token, float]:
+        """A new token and until when it is good. Cached before the flight ends, so that nobody in between asks once more."""
+        token = await self._fetch(peer, challenge, scopes, credential)
+        cached = (token, time.monotonic() + usable_for(token))
+        _remember(self._tokens, key, cached)
+        return cached
 
     async def _fetch(self, peer: Peer, challenge: Challenge, scopes: Sequence[str], credential: Credential | None) -> Token:
         realm, service = challenge.parameters["realm"], challenge.parameters.get("service", "")
