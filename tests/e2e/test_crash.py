@@ -167,7 +167,7 @@ def check_what_is_shown(scene: Scene, daemon: Daemon, acknowledged: list[str]) -
         assert status is not None
         assert status.id == shown[name]["image_id"]
         scene.expected[name].check(disk, shown[name])
-    assert check(daemon) == []
+    assert [finding for finding in check(daemon) if finding["broken"]] == []
 
 
 def check_nothing_half_made(daemon: Daemon) -> None:
@@ -197,7 +197,7 @@ def check_the_next_pull(scene: Scene, daemon: Daemon) -> None:
     collect(daemon)
     check_nothing_half_made(daemon)
     assert disk.ingests() == []
-    assert check(daemon) == []
+    assert [finding for finding in check(daemon) if finding["broken"]] == []
 
 
 @pytest.mark.slow
