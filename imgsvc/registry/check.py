@@ -47,14 +47,20 @@ class Checked:
 
 
 async def check(operations: Operations, reference: Reference, credential: Credential | None = None) -> list[Checked]:
-    """Ask all endpoints, in their order. Raises: what a pull would raise before it asks anybody."""
-    operation = await operations.operation(reference, credential)
+    """Ask all endpoints, in their order. What a pull would raise before it asks anybody is the one result then."""
+    try:
+        operation = await operations.operation(reference, credential)
+    except ImgsvcError as error:
+        return [_misconfigured(reference.host, error)]
     return [await _check(Endpoint(host, operation.session), reference) for host in operation.config.hosts]
 
 
 async def check_namespace(operations: Operations, namespace: str) -> list[Checked]:
-    """Ask all endpoints of a registry whether they are there and let us in, without naming an image. Raises: as check."""
-    operation = await operations.operation(Reference(namespace, "", ""), None)
+    """Ask all endpoints of a registry whether they are there and let us in, without naming an image. Else as check."""
+    try:
+        operation = await operations.operation(Reference(namespace, "", ""), None)
+    except ImgsvcError as error:
+        return [_misconfigured(namespace, error)]
     return [await _check(Endpoint(host, operation.session), None) for host in operation.config.hosts]
 
 
@@ -69,6 +75,10 @@ def render(results: list[Checked]) -> Iterator[str]:
             yield f"  speed {result.speed / MIB:.1f} MiB/s"
         if result.clock_skew is not None and abs(result.clock_skew) > _SKEW_NOTED_S:
             yield f"  its clock differs from ours by {result.clock_skew:+.0f} s"
+
+
+def _misconfigured(namespace: str, error: ImgsvcError) -> Checked:
+    return Checked(namespace, error.where, False, 0, "none", "not reached", 0.0, 0.0, None, str(error))
 
 
 def _question(endpoint: Endpoint, reference: Reference | None) -> Ask:
