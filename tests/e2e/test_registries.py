@@ -410,7 +410,10 @@ def test_a_failed_pull_lists_every_attempt(make_daemon: Callable[..., Daemon]) -
     assert len(attempts) >= 5
     assert {(DEAD, "connect", "no answer"), (broken.address, "resolve", "500"), (empty.address, "resolve", "404")} <= seen
     assert any(address == strict.address and status == "401" for address, _, status in seen)
-    told = {address: next(a for a in attempts if address in a) for address in (broken.address, empty.address, strict.address)}
+    told = {
+        address: next(a for a in attempts if a.startswith(f"http://{address}/"))
+        for address in (broken.address, empty.address, strict.address)
+    }
     assert "credential CRI request: " in told[strict.address]
     assert "who are you" in told[strict.address]
     assert "credential withheld: CRI request is bound to" in told[empty.address], "a mirror gets no credential of the registry"
