@@ -6,6 +6,7 @@
     sandboxes, containers the use cases: life of a pod, life of a container, rollback at every step
     stats, metrics, events
                           numbers for the kubelet; fan-out of container events
+    checkpoint, criu      a running container's state in an archive; whether criu works here
     recovery              what a restarted daemon, or a rebooted node, does with what it finds
     ---------------------------------------------------------------------------------------------
     model, state, records what CRI asks for; what state a record is in (derived, never stored); versioned records

@@ -138,6 +138,12 @@ class OCIRuntime(Protocol):
     async def update(self, container_id: str, resources: Mapping[str, Any]) -> None:
         """Change limits: an OCI `linux.resources` object. Raises: FailedPrecondition."""
 
+    async def checkpoint(self, container_id: str, images: Path, work: Path, timeout_s: float) -> None:
+        """Dump a running container's processes into two existing directories, and let it go on; also after a failure.
+
+        Raises: FailedPrecondition (no criu here, or it cannot), DeadlineExceeded.
+        """
+
     async def reopen_log(self, container_id: str, log_path: str) -> None:
         """Close the log and open its path anew, after a rotation; returns when the new file exists."""
 

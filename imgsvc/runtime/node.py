@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,4 @@ def _make_directories(paths: Paths) -> None:
         private_dir(directory, 0o711)
     for directory in (paths.exits, paths.sockets, paths.root / "volumes"):
         private_dir(directory)
+    shutil.rmtree(paths.root / "checkpoints", ignore_errors=True)  # half-made ones of a daemon that was killed

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from imgsvc.errors import FailedPrecondition, ImgsvcError, NotFound
 from imgsvc.fsutil import private_dir
+from imgsvc.runtime.criu import dump_failed, require_criu
 from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask, OCIRuntime
 from imgsvc.runtime.monitor import Conmon, MonitorPaths, runtime_message
 from imgsvc.runtime.pause import write_pause
@@ -189,6 +190,20 @@ class OCICommand:
     async def update(self, container_id: str, resources: Mapping[str, Any]) -> None:
         """See OCIRuntime."""
         self._require(await run(self._argv("update", "--resources", "-", container_id), stdin=json.dumps(resources).encode()), "update")
+
+    async def checkpoint(self, container_id: str, images: Path, work: Path, timeout_s: float) -> None:
+        """See OCIRuntime."""
+        await require_criu()
+        # What would be refused otherwise may stay as it is, for the container goes on.
+        allowed = ["--leave-running", "--tcp-established", "--ext-unix-sk", "--file-locks"]
+        argv = self._argv("checkpoint", *allowed, "--image-path", str(images), "--work-path", str(work), container_id)
+        try:
+            done = await run(argv, timeout_s=timeout_s)
+            if done.status:
+                raise dump_failed(self._program, work / "dump.log", runtime_message(done.stderr.decode(errors="replace")))
+        except BaseException:
+            await run(self._argv("resume", container_id))  # a dump that was killed leaves the container frozen
+            raise
 
     async def reopen_log(self, container_id: str, log_path: str) -> None:
         """See OCIRuntime."""

@@ -14,6 +14,7 @@ from imgsvc.api import cri_pb2 as pb
 from imgsvc.api.cri_pb2_grpc import RuntimeServiceServicer
 from imgsvc.errors import InvalidArgument, Unimplemented
 from imgsvc.runtime import convert
+from imgsvc.runtime.checkpoint import checkpoint
 from imgsvc.runtime.codec import from_proto
 from imgsvc.runtime.metrics import descriptors
 from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, PodSandboxConfig
@@ -299,16 +300,17 @@ class RuntimeService(RuntimeServiceServicer):
             yield pb.StreamPodSandboxMetricsResponse(pod_sandbox_metrics=await self._node.metrics.sandboxes(batch))
 
     async def CheckpointContainer(self, request: pb.CheckpointContainerRequest, context: Any) -> pb.CheckpointContainerResponse:
-        """Not here."""
-        raise Unimplemented("checkpoints are not supported")
+        """A running container's state in an archive."""
+        await checkpoint(self._node.core, request.container_id, request.location, max(0, request.timeout))
+        return pb.CheckpointContainerResponse()
 
     async def CheckpointPod(self, request: pb.CheckpointPodRequest, context: Any) -> pb.CheckpointPodResponse:
         """Not here."""
-        raise Unimplemented("checkpoints are not supported")
+        raise Unimplemented("checkpoints of whole pods are not supported", hint="CheckpointContainer is")
 
     async def RestorePod(self, request: pb.RestorePodRequest, context: Any) -> pb.RestorePodResponse:
         """Not here."""
-        raise Unimplemented("checkpoints are not supported")
+        raise Unimplemented("checkpoints of whole pods are not supported", hint="CheckpointContainer is")
 
     async def GetContainerEvents(self, request: pb.GetEventsRequest, context: Any) -> AsyncIterator[pb.ContainerEventResponse]:
         """Events from now on."""

@@ -355,7 +355,7 @@ def test_every_method_of_the_service_is_there(node: Daemon) -> None:
         request = getattr(pb, method.input_type.name)()
         call = getattr(node.cri, method.name)
         refused = refusal(functools.partial(ask, call, request, method.server_streaming))
-        expected = method.name in ("CheckpointContainer", "CheckpointPod", "RestorePod")
+        expected = method.name in ("CheckpointPod", "RestorePod")
         assert (refused is grpc.StatusCode.UNIMPLEMENTED) == expected, (method.name, refused)
         assert refused not in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL), method.name
 

@@ -246,6 +246,12 @@ class ShimRuntime:
         request.resources.CopyFrom(any_pb2.Any(type_url=_SPEC_RESOURCES, value=json.dumps(dict(resources)).encode()))
         await self.ask(container_id, "Update", request, empty_pb2.Empty)
 
+    async def checkpoint(self, container_id: str, images: Path, work: Path, timeout_s: float) -> None:
+        """See OCIRuntime."""
+        raise FailedPrecondition(
+            f"checkpoints are made by criu through an OCI runtime, not through {self._handler.type}", hint='use a handler of type "oci"'
+        )
+
     async def reopen_log(self, container_id: str, log_path: str) -> None:
         """See OCIRuntime."""
         copier = self._copiers.get(container_id)
