@@ -16,7 +16,8 @@
     shim/                 handler kind 2: containerd shims (`io.containerd.NAME.vN`) over ttrpc
     cni, network          the CNI protocol; the pod network on top of it
     namespaces, kernel    namespaces pinned by bind mounts; system calls that Python 3.11 lacks
-    cgroups, usage        drivers (cgroupfs, systemd), version 1 and 2; what a cgroup has used
+    cgroups, podlimits, usage
+                          drivers (cgroupfs, systemd), version 1 and 2; limits of a pod; what a cgroup has used
     oom                   kills for memory in cgroups that are gone already
     reaper, exits         orphans are ours (child subreaper); noticing the end of a process that is not our child
     interfaces            the seams: Images (from the edge), OCIRuntime, NetworkPlugin

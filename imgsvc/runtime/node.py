@@ -16,6 +16,7 @@ from imgsvc.fsutil import private_dir
 from imgsvc.metadb import MetaDB
 from imgsvc.runtime import host
 from imgsvc.runtime.apparmor import load_default
+from imgsvc.runtime.codec import to_json
 from imgsvc.runtime.containerplan import volume_key
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, Paths
@@ -139,11 +140,15 @@ class RuntimeNode:
     def describe_sandbox(self, record: SandboxRecord) -> dict[str, str]:
         """For PodSandboxStatus(verbose)."""
         pins = self.core.paths.pins(record.id)
+        linux = record.config.linux
         info = {
             "pid": record.pause_pid,
             "handler": record.handler,
             "namespaces": str(pins),
-            "cgroupParent": record.config.linux.cgroup_parent,
+            "cgroupParent": linux.cgroup_parent,
+            "cgroupOwned": bool(record.owned_cgroup),
+            "overhead": to_json(linux.overhead) if linux.overhead else None,
+            "resources": to_json(linux.resources) if linux.resources else None,
         }
         return {"info": json.dumps(info)}
 

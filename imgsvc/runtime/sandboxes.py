@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from imgsvc.errors import FailedPrecondition, ImgsvcError
 from imgsvc.failpoints import afailpoint
-from imgsvc.runtime import cgroups, kernel, podfiles, spec, validate
+from imgsvc.runtime import cgroups, kernel, podfiles, podlimits, spec, validate
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType
@@ -31,6 +31,7 @@ from imgsvc.runtime.pause import write_pause
 from imgsvc.runtime.records import SandboxRecord, durable, sandbox_name
 from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.seccomp_profile import default_profile
+from imgsvc.runtime.state import require_ready
 
 log = logging.getLogger(__name__)
 
@@ -290,10 +291,23 @@ class Sandboxes:
     async def update_resources(
         self, sandbox_id: str, overhead: LinuxContainerResources | None, resources: LinuxContainerResources | None
     ) -> None:
-        """Note new pod resources. The pod's cgroup is the kubelet's, who has changed it already. Raises: NotFound, FailedPrecondition."""
-        record = self._core.records.sandbox(sandbox_id)
-        linux = replace(record.config.linux, overhead=overhead, resources=resources)
-        await durable(self._core.records.put_sandbox(replace(record, config=replace(record.config, linux=linux))))
+        """Note new pod resources, and write them to the pod's cgroup when it is ours, as far as the kernel lets us.
+
+        The kubelet has changed the cgroup already when it made it. None: as before. Raises: NotFound, FailedPrecondition.
+        """
+        core = self._core
+        full_id = core.records.sandbox(sandbox_id).id
+        async with core.locks.hold(full_id):
+            record = core.records.sandbox(full_id)
+            require_ready(record, core.boot_id)
+            old = record.config.linux
+            linux = replace(old, overhead=overhead or old.overhead, resources=resources or old.resources)
+            if record.owned_cgroup and core.settings.cgroup_driver != "systemd":  # which would undo what others write
+                limits = podlimits.total(linux.overhead, linux.resources)
+                problems = await asyncio.to_thread(podlimits.apply, core.host, cgroups.tree_path(record.owned_cgroup), limits)
+                if problems:
+                    log.warning("limits of pod sandbox %s are not all in force: %s", full_id, "; ".join(problems))
+            await durable(core.records.put_sandbox(replace(record, config=replace(record.config, linux=linux))))
 
     def watch_pauses(self) -> None:
         """After a restart: a pod whose pause process has died has lost its PID namespace and is not ready any more."""

@@ -184,7 +184,7 @@ class RuntimeService(RuntimeServiceServicer):
     async def UpdatePodSandboxResources(
         self, request: pb.UpdatePodSandboxResourcesRequest, context: Any
     ) -> pb.UpdatePodSandboxResourcesResponse:
-        """Note new limits of a pod."""
+        """New limits of a pod; see Sandboxes.update_resources."""
         overhead = from_proto(LinuxContainerResources, request.overhead) if request.HasField("overhead") else None
         resources = from_proto(LinuxContainerResources, request.resources) if request.HasField("resources") else None
         await self._node.sandboxes.update_resources(request.pod_sandbox_id, overhead, resources)

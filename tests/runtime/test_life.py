@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import signal
 import threading
@@ -188,6 +189,56 @@ def test_limits_are_set_updated_and_their_breach_is_told(node: Daemon) -> None:
     greedy = node.run(pod, "tail /dev/zero", "greedy", resources=resources)
     status = node.wait_exit(greedy, 30)
     assert (status.exit_code, status.reason) == (137, "OOMKilled")
+
+
+def pod_info(node: Daemon, pod: str) -> dict[str, Any]:
+    answer = node.cri.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod, verbose=True))
+    found: dict[str, Any] = json.loads(answer.info["info"])
+    return found
+
+
+def resize(node: Daemon, pod: str, **resources: Any) -> None:
+    overhead = pb.LinuxContainerResources(memory_limit_in_bytes=8 << 20, cpu_quota=10_000, cpu_period=100_000, cpu_shares=24)
+    request = pb.UpdatePodSandboxResourcesRequest(pod_sandbox_id=pod, overhead=overhead, resources=pb.LinuxContainerResources(**resources))
+    node.cri.UpdatePodSandboxResources(request)
+
+
+def test_limits_of_a_pod_are_written_to_a_cgroup_of_ours(node: Daemon) -> None:
+    pod = node.run_pod("resized")  # nobody has made its cgroup_parent before: it is ours
+    node.run(pod, "sleep 100")
+    place = f"{node.cgroup_parent}/resized"
+
+    def limit(controller: str, name: str) -> int:
+        return int(Path(f"/sys/fs/cgroup/{controller}{place}/{name}").read_text())
+
+    for factor in (2, 1, 3):  # up and down
+        resize(node, pod, memory_limit_in_bytes=factor * (32 << 20), cpu_quota=factor * 20_000, cpu_period=50_000, cpu_shares=factor * 100)
+        assert limit("memory", "memory.limit_in_bytes") == factor * (32 << 20) + (8 << 20)
+        assert limit("cpu", "cpu.cfs_quota_us") == factor * 20_000 + 5_000
+        assert limit("cpu", "cpu.cfs_period_us") == 50_000
+        assert limit("cpu", "cpu.shares") == factor * 100 + 24
+    info = pod_info(node, pod)
+    assert info["cgroupOwned"]
+    assert info["resources"]["memory_limit_in_bytes"] == 96 << 20
+    assert info["overhead"]["cpu_shares"] == 24
+    node.cri.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=pod))
+    assert code(lambda: resize(node, pod, cpu_shares=100)) is grpc.StatusCode.FAILED_PRECONDITION
+    node.cri.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=pod))
+    assert not list(Path("/sys/fs/cgroup").glob(f"*{place}"))
+
+
+def test_limits_of_a_pod_are_noted_only_where_the_cgroup_is_the_kubelets(node: Daemon) -> None:
+    place = Path(f"/sys/fs/cgroup/memory{node.cgroup_parent}/kubelets")
+    place.mkdir(parents=True)
+    before = (place / "memory.limit_in_bytes").read_text()
+    pod = node.run_pod("kubelets")
+    resize(node, pod, memory_limit_in_bytes=32 << 20)
+    assert (place / "memory.limit_in_bytes").read_text() == before
+    assert not pod_info(node, pod)["cgroupOwned"]
+    assert pod_info(node, pod)["resources"]["memory_limit_in_bytes"] == 32 << 20
+    node.cri.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=pod))
+    assert place.is_dir()
+    place.rmdir()
 
 
 def test_c_c7_exec_sync_is_bounded(node: Daemon) -> None:
