@@ -18,7 +18,7 @@ from imgsvc.content.interfaces import Scrubber, Store
 from imgsvc.df import disk_usage
 from imgsvc.errors import NotFound
 from imgsvc.fsck import Checker, ContentChecker, ImageChecker, LayerChecker, fsck
-from imgsvc.gc import Collector, Keeper, Policy, Root
+from imgsvc.gc import CollectionReport, Collector, Keeper, Policy, Root
 from imgsvc.images import Image, ImageStore
 from imgsvc.leases import LeaseManager
 from imgsvc.roots import KEY_PREFIX, is_unpacked
@@ -66,8 +66,9 @@ class StoreCare:
         root: Path,
         policy: Policy,
         keepers: Iterable[Keeper] = (),
+        collected: Callable[[CollectionReport | None], None] = lambda report: None,
     ) -> None:
-        """keepers: who needs things beside images and what is in progress. unpack_aside: Puller.unpack_aside."""
+        """keepers: who needs things beside images and what is in progress. unpack_aside: Puller.unpack_aside. collected: see Collector."""
         self._unpack_aside = unpack_aside
         self._images = images
         self._content = content
@@ -84,6 +85,7 @@ class StoreCare:
             threads=threads,
             root=root,
             policy=policy,
+            collected=collected,
         )
 
     async def start(self, stack: AsyncExitStack) -> None:
@@ -100,6 +102,11 @@ class StoreCare:
         sizes = await self._threads.run(gc_sources.stored_sizes, self._content, self._content, list(self._snapshotters.values()))
         images = [(image, self._needs.needs(image)) for image in self._images.all()]
         return disk_usage(images, sizes).to_json()
+
+    async def sizes(self) -> dict[str, int]:
+        """Bytes on disk by class: "content", "ingest", "snapshot"."""
+        sizes = await self._threads.run(gc_sources.stored_sizes, self._content, self._content, list(self._snapshotters.values()))
+        return {kind: sum(size for node, size in sizes.items() if node.kind == kind) for kind in gc_sources.KINDS}
 
     async def collect(self, explain: bool) -> dict[str, Any]:
         """`imgsvc gc`, `imgsvc gc --explain`."""

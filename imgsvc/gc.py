@@ -246,8 +246,10 @@ class Collector:
         threads: Threads,
         root: Path,
         policy: Policy,
+        collected: Callable[[CollectionReport | None], None] = lambda report: None,
     ) -> None:
-        """root: directory on the file system whose free space counts."""
+        """root: directory on the file system whose free space counts. collected: told of every collection, None when it failed."""
+        self._collected = collected
         self._keepers = keepers
         self._collectables = {collectable.kind: collectable for collectable in collectables}
         self._cache = cache
@@ -296,7 +298,12 @@ class Collector:
             reasons = sorted({reason, *self._reasons} - {""})
             self._reasons.clear()
             self._triggered.clear()
-            report = await self._collect(", ".join(reasons))
+            try:
+                report = await self._collect(", ".join(reasons))
+            except (ImgsvcError, OSError):
+                self._collected(None)
+                raise
+        self._collected(report)
         level = logging.WARNING if report.sweep.failed else logging.INFO
         log.log(
             level,

@@ -18,6 +18,7 @@ from imgsvc.snapshot.interfaces import Kind, Snapshotter
 CONTENT: Final = "content"
 SNAPSHOT: Final = "snapshot"
 INGEST: Final = "ingest"
+KINDS: Final = (CONTENT, INGEST, SNAPSHOT)
 IMAGE: Final = "image"
 INGEST_AGE: Final = timedelta(hours=24)  # an unfinished write that nobody touched for that long is not coming back
 

@@ -24,7 +24,7 @@ from imgsvc.metadb import MetaDB
 from imgsvc.metrics import Gauge, Page
 from imgsvc.mirror import Mirror
 from imgsvc.mounts import ImageMounts
-from imgsvc.observe import Observer, store_gauges
+from imgsvc.observe import Observer
 from imgsvc.prepull.service import Prepull
 from imgsvc.pull import Puller
 from imgsvc.pullthrough import PullThrough
@@ -114,7 +114,6 @@ async def start_image_side(settings: Config, parts: Parts, watch: Watch, stack: 
         threads=parts.threads,
         snapshotter=parts.snapshotter,
     )
-    watch.page.add(*store_gauges(parts.images, parts.usage.image_fs, parts.usage.container_fs))
     watch.page.add(Gauge("imgsvc_prepull_images", "Images of pre-pull files by state.", ("state",), prepull.counts))
     await _listen("metrics", settings.metrics.address, watch.page.handle, stack)
     await _start_mirror(settings, parts, watch, stack)

@@ -212,6 +212,11 @@ class MetaDB:
         """Size of the database file [bytes]."""
         return os.stat(self._path / _DATA).st_size
 
+    def usage(self) -> tuple[int, int]:
+        """Bytes of pages ever used, which are used again before the file grows, and of the map, beyond which writes fail."""
+        info = self._env.info()
+        return (info["last_pgno"] + 1) * self._env.stat()["psize"], info["map_size"]
+
     def close(self) -> None:
         """Finish queued changes, mark the end as clean, and close. Idempotent."""
         with self._closing:

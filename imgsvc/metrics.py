@@ -9,7 +9,7 @@ Source: Prometheus exposition format 0.0.4; needs.md A9.1.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -116,10 +116,15 @@ class Page:
 
     def __init__(self, metrics: Iterable[Metric] = ()) -> None:
         self._metrics = list(metrics)
+        self._prepare: list[Callable[[], Awaitable[None]]] = []
 
     def add(self, *metrics: Metric) -> None:
         """Show these, too."""
         self._metrics += metrics
+
+    def before(self, prepare: Callable[[], Awaitable[None]]) -> None:
+        """Have something run before the page is read, for gauges that cannot be had at once."""
+        self._prepare.append(prepare)
 
     def text(self) -> str:
         """Everything."""
@@ -129,6 +134,8 @@ class Page:
         """An http1.Handler."""
         if request.path not in ("/metrics", "/v1/metrics"):
             return Response(404, [("Content-Type", "text/plain")], b"metrics are at /metrics\n")
+        for prepare in self._prepare:
+            await prepare()
         return Response(200, [("Content-Type", CONTENT_TYPE)], self.text().encode())
 
 

@@ -10,6 +10,7 @@ from imgsvc.config import Loaded
 from imgsvc.registry.client import RegistryClient, RegistrySettings
 from imgsvc.registry.credentials import CredentialSettings, NodeCredentials, StoredCredential
 from imgsvc.registry.hostdirs import split_config_path
+from imgsvc.registry.interfaces import RegistryObserver
 from imgsvc.registry.legacy import parse_legacy
 from imgsvc.registry.transport import Timeouts
 
@@ -25,8 +26,8 @@ class Registries:
     warnings: tuple[str, ...]
 
 
-def open_registries(loaded: Loaded) -> Registries:
-    """Build the client; no I/O with registries. Raises: InvalidArgument for legacy tables that cannot be honoured."""
+def open_registries(loaded: Loaded, observer: RegistryObserver | None = None) -> Registries:
+    """Build the client; no I/O with registries. observer: told what it does. Raises: InvalidArgument for legacy tables that cannot be honoured."""
     settings = loaded.config
     registry = settings.registry
     tables = {"mirrors": registry.mirrors, "configs": registry.configs, "auths": registry.auths, "headers": registry.headers}
@@ -59,5 +60,6 @@ def open_registries(loaded: Loaded) -> Registries:
             environ=dict(os.environ),
         ),
         credentials,
+        observer,
     )
     return Registries(client, credentials, legacy.warnings)

@@ -38,6 +38,7 @@ from imgsvc.images import ImageStore
 from imgsvc.leases import LeaseBook
 from imgsvc.metadb import MetaDB
 from imgsvc.notify import Notifier
+from imgsvc.observe import StoreSizes, store_gauges
 from imgsvc.pods import start_pods
 from imgsvc.pull import Puller
 from imgsvc.push import Pusher
@@ -126,7 +127,8 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     default = next(iter(snapshotters))
     images = ImageStore(db, settings.images.pinned_images)
     leases = LeaseBook(db)
-    registries = open_registries(loaded)
+    watch = Watch.create(images)
+    registries = open_registries(loaded, watch.observer)
     for warning in registries.warnings:
         log.warning("%s", warning)
     registry = registries.client
@@ -135,11 +137,10 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
         log.info("registry.config_path: %s is not there", directory)
     decryptor = LayerDecryptor(await threads.run(decryption.settings, settings, root))
     stack.push_async_callback(decryptor.close)
-    unpacker = _unpacker(settings)
+    unpacker = _unpacker(settings, watch.observer.unpack_queued)
     stack.push_async_callback(unpacker.close)
     warming = asyncio.ensure_future(unpacker.warm())  # beside everything else, so that the first layer need not wait
     stack.push_async_callback(_ended, warming)
-    watch = Watch.create(images)
     verification = open_verification(settings, registry, db, threads)
     puller = Puller(
         registry=registry,
@@ -159,7 +160,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     pods = await start_pods(settings, state, root, db, roots, stack)
     policy = Policy(settings.gc.startup_delay, settings.gc.schedule_delay, _cache_budget(settings), settings.gc.min_free)
     keeper = ContainerKeeper(pods.container_ids, snapshotters)
-    care = StoreCare(images, content, snapshotters, puller.unpack_aside, leases, threads, root, policy, [keeper])
+    care = StoreCare(images, content, snapshotters, puller.unpack_aside, leases, threads, root, policy, [keeper], watch.observer.collected)
     await care.start(stack)
     expiry = asyncio.ensure_future(leases.expire_forever(lambda: care.trigger("lease expired")))
     stack.push_async_callback(_ended, expiry)
@@ -167,6 +168,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     def on_removed() -> None:
         care.trigger("image removed")
 
+    watch.page.add(*store_gauges(images, db, StoreSizes(care.sizes, watch.page)))
     parts = Parts(root, registry, content, images, puller, leases, db, threads, care, verification, roots, default)
     tools = await start_image_side(settings, parts, watch, stack)
     return Services(
@@ -227,12 +229,13 @@ async def _snapshotters(settings: Config, root: Path, db: MetaDB, threads: Threa
     return {wanted: drivers.pop(wanted), **drivers}
 
 
-def _unpacker(settings: Config) -> WorkerUnpacker:
+def _unpacker(settings: Config, queued: Callable[[float], None]) -> WorkerUnpacker:
     limits = settings.images.limits
     return WorkerUnpacker(
         max_concurrent=settings.images.max_concurrent_unpacks,
         limits=Limits(limits.unpacked_bytes, limits.entries, limits.ratio),
         transform=TRANSFORM,
+        queued=queued,
     )
 
 

@@ -31,12 +31,13 @@ from imgsvc.registry.challenge import (
     usable_for,
 )
 from imgsvc.registry.hosts import Host, trusted_token_hosts
-from imgsvc.registry.interfaces import Credential
+from imgsvc.registry.interfaces import Credential, RegistryObserver
 from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
 from imgsvc.registry.proxies import proxy_for
 from imgsvc.registry.redact import MAX_ERROR_BODY, registry_message, shown_url
 from imgsvc.registry.retry import Failure, kind_of_status, retry_after
 from imgsvc.registry.transport import RequestFailed, Response, Route, Transport
+from imgsvc.registry.unwatched import Unwatched
 
 _CLIENT_ID: Final = "imgsvc"
 _MAX_CACHED: Final = 1024  # tokens and known challenges
@@ -69,7 +70,8 @@ class Answer:
 class Authorizer:
     """Remembers how each endpoint wants to be spoken to. Belongs to one event loop."""
 
-    def __init__(self, transport: Transport, environ: Mapping[str, str]) -> None:
+    def __init__(self, transport: Transport, environ: Mapping[str, str], observer: RegistryObserver | None = None) -> None:
+        self._observer = observer or Unwatched()
         self._transport = transport
         self._environ = environ
         self._known: OrderedDict[tuple[str, ...], tuple[Challenge, Reach]] = OrderedDict()
@@ -135,7 +137,15 @@ class Authorizer:
         self, key: tuple[str, ...], peer: Peer, challenge: Challenge, scopes: Sequence[str], credential: Credential | None
     ) -> tuple[Token, float]:
         """A new token and until when it is good. Cached before the flight ends, so that nobody in between asks once more."""
-        token = await self._fetch(peer, challenge, scopes, credential)
+        began, outcome = time.monotonic(), "CANCELLED"
+        try:
+            token = await self._fetch(peer, challenge, scopes, credential)
+            outcome = "ok"
+        except RequestFailed as error:
+            outcome = error.code
+            raise
+        finally:
+            self._observer.token(outcome, time.monotonic() - began)
         cached = (token, time.monotonic() + usable_for(token))
         _remember(self._tokens, key, cached)
         return cached

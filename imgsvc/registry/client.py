@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
@@ -19,13 +20,14 @@ from imgsvc.registry.endpoint import Ask, CredentialSource, Endpoint, NoCredenti
 from imgsvc.registry.failover import HealthBook
 from imgsvc.registry.hostdirs import HostDirectories
 from imgsvc.registry.hosts import FROM_NOBODY, Capability, Host, HostsConfig
-from imgsvc.registry.interfaces import BlobSink, BlobSource, Credential, Fetcher, Registry, Repository, Resolved
+from imgsvc.registry.interfaces import BlobSink, BlobSource, Credential, Fetcher, Registry, RegistryObserver, Repository, Resolved
 from imgsvc.registry.operation import Operation
 from imgsvc.registry.push import RemoteRepository
 from imgsvc.registry.resolver import resolve_at
 from imgsvc.registry.retry import Failure
 from imgsvc.registry.slots import FairSlots
 from imgsvc.registry.transport import RequestFailed, Timeouts, Transport
+from imgsvc.registry.unwatched import Unwatched
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +54,16 @@ class RegistrySettings:
 class RegistryClient:
     """Implements Registry. Belongs to one event loop; close() it there."""
 
-    def __init__(self, settings: RegistrySettings, credentials: CredentialSource | None = None) -> None:
+    def __init__(
+        self, settings: RegistrySettings, credentials: CredentialSource | None = None, observer: RegistryObserver | None = None
+    ) -> None:
         self._settings = settings
+        self.observer = observer or Unwatched()
         self._stored = credentials or NoCredentials()
         self.directories = HostDirectories(settings.roots, settings.inline)
         self._transport = Transport(settings.timeouts)
-        self._authorizer = Authorizer(self._transport, settings.environ)
-        self.book = HealthBook()
+        self._authorizer = Authorizer(self._transport, settings.environ, self.observer)
+        self.book = HealthBook(self.observer)
         self.slots = FairSlots(settings.max_downloads, settings.max_downloads_per_image)
         self.extra = ConnectionBudget(settings.max_extra_connections)
         self._downgraded: dict[str, None] = {}
@@ -110,6 +115,7 @@ class RegistryClient:
             stored=RememberedCredentials(self._stored),
             environ=self._settings.environ,
             downgraded=self._downgraded,
+            observer=self.observer,
         )
         return Operation(config, session, self.book)
 
@@ -172,7 +178,9 @@ class RepositoryFetcher:
             return BlobSource(reused=reused)
         operation = await self._operation()
         endpoints = operation.endpoints(Capability.PULL, descriptor.digest)
+        queued = time.monotonic()
         async with self._client.slots.slot(str(self._reference)):
+            self._client.observer.queued(time.monotonic() - queued)
             run = Download(
                 descriptor,
                 self._reference.repository,

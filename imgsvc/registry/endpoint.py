@@ -22,19 +22,20 @@ from imgsvc import __version__
 from imgsvc.errors import InvalidArgument, Unavailable, printable
 from imgsvc.registry.auth import Answer, Authorizer, Peer, secrets_of
 from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, OWN, Host, Tls, canonical_name, is_local
-from imgsvc.registry.interfaces import Attempt, Credential
+from imgsvc.registry.interfaces import Attempt, Credential, RegistryObserver
 from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
 from imgsvc.registry.proxies import proxy_for
 from imgsvc.registry.redact import MAX_ERROR_BODY, registry_message, scrubbed, shown_url
 from imgsvc.registry.retry import Failure, kind_of_status, retry_after
 from imgsvc.registry.transport import Body, RequestFailed, Response, Route, Transport
+from imgsvc.registry.unwatched import Unwatched
 
 log = logging.getLogger(__name__)
 
 USER_AGENT: Final = f"imgsvc/{__version__}"
 MAX_REDIRECTS: Final = 10
 _MAX_ATTEMPTS: Final = 64  # kept of one operation, the latest; a long download over a bad line makes many
-_MAX_WARNINGS: Final = 4  # of an answer that are logged. Source: distribution-spec "Warnings"
+_MAX_WARNINGS: Final = 4  # of an answer that are told. Source: distribution-spec "Warnings"
 _MAX_ROUNDS: Final = 3  # requests one call may cost: unauthenticated, authenticated, with a renewed credential
 _GUESS_TIMEOUT_S: Final = 3.0  # for localhost to show which protocol it speaks
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
@@ -119,6 +120,7 @@ class Session:
     environ: Mapping[str, str]
     downgraded: dict[str, None]  # bases of `http://` hosts with TLS options that turned out to speak plain HTTP
     attempts: list[Attempt] = field(default_factory=list)
+    observer: RegistryObserver = field(default_factory=Unwatched)
 
 
 class Endpoint:
@@ -152,8 +154,12 @@ class Endpoint:
             raise
         self.record(ask.phase, response.status, started)
         for text in response.headers.all("warning")[:_MAX_WARNINGS]:
-            log.warning("%s says: %s", shown_url(response.url), scrubbed(text, secrets_of(self._credential)))
+            self._warned(response, scrubbed(text, secrets_of(self._credential)))
         return response
+
+    def _warned(self, response: Response, text: str) -> None:
+        session = self._session
+        session.observer.warned(session.namespace, session.repository, shown_url(response.url), text)
 
     def record(self, phase: str, status: int, started: float, error: str = "") -> None:
         """Add an Attempt."""

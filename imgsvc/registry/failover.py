@@ -10,9 +10,10 @@ from typing import Final, TypeVar
 
 from imgsvc.errors import printable
 from imgsvc.registry.endpoint import Endpoint
-from imgsvc.registry.interfaces import Attempt, PullFailed
+from imgsvc.registry.interfaces import Attempt, PullFailed, RegistryObserver
 from imgsvc.registry.retry import MAX_WAIT_S, Action, Decision, Failure, Health, decide
 from imgsvc.registry.transport import RequestFailed
+from imgsvc.registry.unwatched import Unwatched
 
 T = TypeVar("T")
 
@@ -33,8 +34,9 @@ _TELLING: Final = (
 class HealthBook:
     """Health of every endpoint this node talks to, by base URL; shared by all operations of one client."""
 
-    def __init__(self) -> None:
+    def __init__(self, observer: RegistryObserver | None = None) -> None:
         self._entries: dict[str, Health] = {}
+        self._observer = observer or Unwatched()
 
     def of(self, endpoint: Endpoint) -> Health:
         """The endpoint's record, kept for as long as the process runs (their number is that of configured hosts)."""
@@ -42,6 +44,7 @@ class HealthBook:
 
     def note(self, endpoint: Endpoint, error: RequestFailed) -> None:
         """Learn from a failure."""
+        self._observer.failed(error.phase, error.failure.value)
         health, now = self.of(endpoint), time.monotonic()
         if error.failure is Failure.UNREACHABLE:
             health.unreachable(now)
@@ -53,7 +56,7 @@ class HealthBook:
     def decide(self, endpoint: Endpoint, error: RequestFailed, tries: int, *, is_last: bool) -> Decision:
         """The next step after `note`."""
         health, now = self.of(endpoint), time.monotonic()
-        return decide(
+        decision = decide(
             error.failure,
             tries,
             is_last=is_last,
@@ -61,6 +64,8 @@ class HealthBook:
             jitter=random.random(),  # noqa: S311  # spreads retries; no secret
             has_budget=health.take_retry(now),
         )
+        self._observer.decided(error.failure.value, decision.action.value)
+        return decision
 
 
 class Failover:

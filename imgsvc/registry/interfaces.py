@@ -108,6 +108,25 @@ class Fetcher(Protocol):
         """
 
 
+class RegistryObserver(Protocol):
+    """Told what a client does besides what its answers say; must not block. Labels are few: phases of Attempt, kinds of failures."""
+
+    def queued(self, seconds: float) -> None:
+        """A download waited that long for its slot."""
+
+    def token(self, outcome: str, seconds: float) -> None:
+        """A token was asked for: "ok", or the error's code."""
+
+    def failed(self, phase: str, failure: str) -> None:
+        """A request, or the body of its answer, failed; failure: a value of retry.Failure."""
+
+    def decided(self, failure: str, action: str) -> None:
+        """What follows from a failure; action: a value of retry.Action."""
+
+    def warned(self, namespace: str, repository: str, endpoint: str, text: str) -> None:
+        """An answer about the repository carried a warning for people; `text` has no control characters and no secrets."""
+
+
 class BlobReader(Protocol):
     """Where an upload takes its bytes from."""
 

@@ -17,7 +17,8 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from imgsvc import children, errors, failpoints
@@ -128,7 +129,9 @@ class WorkerJob:
 
     async def begin(self) -> None:
         """Take a slot and a worker."""
+        began = time.monotonic()
         await self._owner.slots.acquire()
+        self._owner.queued(time.monotonic() - began)
         try:
             self._worker = await self._owner.spawn(self.layer.digest, self.order, self.journal, self.source)
         except BaseException:
@@ -190,8 +193,14 @@ class WorkerJob:
 class WorkerUnpacker:
     """An Unpacker over one worker server, which is started on first use and again if it should die."""
 
-    def __init__(self, *, max_concurrent: int, limits: Limits, transform: str = "") -> None:
-        """transform: "module:function" giving a decrypting StreamTransform for LayerInput.secret, "" for none."""
+    def __init__(
+        self, *, max_concurrent: int, limits: Limits, transform: str = "", queued: Callable[[float], None] = lambda seconds: None
+    ) -> None:
+        """transform: "module:function" giving a decrypting StreamTransform for LayerInput.secret, "" for none.
+
+        queued: told how long each layer waited for its slot [s].
+        """
+        self.queued = queued
         self.slots = asyncio.Semaphore(max_concurrent)
         self._settling = asyncio.Semaphore(max_concurrent)  # short and last: not queued behind layers waiting for bytes
         self._limits = {"unpacked_bytes": limits.unpacked_bytes, "entries": limits.entries, "ratio": limits.ratio}
