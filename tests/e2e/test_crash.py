@@ -223,7 +223,7 @@ def test_c_d1_killed_at_a_failpoint(scene: Scene, node: Daemon, point: str, hit:
 def test_c_d1_an_unpack_worker_killed_at_a_failpoint(scene: Scene, node: Daemon, point: str, hit: int) -> None:
     node.start({failpoints.ENV: f"{point}=kill@{hit}"})
     code, text = cri.refusal(lambda: pull(node, APP))
-    assert code is grpc.StatusCode.INTERNAL
+    assert code is grpc.StatusCode.UNAVAILABLE
     assert "unpack worker was killed" in text
     check_what_is_shown(scene, node, [])
     collect(node)
