@@ -392,7 +392,8 @@ def test_a_failed_pull_lists_every_attempt(make_daemon: Callable[..., Daemon]) -
     with FakeRegistry() as broken, FakeRegistry() as empty, FakeRegistry() as strict:
         broken.rule(broken.on("/manifests/", Reply(500, body=b'{"errors":[{"code":"UNKNOWN","message":"disk on fire"}]}')))
         challenge = {"WWW-Authenticate": 'Basic realm="strict"'}
-        strict.rule(strict.on("/manifests/", Reply(401, challenge, b'{"errors":[{"code":"UNAUTHORIZED","message":"who are you"}]}')))
+        denied = Reply(403, {"Content-Type": "application/json"}, b'{"errors":[{"code":"DENIED","message":"not for robots"}]}')
+        strict.rule(strict.on("/manifests/", lambda request: denied if request.authorization else Reply(401, challenge)))
         daemon = make_daemon()
         directory = daemon.directory / "hosts.d" / (strict.address.replace(":", "_") + "_")
         directory.mkdir()
@@ -402,22 +403,21 @@ def test_a_failed_pull_lists_every_attempt(make_daemon: Callable[..., Daemon]) -
 
         code, text = refusal(daemon, f"{strict.address}/team/app:1", cri_pb2.AuthConfig(username=USER, password=WRONG))
 
-    assert code is grpc.StatusCode.UNAUTHENTICATED, "the most telling of all failures"
+    assert code is grpc.StatusCode.PERMISSION_DENIED, "the most telling of all failures"
     attempts = text.partition("(tried: ")[2].split(" | ")
     seen = {
         found.groups() for a in attempts if (found := re.match(r"http://(\S+)/v2 \[(\w+)\] (no answer|\d+) in \d+\.\d\ds, credential ", a))
     }
     assert len(attempts) >= 5
     assert {(DEAD, "connect", "no answer"), (broken.address, "resolve", "500"), (empty.address, "resolve", "404")} <= seen
-    assert any(address == strict.address and status == "401" for address, _, status in seen)
+    assert any(address == strict.address and status == "403" for address, _, status in seen)
     told = {
         address: next(a for a in attempts if a.startswith(f"http://{address}/"))
         for address in (broken.address, empty.address, strict.address)
     }
     assert "credential CRI request: " in told[strict.address]
-    assert "who are you" in told[strict.address]
+    assert any("DENIED: not for robots" in a for a in attempts if a.startswith(strict.url)), "the registry's own words"
     assert "credential withheld: CRI request is bound to" in told[empty.address], "a mirror gets no credential of the registry"
-    assert "not known here" in told[empty.address]
     assert WRONG not in text
 
 
