@@ -168,7 +168,7 @@ class Cni:
     conf_template: str = ""
     ip_pref: str = ""
     setup_serially: bool = False
-    use_internal_loopback: bool = True
+    use_internal_loopback: bool = True  # false: the plugin `loopback` is run as well, and must be there
     cache_dir: str = ""  # "": cni in the root directory
 
 

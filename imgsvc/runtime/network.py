@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from imgsvc.errors import ImgsvcError, InvalidArgument, printable
 from imgsvc.fsutil import write_atomic
-from imgsvc.runtime.cni import CNI, Attachment, NetworkList, config_files, load_networks, pod_addresses
+from imgsvc.runtime.cni import CNI, Attachment, NetworkList, config_files, load_networks, parse_network, pod_addresses
 from imgsvc.runtime.gotemplate import render
 from imgsvc.runtime.interfaces import NetworkPlugin
 from imgsvc.runtime.model import PodSandboxConfig
@@ -34,6 +34,8 @@ _SUFFIX: Final = (
     | {f"{unit}i": 1024.0**power for power, unit in enumerate("kMGTPE", start=1)}
     | {"Ki": 1024.0}
 )
+# The name is containerd's: what it attached, it can detach after a change of runtimes, and the other way round.
+_LOOPBACK: Final = parse_network(b'{"cniVersion": "0.3.1", "name": "cni-loopback", "plugins": [{"type": "loopback"}]}', "loopback")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ class PodNetwork:
         A failure leaves what was attached to the caller's teardown(). Raises: CNIError, NotFound, InvalidArgument.
         """
         networks = self.networks(conf_dir, max_conf_num)
+        for loopback in self._loopback():
+            await self._cni.add(loopback, Attachment(sandbox_id, netns, "lo", pod_args(sandbox_id, config)))
         capabilities = pod_capabilities(config, cgroup_path)
         attachments = [
             Attachment(sandbox_id, netns, f"eth{number}", pod_args(sandbox_id, config), capabilities) for number in range(len(networks))
@@ -80,6 +84,10 @@ class PodNetwork:
         calls = [self._cni.add(network, attachment) for network, attachment in zip(networks, attachments, strict=True)]
         results = [await call for call in calls] if self._settings.setup_serially or len(calls) == 1 else list(await asyncio.gather(*calls))
         return tuple(ip for result in results for ip in pod_addresses(result, self._settings.ip_pref))
+
+    def _loopback(self) -> tuple[NetworkList, ...]:
+        """The network of the loopback plugin, where it is wanted; the interface itself is up already."""
+        return () if self._settings.use_internal_loopback else (_LOOPBACK,)
 
     async def teardown(self, sandbox_id: str, netns: str) -> None:
         """Detach a pod from all it was attached to, with the configuration that was used then. Idempotent.
@@ -104,7 +112,7 @@ class PodNetwork:
     async def status(self) -> ImgsvcError | None:
         """None when a pod could be attached now, else why not."""
         try:
-            networks = self.networks()
+            networks = (*self._loopback(), *self.networks())
         except ImgsvcError as error:
             return error
         if self._status and time.monotonic() - self._status[0] < _STATUS_TTL_S:

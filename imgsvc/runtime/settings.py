@@ -35,7 +35,7 @@ class HandlerSettings:
 
 @dataclass(frozen=True, slots=True)
 class CNISettings:
-    """[cni]. max_conf_num 0 takes every file. use_internal_loopback: only true is possible; no plugin is needed for lo."""
+    """[cni]. max_conf_num 0 takes every file. use_internal_loopback: False also runs the plugin `loopback`; lo is up anyway."""
 
     bin_dirs: tuple[str, ...] = ("/opt/cni/bin", "/usr/lib/cni")
     conf_dir: str = "/etc/cni/net.d"

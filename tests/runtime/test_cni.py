@@ -105,6 +105,23 @@ def test_a_pod_is_detached_with_the_configuration_it_was_attached_with(plugins: 
     assert plugins.calls()[-1][1]["CNI_NETNS"] == ""
 
 
+def test_the_loopback_plugin_is_run_where_it_is_wanted(plugins: Plugins) -> None:
+    plugins.write()
+    network = plugins.network(use_internal_loopback=False)
+    problem = asyncio.run(network.status())
+    assert problem is not None
+    assert "loopback" in str(problem)  # it is not there yet
+    (plugins.directory / "loopback").write_text(PLUGIN)
+    (plugins.directory / "loopback").chmod(0o755)
+    network = plugins.network(use_internal_loopback=False)
+    assert asyncio.run(network.status()) is None
+    assert asyncio.run(network.setup("sid", "/ns", POD)) == ("10.0.0.5", "fd00::5")
+    asyncio.run(plugins.network().teardown("sid", "/ns"))  # also when the setting has changed
+    calls = [(name, environment["CNI_IFNAME"]) for name, environment, _ in plugins.calls() if "loopback" in name]
+    assert calls == [("ADD-loopback", "lo"), ("DEL-loopback", "lo")]
+    assert list((plugins.cache / "results").iterdir()) == []
+
+
 def test_a_failed_add_still_owes_a_del(plugins: Plugins) -> None:
     plugins.write()
     (plugins.directory / "fail-ADD").write_text('{"code": 11, "msg": "try later", "details": "no\\u001b[31m address"}')
