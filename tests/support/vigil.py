@@ -42,7 +42,7 @@ class Vigil:
         self.peak = max(self.peak, sum(resident.values()))
         for pid in workers(self._daemon.pid):
             self.workers.add(pid)
-            self.worker_peak = max(self.worker_peak, _peak(pid))
+            self.worker_peak = max(self.worker_peak, peak(pid))
             self._judge(pid)
 
     def _judge(self, pid: int) -> None:
@@ -131,15 +131,16 @@ def eventually(look: Callable[[], Any], wanted: Any, within: float = GIVES_BACK)
         time.sleep(0.02)
 
 
-def _resident(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-    return 0
-
-
-def _peak(pid: int) -> int:
+def peak(pid: int) -> int:
+    """Most resident memory a process has had [bytes]; 0 when it is gone."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    return 0
+
+
+def _resident(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     return 0
