@@ -1,5 +1,6 @@
 # make run    set up what the daemon needs, then run it in the foreground (ARGS="--root … --address …")
 # make test   set up what the tests need, then lint, types and all tests (PYTEST_ARGS="-k …")
+# make test-vm only the tests in an emulated machine with systemd and cgroup version 2, which are part of make test
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -16,7 +17,6 @@ setup:
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# Only the tests in an emulated machine with systemd and cgroup version 2; `make test` runs them too.
 test-vm: setup
 	$(BIN)/python -m pytest tests/vm $(PYTEST_ARGS)
 

@@ -1,6 +1,6 @@
 """Rounds of: pull, cut the power, boot, look. `python -m tests.vm.power_cuts ROUNDS [SEED]` runs many and prints a table.
 
-Odd rounds cut at a random moment of the pull, even ones right after PullImage answered. C-D2.
+Odd rounds cut right after PullImage answered, even ones at a random moment of the pull. C-D2.
 """
 
 from __future__ import annotations
