@@ -337,6 +337,57 @@ def test_a_hosts_file_that_changed_is_used_by_the_next_pull(make_daemon: Callabl
         assert "blocked" in text
 
 
+def test_a2_1_every_root_of_config_path_is_looked_into(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    """containerd's default pull path takes the whole list for one directory and goes upstream (containerd#12636)."""
+    made = image_of("second root")
+    with FakeRegistry() as mirror:
+        mirror.add(made, "library/app")
+        daemon = make_daemon()
+        hosts_d(tmp_path / "second", {"docker.io": f'server = "http://{DEAD}"\n[host."{mirror.url}"]\n'})
+        first = daemon.directory / "hosts.d"
+        daemon.config.write_text(daemon.config.read_text().replace(f'"{first}"', f'"{tmp_path}/missing:{first}:{tmp_path}/second"'))
+        daemon.start()
+        assert pull(daemon, "app") == made.config_digest
+        assert f"{tmp_path}/missing is not there" in daemon.log
+        # The first root that has the registry decides.
+        hosts_d(first, {"docker.io": "blocked = true\n"})
+        assert refusal(daemon, "app")[0] is grpc.StatusCode.FAILED_PRECONDITION
+
+
+@pytest.mark.compat
+def test_a2_10_containerds_older_tables_still_work_and_say_what_to_write_instead(
+    make_daemon: Callable[..., Daemon], htpasswd: SetUp
+) -> None:
+    daemon = make_daemon()
+    with daemon.config.open("a") as config:
+        config.write(
+            f'[registry.mirrors."docker.io"]\nendpoint = ["http://{htpasswd.address}"]\n'
+            f'[registry.configs."{htpasswd.address}".auth]\nusername = "{USER}"\npassword = "{PASSWORD}"\n'
+        )
+    daemon.start()
+    for name in (htpasswd.name, "docker.io/team/app"):
+        assert pull(daemon, name) == htpasswd.image.config_digest
+    warnings = [line for line in daemon.log.splitlines() if "WARNING" in line and "hosts.toml" in line]
+    assert warnings
+    assert str(daemon.config) in "".join(warnings)
+    assert PASSWORD not in daemon.log + daemon.cli("config", "dump").stdout
+
+
+def test_a3_3_a_mirror_gets_a_second_try_too(make_daemon: Callable[..., Daemon]) -> None:
+    """containerd retries only the last host, so that one hiccup of a mirror costs its upstream a request."""
+    made = image_of("hiccup")
+    with FakeRegistry() as mirror, FakeRegistry() as upstream:
+        for fake in (mirror, upstream):
+            fake.add(made, "library/app")
+        mirror.rule(mirror.times(1, mirror.on("/manifests/", Reply(503))))
+        mirror.rule(mirror.times(1, mirror.on("/blobs/", Reply(502))))
+        daemon = make_daemon()
+        hosts_d(daemon.directory / "hosts.d", {"docker.io": f'server = "{upstream.url}"\n[host."{mirror.url}"]\n'})
+        daemon.start()
+        assert pull(daemon, "app") == made.config_digest
+        assert upstream.requests == []
+
+
 @pytest.mark.parametrize(
     "text, position",
     [
@@ -348,7 +399,9 @@ def test_a_hosts_file_that_changed_is_used_by_the_next_pull(make_daemon: Callabl
     ],
     ids=["syntax", "unknown-key", "unknown-capability", "no-url", "no-ca"],
 )
-def test_c_r10_a_broken_hosts_file_fails_the_pull_and_nobody_is_asked(make_daemon: Callable[..., Daemon], text: str, position: str) -> None:
+def test_a2_2_c_r10_a_broken_hosts_file_fails_the_pull_and_nobody_is_asked(
+    make_daemon: Callable[..., Daemon], text: str, position: str
+) -> None:
     with FakeRegistry() as upstream:
         upstream.add(image_of("broken"), "app")
         daemon = make_daemon()
