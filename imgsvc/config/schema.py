@@ -140,7 +140,7 @@ class Runtime:
     default_runtime_name: str = "default"
     cgroup_driver: str = "auto"  # "systemd", "cgroupfs"; auto: systemd where it is process 1 and cgroup v2 is mounted
     conmon: str = "conmon"  # name or path of the monitor
-    max_container_log_line_size: int = 16384  # [bytes] of one line before it is split; -1: never
+    max_container_log_line_size: int = 16384  # [bytes] of one line before it is split, -1: 4 MiB; with conmon (type "oci") always 8192
     restrict_oom_score_adj: bool = False
     unset_seccomp_profile: str = ""
     disable_apparmor: bool = False

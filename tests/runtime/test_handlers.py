@@ -76,6 +76,42 @@ def test_a_pod_from_its_beginning_to_its_end(handler: Daemon) -> None:
     assert_clean(node)
 
 
+def joined(*paths: Path | str) -> list[str]:
+    """The lines of a log in several files, with their parts put together as the kubelet does."""
+    lines, parts = [], ""
+    for path in paths:
+        for raw in Path(path).read_text().splitlines():
+            _, _, tag, text = raw.split(" ", 3)
+            assert len(text) <= 16384
+            parts += text
+            if tag == "F":
+                lines.append(parts)
+                parts = ""
+    return lines + ([parts] if parts else [])
+
+
+def test_long_lines_are_put_together_from_their_parts(handler: Daemon) -> None:
+    node = handler
+    script = "head -c 40960 /dev/zero | tr '\\0' x; echo; echo after; head -c 16384 /dev/zero | tr '\\0' y; echo; printf tail"
+    status = node.wait_exit(node.run(node.run_pod("pod"), script))
+    assert joined(status.log_path) == ["x" * 40960, "after", "y" * 16384, "tail"]
+
+
+def test_no_line_is_lost_when_the_log_is_reopened_under_load(handler: Daemon) -> None:
+    node = handler
+    script = "n=0; while [ $n -lt 40 ]; do seq $((n*5000+1)) $((n*5000+5000)); n=$((n+1)); sleep 0.1; done"
+    container = node.run(node.run_pod("pod"), script)
+    path = Path(node.status(container).log_path)
+    rotated: list[Path] = []
+    while node.status(container).state == pb.ContainerState.CONTAINER_RUNNING and len(rotated) < 8:
+        time.sleep(0.2)
+        rotated.append(path.rename(f"{path}.{len(rotated)}"))
+        node.cri.ReopenContainerLog(pb.ReopenContainerLogRequest(container_id=container))
+    assert len(rotated) >= 3
+    node.wait_exit(container, 30)
+    assert joined(*rotated, path) == [str(n) for n in range(1, 200_001)]
+
+
 def test_a_shared_pid_namespace(handler: Daemon) -> None:
     shared = pb.NamespaceOption()
     security = pb.LinuxContainerSecurityContext(namespace_options=shared)

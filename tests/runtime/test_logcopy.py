@@ -48,6 +48,22 @@ def test_the_copier_goes_on_after_a_reopen(tmp_path: Path) -> None:
     assert [line.split(b" ", 1)[1] for line in (tmp_path / "log").read_bytes().splitlines()] == [b"stdout F second", b"stdout P rest"]
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_lines_without_a_limit(tmp_path: Path, limit: int) -> None:
+    fifo, log = tmp_path / "out", tmp_path / "log"
+    os.mkfifo(fifo)
+
+    async def run() -> None:
+        copier = LogCopier(str(log), {"stdout": fifo}, limit)
+        writer = os.open(fifo, os.O_WRONLY)
+        os.write(writer, b"x" * 40_000 + b"\nafter\n")
+        os.close(writer)
+        copier.stop()
+
+    asyncio.run(run())
+    assert [(len(line.split(" ", 3)[3]), line.split(" ")[2]) for line in log.read_text().splitlines()] == [(40_000, "F"), (5, "F")]
+
+
 def test_answers_of_all_generations() -> None:
     result = bootstrap_pb2.BootstrapResult(version=3, address="unix:///run/x", protocol="ttrpc").SerializeToString()
     assert parse_answer(b"unix:///run/x\n") == Endpoint(2, "unix:///run/x")

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Final
 
 from imgsvc.errors import FailedPrecondition
+from imgsvc.oci import MIB
 
 MAX_LINE: Final = 16384  # [bytes]
+_UNLIMITED: Final = 4 * MIB  # what is kept of a line that may be as long as it likes: the daemon's memory is not the container's
 _CHUNK: Final = 65536
 _MAX_BEHIND: Final = 64  # chunks an attached client may lag behind: at most 4 MiB
 _TOO_SLOW: Final = "too slow"
@@ -61,9 +63,10 @@ class LogCopier:
     """Copies the FIFOs of one container into its log. The event loop only shovels: 64 KiB at a time."""
 
     def __init__(self, log_path: str, fifos: dict[str, Path], limit: int) -> None:
+        """limit: longest part of a line [bytes]; 0 and -1: a line is not cut below 4 MiB."""
         self._path = log_path
         self._log = _open_log(log_path)
-        self._cutters = {name: LineCutter(name.encode(), limit) for name in fifos}
+        self._cutters = {name: LineCutter(name.encode(), limit if limit > 0 else _UNLIMITED) for name in fifos}
         self._followers: set[asyncio.Queue[tuple[str, bytes]]] = set()
         self._fds = {name: os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) for name, path in fifos.items()}
         loop = asyncio.get_running_loop()
