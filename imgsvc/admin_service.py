@@ -131,6 +131,8 @@ class _Reporter:
 
     def __init__(self) -> None:
         self._events: dict[str, admin_pb2.PullEvent] = {}
+        self._layers: dict[str, admin_pb2.LayerProgress] = {}
+        self._unpacked: dict[str, int] = {}
         self._news = asyncio.Event()
         self._ended = False
 
@@ -140,8 +142,16 @@ class _Reporter:
 
     def layer(self, digest: Digest, size: int, downloaded: int, state: str) -> None:
         """As PullReporter."""
-        progress = admin_pb2.LayerProgress(digest=digest, size=size, downloaded=downloaded, state=state)
+        done = size if state in ("done", "exists") else self._unpacked.get(digest, 0)
+        progress = admin_pb2.LayerProgress(digest=digest, size=size, downloaded=downloaded, state=state, unpacked=done)
+        self._layers[digest] = progress
         self._put(digest, admin_pb2.PullEvent(layer=progress))
+
+    def unpacked(self, digest: Digest, count: int) -> None:
+        """As PullReporter."""
+        self._unpacked[digest] = count
+        if (last := self._layers.get(digest)) is not None:
+            self.layer(digest, last.size, last.downloaded, last.state)
 
     def end(self) -> None:
         """Nothing more will be reported."""

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Protocol
 
 from imgsvc.blobs import Blobs, GrowingBlob
@@ -38,6 +39,9 @@ class PullReporter(Protocol):
     def layer(self, digest: Digest, size: int, downloaded: int, state: str) -> None:
         """A layer moved on; state is one of LAYER_STATES."""
 
+    def unpacked(self, digest: Digest, count: int) -> None:
+        """That many of a layer's stored bytes are unpacked."""
+
 
 class Silent:
     """The reporter of those who do not watch."""
@@ -46,6 +50,9 @@ class Silent:
         """Ignored."""
 
     def layer(self, digest: Digest, size: int, downloaded: int, state: str) -> None:
+        """Ignored."""
+
+    def unpacked(self, digest: Digest, count: int) -> None:
         """Ignored."""
 
 
@@ -254,6 +261,7 @@ class Layers:
     async def _fetch(self, plan: LayerPlan, layer: Descriptor) -> None:
         began = time.monotonic()
         source = await self._blobs.fetch(plan.fetcher, layer, lambda count: plan.report(layer, count, "downloading"))
+        plan.report(layer, layer.size, "unpacking")
         _note(plan, layer, source, began)
 
     async def _unpack(self, plan: LayerPlan, position: int, key: Key, parent: Name | None, jobs: AsyncExitStack) -> UnpackJob:
@@ -289,11 +297,13 @@ class Layers:
             source, chain = await self._source(layer, fetch, blob, stack)
             job = await self._unpacker.start(_layer_input(plan, position, source, chain), mounts, rebase=rebase)
             jobs.push_async_callback(job.abort)
-            plan.report(layer, layer.size if fetch.done() else blob.available, "unpacking")
+            if fetch.done():
+                plan.report(layer, layer.size, "unpacking")
             blob.follow(job)
             if fetch.done():
                 job.advance(layer.size)
-            applied, _ = await both(_judged(job.finish(), chain), _awaited(fetch))
+            verdict = job.finish(lambda count: plan.reporter.unpacked(layer.digest, count))
+            applied, _ = await both(_judged(verdict, chain), _awaited(fetch))
             for phase, seconds in applied.timings.items():
                 plan.spent(phase, seconds)
             return job
@@ -304,10 +314,11 @@ class Layers:
         """What the worker reads: the growing blob, the stored one, or what stream processors make of that."""
         if fetch.done():
             fetch.result()
-            source = await self._threads.run(self._blobs.stored_fd, layer.digest)
+            stored = self._threads.holding(partial(self._blobs.stored_fd, layer.digest), os.close)
+            source = await stack.enter_async_context(stored)
         else:
             source = blob.duplicate()
-        stack.callback(os.close, source)
+            stack.callback(os.close, source)
         if not self._decryptor.processed(layer):
             return source, None
         chain = await self._decryptor.open_chain(layer, source)

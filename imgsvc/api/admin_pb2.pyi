@@ -109,6 +109,7 @@ class LayerProgress(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     DOWNLOADED_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    UNPACKED_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     size: _builtins.int
     """bytes as stored"""
@@ -116,6 +117,8 @@ class LayerProgress(_message.Message):
     """bytes present, also those from an earlier try"""
     state: _builtins.str
     """"waiting", "downloading", "unpacking", "done", "exists" """
+    unpacked: _builtins.int
+    """bytes of those that are unpacked by now"""
     def __init__(
         self,
         *,
@@ -123,10 +126,11 @@ class LayerProgress(_message.Message):
         size: _builtins.int = ...,
         downloaded: _builtins.int = ...,
         state: _builtins.str = ...,
+        unpacked: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "downloaded", b"downloaded", "size", b"size", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "downloaded", b"downloaded", "size", b"size", "state", b"state", "unpacked", b"unpacked"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from imgsvc.cli.client import Daemon, add_address, connect
-from imgsvc.cli.output import PullDisplay, human_size, plural, print_json, print_table, warn
+from imgsvc.cli.output import PullDisplay, human_size, plural, print_json, print_table, print_timings, warn
 from imgsvc.errors import NotFound
 from imgsvc.reference import Reference
 
@@ -92,12 +92,13 @@ def _pull(daemon: Daemon, arguments: argparse.Namespace, text: str) -> None:
             case "resolved":
                 display.resolved(event.resolved.digest, event.resolved.endpoint)
             case "layer":
-                display.layer(event.layer.digest, event.layer.size, event.layer.downloaded, event.layer.state)
+                moved = event.layer
+                display.layer(moved.digest, moved.size, moved.downloaded, moved.state, moved.unpacked)
             case "done":
                 display.end()
                 print(event.done.image_id)
                 if arguments.timings:
-                    print_table(("PHASE", "SECONDS"), [(k, f"{v:.3f}") for k, v in json.loads(event.done.timings_json).items()])
+                    print_timings(json.loads(event.done.timings_json))
 
 
 def run_push(arguments: argparse.Namespace) -> int:

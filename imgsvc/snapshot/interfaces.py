@@ -5,11 +5,11 @@ Source: containerd core/snapshots for the vocabulary (key, name, prepare, commit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import NewType, Protocol
+from typing import Final, NewType, Protocol
 
 from imgsvc.concurrency import CancelToken
 from imgsvc.oci import Digest
@@ -24,6 +24,9 @@ class Kind(StrEnum):
     VIEW = "view"
     ACTIVE = "active"
     COMMITTED = "committed"
+
+
+COUNT: Final = 8  # [bytes] of a count between daemon and worker; no other message of a worker is that short
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,9 +233,9 @@ class UnpackJob(Protocol):
     def advance(self, available: int) -> None:
         """Bytes [0, available) of the source can be read now. Never blocks; not needed for pipes."""
 
-    async def finish(self) -> Applied:
+    async def finish(self, progress: Callable[[int], None] = ...) -> Applied:
         """Wait for the worker's verdict; may be called at once, so that a bad layer ends its download. The snapshot is not
-        committed here. A file's bytes must all be announced by advance(size), before or meanwhile.
+        committed here. A file's bytes must all be announced by advance(size), before or meanwhile. progress: told how many bytes of a file are done with, now and then.
 
         Raises: DataLoss (diff ID differs, broken stream), InvalidArgument (hostile entry), ResourceExhausted (limit or
         disk). The worker is gone in every case; on an error the caller removes the snapshot.

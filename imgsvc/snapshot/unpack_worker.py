@@ -8,7 +8,7 @@ It may be killed at any time; the caller removes the snapshot then.
 Protocol (SOCK_SEQPACKET sockets, messages of one process to the other, in both directions in order):
 * to the server: b"job" with descriptors [job socket, journal, source]; answer: b"pid" with a pidfd.
 * on the job socket to the child: one JSON object (see unpacker.py), then 8-byte big-endian counts of readable bytes.
-* on the job socket from the child: one JSON object, its verdict. No verdict means that the process died.
+* on the job socket from the child: 8-byte big-endian counts of bytes it is done with, then one JSON object, its verdict. No verdict means that the process died.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from imgsvc.failpoints import failpoint
 from imgsvc.snapshot import kernel
 from imgsvc.snapshot.extract import Extractor
 from imgsvc.snapshot.inflate import READ_SIZE, Ahead, BlobReader, TarBytes, Transform, TransformReader, open_layer
-from imgsvc.snapshot.interfaces import Mount
+from imgsvc.snapshot.interfaces import COUNT, Mount
 from imgsvc.snapshot.laying import InPlaceStyle, Journal, OverlayStyle
 from imgsvc.snapshot.mount import mount_all
 from imgsvc.snapshot.settle import NeedsParents, Settler
@@ -51,6 +51,7 @@ _OPEN_FILES: Final = 4096  # per job: a path of 2048 directories is walked with 
 _NICE: Final = 10  # pods and the daemon itself come first
 _OOM_SCORE: Final = 500  # killing a worker costs a retry, killing a pod costs a user
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+STRIDE: Final = 1024**2  # [bytes] after which a child tells how far it is
 MAX_MESSAGE: Final = 160 * 1024  # [bytes] of a job description; 500 lower directories fit
 
 
@@ -213,7 +214,7 @@ def _authenticated(sealed: TransformReader | None) -> Iterator[None]:
 
 
 class Waiting:
-    """Waits for the daemon to say how far the blob may be read. seconds: spent on that."""
+    """Waits for the daemon to say how far the blob may be read, and tells it how far it was. seconds: spent on waiting."""
 
     def __init__(self, job: socket.socket) -> None:
         self.seconds = 0.0
@@ -221,20 +222,26 @@ class Waiting:
         self._available = 0
 
     def wait_for(self, offset: int) -> int:
-        """Blocks until more than `offset` bytes may be read; returns how many. Ends the process when the daemon is gone."""
+        """Blocks until more than `offset` bytes may be read; returns how many, STRIDE beyond it at most.
+
+        Ends the process when the daemon is gone.
+        """
+        if offset:
+            with contextlib.suppress(OSError):  # nobody takes it: only the display lags
+                self._job.send(offset.to_bytes(COUNT, "big"), socket.MSG_DONTWAIT)
         started = time.monotonic()
         while self._available <= offset:
-            message = self._job.recv(8)
+            message = self._job.recv(COUNT)
             if not message:
                 os._exit(1)
             while message:
                 self._available = int.from_bytes(message, "big")
                 try:
-                    message = self._job.recv(8, socket.MSG_DONTWAIT)
+                    message = self._job.recv(COUNT, socket.MSG_DONTWAIT)
                 except BlockingIOError:
                     break
         self.seconds += time.monotonic() - started
-        return self._available
+        return min(self._available, offset + STRIDE)
 
 
 def _open_target(order: dict[str, Any]) -> int:

@@ -24,7 +24,7 @@ from typing import Any, Final
 from imgsvc import children, errors, failpoints
 from imgsvc.errors import Cancelled, DataLoss, ImgsvcError, Unavailable
 from imgsvc.oci import Digest
-from imgsvc.snapshot.interfaces import Applied, LayerInput, Limits, Mount, Unpacker, UnpackJob, Usage
+from imgsvc.snapshot.interfaces import COUNT, Applied, LayerInput, Limits, Mount, Unpacker, UnpackJob, Usage
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class _Worker:
             self._unsent = available
             return
         try:
-            self._job.send(available.to_bytes(8, "big"))
+            self._job.send(available.to_bytes(COUNT, "big"))
         except BlockingIOError:
             self._unsent = available
             asyncio.get_running_loop().add_writer(self._job, self._send_later)
@@ -80,8 +80,17 @@ class _Worker:
         if available is not None:
             self.advance(available)
 
-    async def verdict(self) -> dict[str, Any]:
-        """Wait for the worker's answer. Raises: the error it carries, or WorkerKilled when it died without one."""
+    async def verdict(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+        """Wait for the worker's answer, and tell how far it is until then. Raises: WorkerKilled when it died without one."""
+        while len(data := await self._receive()) == COUNT:
+            progress(int.from_bytes(data, "big"))
+        if not data:
+            raise WorkerKilled(self._layer)
+        verdict: dict[str, Any] = json.loads(data)
+        return verdict
+
+    async def _receive(self) -> bytes:
+        """The worker's next message, b"" when there will be none."""
         loop = asyncio.get_running_loop()
         data = b""
         for _ in range(2):
@@ -90,10 +99,7 @@ class _Worker:
             with contextlib.suppress(ConnectionError):
                 data = await loop.sock_recv(self._job, _VERDICT_LIMIT)
                 break
-        if not data:
-            raise WorkerKilled(self._layer)
-        verdict: dict[str, Any] = json.loads(data)
-        return verdict
+        return data
 
     async def end(self) -> None:
         """Kill the process if it still runs, and wait until it is gone: nothing writes to the snapshot afterwards."""
@@ -145,12 +151,12 @@ class WorkerJob:
         if self._worker is not None:
             self._worker.advance(available)
 
-    async def finish(self) -> Applied:
+    async def finish(self, progress: Callable[[int], None] = lambda count: None) -> Applied:
         """Wait for the verdict on the layer."""
         if self._worker is None:
             raise Cancelled("unpacking was stopped", where=str(self.layer.digest))
         try:
-            verdict = _checked(await self._worker.verdict(), self.layer, _directory(self.order["mounts"]))
+            verdict = _checked(await self._worker.verdict(progress), self.layer, _directory(self.order["mounts"]))
         finally:
             await self._release()
         found = Digest(verdict["diff_id"])
