@@ -142,9 +142,11 @@ class Blobs:
                 raise DataLoss(f"{error.what}, and nobody else has it: {second.what}", where=error.where, hint=error.hint) from second
 
     async def _download(self, fetcher: Fetcher, blob: Descriptor, progress: Progress) -> BlobSource:
-        writer = await self._threads.run(self._content.writer, f"layer-{blob.digest}", total=blob.size, expected=blob.digest)
+        def open_ingest() -> Writer:
+            return self._content.writer(f"layer-{blob.digest}", total=blob.size, expected=blob.digest)
+
         with self.growing.use(blob.digest) as growing:
-            try:
+            async with self._threads.holding(open_ingest, lambda writer: writer.close()) as writer:
                 growing.open(writer.fileno(), writer.status().offset)
                 source = await fetcher.download(blob, _Sink(writer, growing, self._threads, progress))
                 await afailpoint("layer.downloaded")
@@ -154,8 +156,6 @@ class Blobs:
                     raise WrongBytes(error, source, elsewhere=await fetcher.rejected(blob, source)) from error
                 growing.grew(blob.size)
                 return source
-            finally:
-                await asyncio.shield(self._threads.run(writer.close))
 
     def has(self, digest: Digest) -> bool:
         """Whether a blob is stored. Blocking."""

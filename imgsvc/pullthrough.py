@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Final
 
 from imgsvc.blobs import Blobs
@@ -161,7 +162,9 @@ class _BlobStream:
         opened.cancel()
         if self._fetch.done():
             await self._fetch
-            self._fd = await self._threads.run(self._blobs.stored_fd, self._blob.digest)
+            reopening = self._threads.holding(partial(self._blobs.stored_fd, self._blob.digest), os.close)
+            async with reopening as stored:
+                self._fd = os.dup(stored)
         else:
             self._fd = self._growing.duplicate()
             self._growing.follow(self)

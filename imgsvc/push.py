@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from imgsvc.concurrency import Threads, all_of
@@ -166,7 +167,7 @@ class _Run:
                     self._report(blob, blob.size, "exists")
                     return 0
                 await self._fetch(blob)
-            with await self._threads.run(self._content.reader, blob.digest) as stored:
+            async with self._threads.holding(partial(self._content.reader, blob.digest), lambda reader: reader.close()) as stored:
                 reader = _Reader(stored, self._threads, lambda count: self._report(blob, count, "pushing"))
                 was_sent = await self._repository.push_blob(blob, reader, mount_from=self._mount_from)
         self._report(blob, blob.size, "done" if was_sent else "exists")

@@ -259,3 +259,52 @@ def test_failures_after_everybody_left_are_not_reported_as_forgotten() -> None:
     asyncio.run(main())
     gc.collect()
     assert complaints == []
+
+
+@pytest.mark.parametrize("when", ["opening", "held"])
+def test_what_a_thread_opened_is_given_back_also_when_the_caller_leaves_meanwhile(when: str) -> None:
+    opening, opened = threading.Event(), threading.Event()
+    given_back: list[str] = []
+
+    def take() -> str:
+        opening.set()
+        assert opened.wait(10)
+        return "writer"
+
+    async def hold(threads: Threads) -> None:
+        async with threads.holding(take, given_back.append):
+            await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        threads = Threads(2, "test")
+        holder = asyncio.ensure_future(hold(threads))
+        await asyncio.to_thread(opening.wait, 10)
+        if when == "held":
+            opened.set()
+            await asyncio.sleep(0.05)
+        holder.cancel()
+        await asyncio.sleep(0)
+        opened.set()
+        await asyncio.wait([holder])
+        assert holder.cancelled()
+        threads.close()
+
+    asyncio.run(scenario())
+    assert given_back == ["writer"]
+
+
+def test_what_could_not_be_opened_is_not_given_back() -> None:
+    given_back: list[str] = []
+
+    def refuse() -> str:
+        raise OSError("full")
+
+    async def scenario() -> None:
+        threads = Threads(1, "test")
+        with pytest.raises(OSError, match="full"):
+            async with threads.holding(refuse, given_back.append):
+                raise AssertionError
+        threads.close()
+
+    asyncio.run(scenario())
+    assert given_back == []
