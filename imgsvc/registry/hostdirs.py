@@ -6,16 +6,22 @@ for its namespace and never leads to another host being asked.
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, from_os_error
 from imgsvc.registry.hosts import HostsConfig, default_host, directory_names, docker_certificates, namespace_of, parse_hosts
 from imgsvc.registry.legacy import for_namespace
 from imgsvc.tomlfile import load
+
+log = logging.getLogger(__name__)
+
+_MAX_TOLD: Final = 256  # warnings remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,7 @@ class HostDirectories:
     def __init__(self, roots: Sequence[str], inline: Mapping[str, HostsConfig] | None = None) -> None:
         self._roots = tuple(roots)
         self._inline = dict(inline or {})
+        self._told: set[str] = set()  # warnings that were logged, so that each is once
 
     def missing_roots(self) -> list[str]:
         """Configured roots that are not there, for a warning at start."""
@@ -46,16 +53,22 @@ class HostDirectories:
         """Every registry that has a directory of its own, or an entry of the legacy tables."""
         found = {name for name in self._inline if name != "*"}
         for root in filter(os.path.isdir, self._roots):
-            found.update(namespace_of(name) for name in os.listdir(root) if name != "_default")
+            found.update(namespace_of(name) for name in os.listdir(root) if name != "_default" and os.path.isdir(os.path.join(root, name)))
         return sorted(found)
 
     def lookup(self, namespace: str) -> HostsConfig:
-        """The endpoints of a namespace.
+        """The endpoints of a namespace. What is odd about its file without being wrong is logged once.
 
         Raises: InvalidArgument (file:line:column) for a file that is wrong, PermissionDenied and others for one that
         cannot be read, FailedPrecondition when pulling from the namespace is blocked.
         """
         config, _ = self.search(namespace)
+        if len(self._told) > _MAX_TOLD:
+            self._told.clear()
+        for warning in config.warnings:
+            if warning not in self._told:
+                log.warning("%s", warning)
+            self._told.add(warning)
         if config.blocked:
             raise FailedPrecondition(f"pulling from {namespace} is blocked", where=config.blocked.split(": ")[0], hint="by configuration")
         return config

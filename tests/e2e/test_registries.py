@@ -354,6 +354,19 @@ def test_a2_1_every_root_of_config_path_is_looked_into(make_daemon: Callable[...
         assert refusal(daemon, "app")[0] is grpc.StatusCode.FAILED_PRECONDITION
 
 
+def test_a2_4_a_path_that_looks_wrong_is_said_once_with_the_url_that_is_asked(make_daemon: Callable[..., Daemon]) -> None:
+    with FakeRegistry() as cache:
+        daemon = make_daemon()
+        hosts_d(daemon.directory / "hosts.d", {"docker.io": f'fallback = false\n[host."{cache.url}/v2/proxy"]\n'})
+        daemon.start()
+        for _ in range(3):
+            assert refusal(daemon, "app")[0] is grpc.StatusCode.NOT_FOUND
+        assert cache.seen("/v2/proxy/v2/library/app/manifests/latest")
+        (warning,) = (line for line in daemon.log.splitlines() if "override_path" in line)
+        assert f"{daemon.directory}/hosts.d/docker.io/hosts.toml:2:" in warning
+        assert f"{cache.url}/v2/proxy/v2/<repository>" in warning
+
+
 @pytest.mark.compat
 def test_a2_10_containerds_older_tables_still_work_and_say_what_to_write_instead(
     make_daemon: Callable[..., Daemon], htpasswd: SetUp

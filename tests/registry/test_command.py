@@ -206,6 +206,12 @@ def test_check_without_a_name_asks_every_configured_registry(node: Path, imgsvc:
         assert f"{fake.url}/v2: ok" in done.stdout
 
 
+def test_check_takes_only_directories_for_registries(node: Path, imgsvc: Imgsvc, fake: FakeRegistry) -> None:
+    (node / "hosts.d/README.md").write_text("not a registry")
+    hosts_d(node / "hosts.d", {"docker.io": f'server = "{fake.url}"\n', "_default": "blocked = true\n"})
+    assert [entry["endpoint"] for entry in parsed(imgsvc("check", "--json"))] == [f"{fake.url}/v2"]
+
+
 def test_check_of_a_registry_with_a_broken_file_says_where_and_checks_the_others(node: Path, imgsvc: Imgsvc, fake: FakeRegistry) -> None:
     hosts_d(node / "hosts.d", {"a.test": "[host.\n", "docker.io": f'server = "{fake.url}"\n'})
     done = imgsvc("check")
