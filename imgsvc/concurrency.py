@@ -93,6 +93,7 @@ class SingleFlight(Generic[T]):
     async def _last_left(self, key: str, flight: _Flight[T]) -> None:
         if flight.task.done():
             self._forget(key, flight)
+            await _ended(flight.task)  # at once; it may have failed in the moment its last caller was cancelled
         else:
             flight.task.add_done_callback(lambda _: self._forget(key, flight))
             flight.task.cancel()
