@@ -47,6 +47,7 @@ class GrowingBlob:
 
     def __init__(self) -> None:
         self.available = 0
+        self.verified = False
         self.opened = asyncio.Event()
         self._fd = -1
         self._followers: list[Follower] = []
@@ -58,6 +59,7 @@ class GrowingBlob:
         """
         self.close()
         self._followers.clear()
+        self.verified = False
         self._fd = os.dup(fd)
         self.available = available
         self.opened.set()
@@ -78,6 +80,12 @@ class GrowingBlob:
             self.available = available
             for follower in self._followers:
                 follower.advance(available)
+
+    def prove(self, size: int) -> None:
+        """All bytes are here and are what the digest says; they are not on disk yet."""
+        self.verified = True
+        for follower in self._followers:
+            follower.advance(size)
 
     def duplicate(self) -> int:
         """A descriptor of the file for the caller to close."""
@@ -150,8 +158,13 @@ class Blobs:
                 growing.open(writer.fileno(), writer.status().offset)
                 source = await fetcher.download(blob, _Sink(writer, growing, self._threads, progress))
                 await afailpoint("layer.downloaded")
+                loop = asyncio.get_running_loop()
+
+                def verified() -> None:
+                    loop.call_soon_threadsafe(growing.prove, blob.size)
+
                 try:
-                    await self._threads.run(writer.commit, blob.size, blob.digest)
+                    await self._threads.run(writer.commit, blob.size, blob.digest, verified=verified)
                 except (DigestMismatch, SizeMismatch) as error:  # and not a disk that failed, which is nobody else's doing
                     raise WrongBytes(error, source, elsewhere=await fetcher.rejected(blob, source)) from error
                 growing.grew(blob.size)

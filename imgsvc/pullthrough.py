@@ -6,7 +6,7 @@ sizes are known and nobody can make this node fetch arbitrary blobs. What was as
 time, under a lease; nothing is unpacked.
 
 Blobs are sent on before their digest is known to be right, but for the last HOLD_BACK bytes: a client never gets a whole
-blob that is wrong. Clients check digests themselves in any case.
+blob that is wrong. They need not wait until our copy is on disk, which is nothing to the client. Clients check digests themselves in any case.
 
 An image that takes this node's credentials is private (see mirror). Policies are asked about the manifest that a tag or
 a digest stands for, and what it refers to is allowed with it.
@@ -194,6 +194,8 @@ class _BlobStream:
 
     def _readable(self) -> int:
         """How much may be sent on by now."""
+        if self._growing.verified:
+            return self._blob.size
         if self._fetch.done() and not self._fetch.cancelled() and self._fetch.exception() is None:
             return self._blob.size
         return min(self._available, self._blob.size - HOLD_BACK)

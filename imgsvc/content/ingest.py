@@ -179,7 +179,9 @@ class IngestWriter:
             if self._hash.hashed > size:
                 self._hash = PrefixHash(self._hash.algorithm)
 
-    def commit(self, size: int | None, expected: Digest, labels: Mapping[str, str] | None = None) -> Info:
+    def commit(
+        self, size: int | None, expected: Digest, labels: Mapping[str, str] | None = None, *, verified: Callable[[], None] = lambda: None
+    ) -> Info:
         """See Writer; blocking as long as hashing what is not hashed yet and one fsync take."""
         self._wait_idle()
         try:
@@ -187,6 +189,7 @@ class IngestWriter:
                 raise self._failure
             failpoint("content.commit")
             finished = Finished(self._directory / "data", self._fd, expected, self._check(size, expected), dict(labels or {}))
+            verified()
             failpoint("content.commit.checked")
             return self._publish_and_drop(finished)
         except ImgsvcError as error:

@@ -5,7 +5,7 @@ Source: OCI image-spec descriptor.md; containerd core/content for the vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -99,10 +99,13 @@ class Writer(Protocol):
     def truncate(self, size: int) -> None:
         """Forget everything from `size` on. No other call may run on this writer meanwhile."""
 
-    def commit(self, size: int | None, expected: Digest, labels: Mapping[str, str] | None = None) -> Info:
+    def commit(
+        self, size: int | None, expected: Digest, labels: Mapping[str, str] | None = None, *, verified: Callable[[], None] = ...
+    ) -> Info:
         """Publish the ingest as an immutable blob. Durability: survives power loss on return (sync = "full").
 
         Args:     size: expected total [bytes], None if unknown. expected: digest of the stored bytes.
+                  verified: called once size and digest are right, before anything is durable.
         Returns:  Info. Content that exists already is a success. The writer is closed in every case.
         Raises:   DataLoss: size or digest differs. ResourceExhausted: disk full. The ingest and its space are gone then.
         """

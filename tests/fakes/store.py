@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from types import TracebackType
@@ -114,13 +114,16 @@ class MemoryWriter:
         del self._ingest.data[size:], self._ingest.present[size:]
         os.ftruncate(self._fd, len(self._ingest.data))
 
-    def commit(self, size: int | None, expected: Digest, labels: Mapping[str, str] | None = None) -> Info:
+    def commit(
+        self, size: int | None, expected: Digest, labels: Mapping[str, str] | None = None, *, verified: Callable[[], None] = lambda: None
+    ) -> Info:
         self._check_open()
         self.close()
         ingest = self._store.ingests.pop(self.ingest_ref)
         wanted = next((s for s in (size, ingest.status.total) if s is not None), len(ingest.data))
         if ingest.prefix != wanted or len(ingest.data) != wanted or Digest.of(bytes(ingest.data), expected.algorithm) != expected:
             raise DataLoss("size or digest differs")
+        verified()
         return self._store.publish(expected, bytes(ingest.data), dict(labels or {}))
 
     def close(self) -> None:

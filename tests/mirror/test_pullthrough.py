@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from imgsvc import failpoints
 from tests.registry.support import noise
 from tests.support import images
 from tests.support.daemon import Daemon
@@ -238,3 +239,20 @@ def test_a_second_node_pulls_through_the_cache(
 
     assert result.returncode == 0, result.stderr
     assert json.loads(cache.daemon.cli("images", "--json").stdout) == [], "a cache unpacks nothing"
+
+
+def test_the_last_bytes_wait_for_the_digest_and_not_for_the_disk(make_cache: Callable[..., Cache], scripted: ScriptedRegistry) -> None:
+    made = large(7)
+    scripted.serve(made, "library/cached", "1")
+    cache = make_cache(scripted.address)
+    cache.daemon.stop()
+    cache.daemon.start({failpoints.ENV: "content.commit.checked=delay:4000@2"})  # the first is the manifest
+    digest, data = layer_of(made)
+    cache.get("manifests/1")
+
+    began = time.monotonic()
+    assert cache.get(f"blobs/{digest}").content == data
+    assert time.monotonic() - began < 3
+
+    assert cache.get(f"blobs/{digest}").content == data
+    assert len([r for r in scripted.requests if r == f"GET /v2/library/cached/blobs/{digest}"]) == 1, "it was not stored"
