@@ -22,7 +22,7 @@ from pathlib import Path
 from imgsvc.content.interfaces import Writer
 from imgsvc.content.local import LocalStore
 from imgsvc.metadb import MetaDB
-from imgsvc.oci import MIB, Descriptor, Digest
+from imgsvc.oci import MIB, OCI_MANIFEST, Descriptor, Digest
 from imgsvc.reference import Reference
 from imgsvc.registry.client import RegistryClient, RegistrySettings
 from tests.registry.support import hosts_d
@@ -55,7 +55,7 @@ def nginx(directory: Path, rate: int = 0) -> Iterator[str]:
     config.write_text(
         f"daemon off; worker_processes 1; pid {directory}/nginx-{port}.pid; error_log stderr;"
         "events { worker_connections 256; }"
-        f"http {{ access_log off; sendfile on; server {{ listen 127.0.0.1:{port}; root {directory}/www; {limit} }} }}"
+        f"http {{ access_log off; sendfile on; default_type {OCI_MANIFEST}; server {{ listen 127.0.0.1:{port}; root {directory}/www; {limit} }} }}"
     )
     program = shutil.which("nginx", path="/usr/sbin:/usr/bin")
     assert program, "nginx is not installed"

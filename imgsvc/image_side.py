@@ -16,7 +16,6 @@ from imgsvc.config import Config
 from imgsvc.content.interfaces import Store
 from imgsvc.events import EventBus
 from imgsvc.http1 import Handler, HttpServer, is_loopback, server_tls
-from imgsvc.image_service import Usage
 from imgsvc.image_tools import ImageTools
 from imgsvc.images import ImageStore
 from imgsvc.leases import LeaseManager
@@ -88,7 +87,6 @@ class Parts:
     leases: LeaseManager
     db: MetaDB
     threads: Threads
-    usage: Usage
     verification: Verification
     roots: ContainerRoots
     snapshotter: str

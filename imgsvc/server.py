@@ -169,7 +169,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
         care.trigger("image removed")
 
     watch.page.add(*store_gauges(images, db, StoreSizes(care.sizes, watch.page)))
-    parts = Parts(root, registry, content, images, puller, leases, db, threads, care, verification, roots, default)
+    parts = Parts(root, registry, content, images, puller, leases, db, threads, verification, roots, default)
     tools = await start_image_side(settings, parts, watch, stack)
     return Services(
         images=ImageService(images, puller, care, snapshotter=default, handlers=handlers, on_removed=on_removed),
