@@ -26,6 +26,7 @@ import zstandard
 
 from imgsvc.oci import GIB, MIB, Digest
 from tests.e2e.attack import ENTRIES, SETTINGS, UNPACKED, Node, Outcome, layer, make_sentinel, resized
+from tests.fakes.registry import FakeRegistry, Reply, Request
 from tests.snapshot.layers import END, Entry, directory, gz, link, pax_block, raw_header, record, symlink, tar
 from tests.snapshot.test_hostile import BOMBS, BROKEN, HEADER_BOMBS, LINK_ESCAPES, OUT, WHOLE
 from tests.support import cri, images
@@ -344,6 +345,29 @@ def test_c_x12_nested_gzip_and_wide_windows_are_refused(node: Node) -> None:
     outcomes = node.pull_all(attacks)
     assert refused(outcomes) == set(attacks)
     assert "zstd" in outcomes[("window", "overlayfs")].text
+
+
+def test_c_x12_a_blob_is_never_inflated_for_its_content_encoding(second: Node) -> None:
+    """Its bytes are those its digest names; a registry that encodes them once more gives others."""
+    made = images.image([images.layer([images.Entry("f", b"x")])])
+    digest = next(d for d in made.blobs if d != made.config_digest)
+
+    def encoded(request: Request) -> Reply:
+        reply = fake.honest(request)
+        body = gz(reply.body) if "/twice/" in request.path else reply.body
+        return Reply(200, {"Content-Encoding": "gzip", "ETag": '"1"'}, body)
+
+    with FakeRegistry() as fake:
+        for name in ("twice", "said"):
+            fake.add(made, name)
+        fake.rule(fake.on(f"/blobs/{digest}", encoded))
+        second.daemon.map_host("odd.example", fake.address)
+        error = second.start("odd.example/twice:latest").exception()
+        assert isinstance(error, grpc.RpcError)
+        assert error.code() in (grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNAVAILABLE), error
+        said = second.start("odd.example/said:latest")
+        if said.exception() is None:
+            assert set(second.tree(Outcome("overlayfs", "odd.example/said:latest", grpc.StatusCode.OK, ""))) == {"f"}
 
 
 def test_c_x12_all_space_is_returned(node: Node) -> None:

@@ -24,8 +24,9 @@ GIVES_BACK: Final = 10.0  # [seconds] until everything is given back; removal go
 class Vigil:
     """Looks at a daemon on a thread of its own, over and over.
 
-    slowest: Version's longest answer [seconds]. peak: resident memory of the daemon and its descendants, added up [bytes].
-    worker_peak: of one unpack worker [bytes]. workers: process IDs met. odd: what no worker may do, one line each.
+    slowest: Version's longest answer, without waiting for a processor that others had [seconds]. peak: resident memory of the
+    daemon and its descendants, added up [bytes]. worker_peak: of one unpack worker [bytes]. workers: process IDs met. odd:
+    what no worker may do, one line each.
     """
 
     def __init__(self, daemon: Daemon) -> None:
@@ -53,16 +54,21 @@ class Vigil:
             if f"{self._daemon.root}/snapshots" in mapped:
                 self.odd.append(f"worker {pid} has mapped a file of an image")
 
+    def _queued(self) -> float:
+        """How long the daemon's main thread and this one have waited for a processor, which others had [seconds]."""
+        files = (f"/proc/{self._daemon.pid}/schedstat", "/proc/thread-self/schedstat")
+        return sum(int(Path(file).read_text().split()[1]) for file in files) / 1e9
+
     def _run(self) -> None:
         with grpc.insecure_channel(self._daemon.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
             runtime = cri_pb2_grpc.RuntimeServiceStub(channel)
             while not self._stop.wait(INTERVAL):
-                began = time.monotonic()
+                began, queued = time.monotonic(), self._queued()
                 try:
                     runtime.Version(cri_pb2.VersionRequest(), timeout=10)
                 except grpc.RpcError as error:
                     self.odd.append(f"Version: {error}")
-                self.slowest = max(self.slowest, time.monotonic() - began)
+                self.slowest = max(self.slowest, time.monotonic() - began - (self._queued() - queued))
                 self.look()
 
     def __enter__(self) -> Self:
