@@ -133,12 +133,12 @@ class Threads:
         except asyncio.CancelledError:
             await _ended(opening)
             if not opening.cancelled() and opening.exception() is None:
-                await asyncio.shield(self.run(give_back, opening.result()))
+                await to_the_end(self.run(give_back, opening.result()))
             raise
         try:
             yield held
         finally:
-            await asyncio.shield(self.run(give_back, held))
+            await to_the_end(self.run(give_back, held))
 
     def close(self) -> None:
         """Wait for running calls and stop."""
@@ -206,6 +206,22 @@ async def both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U]) ->
     """As all_of, for two results of different types."""
     left, right = await all_of(cast("Coroutine[Any, Any, Any]", first), cast("Coroutine[Any, Any, Any]", second))
     return left, right
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run cleaning up to its end, however often the caller is cancelled meanwhile; the cancellation is raised then."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not task.cancelled():
+            task.exception()
+        raise cancelled
+    return task.result()
 
 
 async def _ended(future: asyncio.Future[Any]) -> None:

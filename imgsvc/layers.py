@@ -9,6 +9,7 @@ parents, committing needs committed ones, and one sync serves all layers that wa
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 import uuid
@@ -19,13 +20,15 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from imgsvc.blobs import Blobs, GrowingBlob
-from imgsvc.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both
+from imgsvc.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both, to_the_end
 from imgsvc.decrypt.interfaces import ChainRun, Decryptor, LayerKey
-from imgsvc.errors import Aborted, DataLoss, Internal, InvalidArgument, NotFound
+from imgsvc.errors import Aborted, DataLoss, ImgsvcError, Internal, InvalidArgument, NotFound
 from imgsvc.failpoints import afailpoint
 from imgsvc.oci import Descriptor, Digest
 from imgsvc.registry.interfaces import BlobSource, Fetcher
 from imgsvc.snapshot.interfaces import Applied, Key, LayerInput, Mount, Name, Snapshotter, Unpacker, UnpackJob, Usage
+
+log = logging.getLogger(__name__)
 
 LAYER_STATES: Final = ("downloading", "unpacking", "done", "exists")
 
@@ -199,8 +202,15 @@ class Layers:
                 await self._threads.run(snapshotter.commit, name, key, parent=parent, usage=usage)
                 await afailpoint("layer.committed")
             except BaseException:
-                await asyncio.shield(self._threads.run(snapshotter.remove, key))
+                await to_the_end(self._discard(snapshotter, key))
                 raise
+
+    async def _discard(self, snapshotter: Snapshotter, key: Key) -> None:
+        """Give an unfinished snapshot back. A disk that fails here too is not what the caller needs to hear about."""
+        try:
+            await self._threads.run(snapshotter.remove, key)
+        except ImgsvcError as error:
+            log.warning("unfinished snapshot %s stays until the next start: %s", key, error)
 
     async def _beside(self, plan: LayerPlan, position: int, key: Key, jobs: AsyncExitStack) -> Usage | None:
         """Unpack a layer while its parents are still on their way, then fit it to them. Jobs are ended by `jobs`."""

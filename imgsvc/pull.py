@@ -15,7 +15,6 @@ Source: needs.md A1, A6, B5; docs/architecture.md ("The life of a pull").
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from imgsvc.blobs import Blobs
-from imgsvc.concurrency import SingleFlight, Threads, all_of
+from imgsvc.concurrency import SingleFlight, Threads, all_of, to_the_end
 from imgsvc.content.interfaces import Store
 from imgsvc.content.verify import read_verified
 from imgsvc.decrypt.interfaces import Decryptor, LayerKey
@@ -197,7 +196,7 @@ class Puller:
             timings["total"] = time.monotonic() - began
             return Pulled(shown, timings, attempts, _bytes_from(plan.sources.values()))
         finally:
-            await asyncio.shield(self._leases.release(lease))
+            await to_the_end(self._leases.release(lease))
 
     async def bring_back(self, image: Image, blobs: Sequence[Digest]) -> None:
         """Have blobs of layers of a complete image in the store, from its own repository where the cache gave them up.

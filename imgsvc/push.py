@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from imgsvc.concurrency import Threads, all_of
+from imgsvc.concurrency import Threads, all_of, to_the_end
 from imgsvc.content.interfaces import ContentReader, Store
 from imgsvc.content.verify import read_verified
 from imgsvc.errors import DataLoss, FailedPrecondition, ImgsvcError, NotFound
@@ -105,7 +105,7 @@ class Pusher:
             await repository.push_manifest(data, target.media_type, str(name.target))
             return Pushed(target, sent, parts.left_out)
         finally:
-            await asyncio.shield(self._leases.release(lease))
+            await to_the_end(self._leases.release(lease))
 
     def _parts(self, image: Image, name: Reference) -> _Parts:
         """Choose what to send. Blocking. Raises: FailedPrecondition, NotFound."""

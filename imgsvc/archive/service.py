@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from imgsvc.archive.reading import ArchiveReader, Named, OpenTar
 from imgsvc.archive.source import ArchiveSource
 from imgsvc.archive.writing import Exported, blobs_of, write_archive
-from imgsvc.concurrency import Threads
+from imgsvc.concurrency import Threads, to_the_end
 from imgsvc.content.interfaces import Store
 from imgsvc.errors import Cancelled, FailedPrecondition, NotFound, printable
 from imgsvc.images import Image, ImageStore
@@ -54,7 +54,7 @@ class Archives:
             references = [(entry.reference(target.base), entry) for entry in named]
             return [(reference, await self._publish(reference, entry, name, target)) for reference, entry in references]
         finally:
-            await asyncio.shield(self._leases.release(lease))
+            await to_the_end(self._leases.release(lease))
 
     async def _read(self, chunks: AsyncIterator[bytes], name: str, lease: str) -> list[Named]:
         loop = asyncio.get_running_loop()
@@ -93,7 +93,7 @@ class Archives:
             while (chunk := await self._threads.run(next, archive, None)) is not None:
                 yield chunk
         finally:
-            await asyncio.shield(self._leases.release(lease))
+            await to_the_end(self._leases.release(lease))
 
     def _select(self, names: Iterable[str]) -> list[Exported]:
         """One entry per image, with the names that were asked for; asked for by ID or digest, all its tags."""
