@@ -211,24 +211,25 @@ async def both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U]) ->
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
     """Run cleaning up to its end, however often the caller is cancelled meanwhile; the cancellation is raised then."""
     task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        if not task.cancelled():
-            task.exception()
-        raise cancelled
+    await _ended(task)
     return task.result()
 
 
 async def _ended(future: asyncio.Future[Any]) -> None:
-    """Wait for something whose outcome nobody is left to take; else asyncio logs a failure as never retrieved."""
-    await asyncio.wait([future])
+    """Wait for something, however often the caller is cancelled meanwhile; the cancellation is raised then.
+
+    The outcome counts as taken, else asyncio logs a failure that nobody is left to take as never retrieved.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
     if not future.cancelled():
         future.exception()
+    if cancelled is not None:
+        raise cancelled
 
 
 async def _call(work: Callable[[], Awaitable[T]]) -> T:
