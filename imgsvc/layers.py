@@ -140,15 +140,23 @@ class Layers:
     """Brings layers in. One per daemon, so that all pulls share flights."""
 
     def __init__(
-        self, blobs: Blobs, snapshotters: Mapping[str, Snapshotter], unpacker: Unpacker, decryptor: Decryptor, threads: Threads
+        self,
+        blobs: Blobs,
+        snapshotters: Mapping[str, Snapshotter],
+        unpacker: Unpacker,
+        decryptor: Decryptor,
+        threads: Threads,
+        *,
+        durable: bool = True,
     ) -> None:
+        """durable: put a layer's files on disk before it is committed (images.sync = "full")."""
         self._blobs = blobs
         self._unpacker = unpacker
         self._decryptor = decryptor
         self._threads = threads
         self._flights: SingleFlight[None] = SingleFlight()
         self._stages: Shared[_Stage] = Shared(_Stage)
-        self._syncs = {name: _Sync(snapshotter, threads) for name, snapshotter in snapshotters.items()}
+        self._syncs = {name: _Sync(snapshotter, threads) for name, snapshotter in snapshotters.items()} if durable else {}
 
     async def ensure_all(self, plan: LayerPlan) -> None:
         """Make all snapshots exist. One whose files were lost below others that are here comes back before anything else.
@@ -197,13 +205,17 @@ class Layers:
                 await afailpoint("layer.settled")
                 stage.key = key
                 stage.settled.set()
-                await both(self._syncs[snapshotter.name](key), self._committed(plan, position - 1))
+                await both(self._sync(snapshotter, key), self._committed(plan, position - 1))
                 await afailpoint("layer.synced")
                 await self._threads.run(snapshotter.commit, name, key, parent=parent, usage=usage)
                 await afailpoint("layer.committed")
             except BaseException:
                 await to_the_end(self._discard(snapshotter, key))
                 raise
+
+    async def _sync(self, snapshotter: Snapshotter, key: Key) -> None:
+        if self._syncs:
+            await self._syncs[snapshotter.name](key)
 
     async def _discard(self, snapshotter: Snapshotter, key: Key) -> None:
         """Give an unfinished snapshot back. A disk that fails here too is not what the caller needs to hear about."""

@@ -119,7 +119,9 @@ class Puller:
         threads: Threads,
         verifier: Verifier | None = None,
         observer: PullObserver | None = None,
+        durable: bool = True,
     ) -> None:
+        """durable: acknowledged images survive a power cut (images.sync = "full")."""
         self._verifier = verifier or Trusting()
         self._observer = observer
         self._registry = registry
@@ -130,7 +132,7 @@ class Puller:
         self._leases = leases
         self._threads = threads
         self.blobs = Blobs(content, threads)  # shared with whoever else downloads into the store
-        self._layers = Layers(self.blobs, snapshotters, unpacker, decryptor, threads)
+        self._layers = Layers(self.blobs, snapshotters, unpacker, decryptor, threads, durable=durable)
         self._documents: SingleFlight[bytes] = SingleFlight()
 
     async def pull(self, request: PullRequest) -> Pulled:

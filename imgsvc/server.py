@@ -153,6 +153,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
         threads=threads,
         verifier=verification,
         observer=watch.observer,
+        durable=sync,
     )
     pusher = Pusher(registry=registry, content=content, images=images, leases=leases, threads=threads, bring_back=puller.bring_back)
     handlers = {name: handler.snapshotter or default for name, handler in settings.runtime.runtimes.items()}
