@@ -161,13 +161,14 @@ class Layers:
     async def ensure_all(self, plan: LayerPlan) -> None:
         """Make all snapshots exist. One whose files were lost below others that are here comes back before anything else.
 
-        Raises: as ensure.
+        Raises: as _ensure.
         """
         here = await self._threads.run(lambda: [plan.snapshotter.stat(name) is not None for name in plan.names])
         for position in range(len(here)):
             if not here[position] and any(here[position:]):
-                await self.ensure(plan, position)
-        await all_of(*(self.ensure(plan, position) for position in range(len(plan.layers))))
+                await self._ensure(plan, position)
+        states = ["exists" if there else "done" for there in here]
+        await all_of(*(self._ensure_and_tell(plan, position, state) for position, state in enumerate(states)))
 
     async def unpack_aside(self, plan: LayerPlan, position: int, key: Key) -> None:
         """Unpack one layer into a new active snapshot `key`, as it was unpacked into plan.names[position]. For comparing.
@@ -178,17 +179,18 @@ class Layers:
         async with AsyncExitStack() as jobs:
             await make(plan, position, key, jobs)
 
-    async def ensure(self, plan: LayerPlan, position: int) -> None:
+    async def _ensure(self, plan: LayerPlan, position: int) -> None:
         """Make one layer's snapshot exist, with all below it, joining whoever is at it already.
 
         Raises: PullFailed, DataLoss, InvalidArgument, ResourceExhausted. Nothing of a failed layer stays but its blob.
         """
-        layer, name = plan.layers[position], plan.names[position]
+        name = plan.names[position]
         if await self._threads.run(plan.snapshotter.stat, name) is None:
             await self._flights.run(f"{plan.snapshotter.name}/{name}", lambda: self._make(plan, position))
-            plan.report(layer, layer.size, "done")
-        else:
-            plan.report(layer, layer.size, "exists")
+
+    async def _ensure_and_tell(self, plan: LayerPlan, position: int, state: str) -> None:
+        await self._ensure(plan, position)
+        plan.report(plan.layers[position], plan.layers[position].size, state)
 
     async def _make(self, plan: LayerPlan, position: int) -> None:
         name = plan.names[position]
@@ -243,14 +245,14 @@ class Layers:
 
     async def _committed(self, plan: LayerPlan, position: int) -> None:
         if position >= 0:
-            await self.ensure(plan, position)
+            await self._ensure(plan, position)
 
     async def _settled(self, plan: LayerPlan, position: int) -> None:
         """Until a layer's files are as they will be, committed or not."""
         if position < 0:
             return
         with self._stages.use(f"{plan.snapshotter.name}/{plan.names[position]}") as stage:
-            layer = asyncio.ensure_future(self.ensure(plan, position))
+            layer = asyncio.ensure_future(self._ensure(plan, position))
             try:
                 await _first_of(layer, stage.settled.wait())
                 if layer.done():
