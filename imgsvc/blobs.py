@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Protocol
 from imgsvc.concurrency import Shared, SingleFlight, Threads
 from imgsvc.content.interfaces import Store, Writer
 from imgsvc.content.verify import DigestMismatch, SizeMismatch
-from imgsvc.errors import DataLoss
+from imgsvc.errors import DataLoss, Unavailable
 from imgsvc.failpoints import afailpoint
 from imgsvc.oci import Descriptor, Digest
 from imgsvc.registry.interfaces import BlobSource, Fetcher, PullFailed
@@ -151,7 +152,7 @@ class Blobs:
 
     async def _download(self, fetcher: Fetcher, blob: Descriptor, progress: Progress) -> BlobSource:
         def open_ingest() -> Writer:
-            return self._content.writer(f"layer-{blob.digest}", total=blob.size, expected=blob.digest)
+            return self._content.writer(_ingest_ref(blob.digest), total=blob.size, expected=blob.digest)
 
         with self.growing.use(blob.digest) as growing:
             async with self._threads.holding(open_ingest, lambda writer: writer.close()) as writer:
@@ -170,6 +171,11 @@ class Blobs:
                 growing.grew(blob.size)
                 return source
 
+    def drop_partial(self, digest: Digest) -> None:
+        """Give back the bytes of a download that will not be resumed, unless somebody is at it. Blocking."""
+        with contextlib.suppress(Unavailable):
+            self._content.abort(_ingest_ref(digest))
+
     def has(self, digest: Digest) -> bool:
         """Whether a blob is stored. Blocking."""
         return self._content.info(digest) is not None
@@ -178,3 +184,7 @@ class Blobs:
         """A descriptor of a stored blob for the caller to close. Blocking."""
         with self._content.reader(digest) as reader:
             return os.dup(reader.fileno())
+
+
+def _ingest_ref(digest: Digest) -> str:
+    return f"layer-{digest}"

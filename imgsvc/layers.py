@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol
 from imgsvc.blobs import Blobs, GrowingBlob
 from imgsvc.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both, to_the_end
 from imgsvc.decrypt.interfaces import ChainRun, Decryptor, LayerKey
-from imgsvc.errors import Aborted, DataLoss, ImgsvcError, Internal, InvalidArgument, NotFound
+from imgsvc.errors import Aborted, DataLoss, ImgsvcError, Internal, InvalidArgument, NotFound, ResourceExhausted
 from imgsvc.failpoints import afailpoint
 from imgsvc.oci import Descriptor, Digest
 from imgsvc.registry.interfaces import BlobSource, Fetcher
@@ -303,6 +303,10 @@ class Layers:
         unverified = not await self._threads.run(self._blobs.has, layer.digest)
         try:
             return await self._follow(plan, position, mounts, rebase, jobs)
+        except ResourceExhausted:
+            # A full disk, or more than a layer may have: what was fetched of it is not worth its space.
+            await to_the_end(self._threads.run(self._blobs.drop_partial, layer.digest))
+            raise
         except (DataLoss, InvalidArgument):
             if not unverified:
                 raise
