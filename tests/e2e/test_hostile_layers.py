@@ -7,13 +7,10 @@ C-X4 (copies out of running containers) is no matter of images; its tests are th
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import itertools
 import os
 import stat
 import subprocess
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,12 +25,13 @@ from imgsvc.oci import GIB, MIB, Digest
 from tests.e2e.attack import ENTRIES, SETTINGS, UNPACKED, Node, Outcome, layer, make_sentinel, resized
 from tests.fakes.registry import FakeRegistry, Reply, Request
 from tests.snapshot.layers import END, Entry, directory, gz, link, pax_block, raw_header, record, symlink, tar
-from tests.snapshot.test_hostile import BOMBS, BROKEN, HEADER_BOMBS, LINK_ESCAPES, OUT, WHOLE
+from tests.snapshot.test_hostile import BOMBS, BROKEN, HEADER_BOMBS, LINK_ESCAPES, OUT, WHOLE, swappable
 from tests.support import cri, images
 from tests.support.daemon import Daemon, new_daemon
 from tests.support.disk import Disk
 from tests.support.images import Compression
 from tests.support.registries import RealRegistry, ScriptedRegistry
+from tests.support.swapper import Swapper
 from tests.support.vigil import Vigil, eventually, held, threads
 
 pytestmark = pytest.mark.root
@@ -121,42 +119,17 @@ def test_c_x2_a_directory_replaced_by_a_link_is_not_remembered(node: Node) -> No
     node.pull_all(attacks)
 
 
-def test_c_x3_nothing_outside_changes_while_components_are_swapped(node: Node, make_daemon: Callable[..., Daemon]) -> None:
+def test_c_x3_nothing_outside_changes_while_components_are_swapped(node: Node) -> None:
     """A helper exchanges a directory of each half-made snapshot with a link, as fast as it can, while two layers come in."""
-    slow = make_daemon(settings=SETTINGS)
-    slow.map_host("docker.io", node.registry.address)
-    slow.start({"IMGSVC_FAILPOINTS": "unpack.entry=delay:1"})
-    attack = [[Entry(f"a/{i % 7}/{n}", mode=0o666, uid=7, data=b"%d" % n) for i in range(1200)] for n in range(2)]
-    names = [node.push(each) for each in attack]
-    stop, swaps = threading.Event(), [0, 0]
 
-    def swap(place: Path, own: int) -> None:
-        while not stop.is_set():
-            for root in place.glob("*/fs"):
-                with contextlib.suppress(OSError):
-                    (root / "outside").symlink_to(node.sentinel)
-                for _ in range(2000):
-                    swaps[own] += _exchange(root / "a", root / "outside") == 0
-
-    places = [slow.root / "snapshots" / way for way in WAYS]
-    helpers = [threading.Thread(target=swap, args=each) for each in zip(places, range(2), strict=True)]
-    other = Node(slow, node.registry, node.sentinel)
-    for helper in helpers:
-        helper.start()
-    try:
-        for call in [other.start(name, way) for name in names for way in WAYS]:
+    def pull(way: str) -> None:
+        names = [node.push(swappable(next(_serial)), swappable(next(_serial))) for _ in range(2)]
+        for call in [node.start(name, way) for name in names]:
             call.exception()
-    finally:
-        stop.set()
-        for helper in helpers:
-            helper.join()
-    assert min(swaps) > 1000
-    assert slow.process
-    assert slow.process.poll() is None
 
-
-def _exchange(one: Path, other: Path) -> int:
-    return int(ctypes.CDLL(None).renameat2(-100, os.fsencode(one), -100, os.fsencode(other), 2))
+    for way in WAYS:
+        with Swapper(f"{node.daemon.root}/snapshots/{way}/*/fs", node.sentinel) as swapper:
+            swapper.race(lambda way=way: pull(way), 5_000)  # type: ignore[misc]
 
 
 def test_c_x5_names_lead_nowhere_else(node: Node) -> None:
