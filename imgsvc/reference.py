@@ -58,7 +58,7 @@ class Reference:
             raise InvalidArgument(f'"{shown}" is an image ID, not a reference', hint="name the image, e.g. nginx:1.27")
         if host == DEFAULT_HOST and "/" not in repository:
             repository = _OFFICIAL + repository
-        if not all(_COMPONENT.fullmatch(part) for part in repository.split("/")):
+        if not is_repository(repository):
             raise InvalidArgument(
                 f'invalid repository "{printable(repository, 160)}" in image reference "{shown}"',
                 hint="path parts are lower-case letters and digits, joined by single dots, dashes or underscores",
@@ -95,6 +95,11 @@ class Reference:
         if self.digest:
             text += f"@{self.digest}"
         return text
+
+
+def is_repository(text: str) -> bool:
+    """Whether it can be a repository's name, or the start of one that ends before a slash."""
+    return all(_COMPONENT.fullmatch(part) for part in text.split("/"))
 
 
 def _split_host(text: str) -> tuple[str, str]:

@@ -57,8 +57,8 @@ async def _check(arguments: argparse.Namespace) -> int:
         if arguments.reference:
             results = await check(registries.client, Reference.parse(arguments.reference))
         else:
-            for namespace in registries.client.directories.namespaces():
-                results += await check_namespace(registries.client, namespace)
+            for namespace, prefix in registries.client.directories.namespaces():
+                results += await check_namespace(registries.client, namespace, prefix)
     finally:
         await registries.client.close()
     if arguments.json:

@@ -55,12 +55,15 @@ async def check(operations: Operations, reference: Reference, credential: Creden
     return [await _check(Endpoint(host, operation.session), reference) for host in operation.config.hosts]
 
 
-async def check_namespace(operations: Operations, namespace: str) -> list[Checked]:
-    """Ask all endpoints of a registry whether they are there and let us in, without naming an image. Else as check."""
+async def check_namespace(operations: Operations, namespace: str, prefix: str = "") -> list[Checked]:
+    """Ask all endpoints of a registry whether they are there and let us in, without naming an image. Else as check.
+
+    prefix: the endpoints of the file for repositories below it.
+    """
     try:
-        operation = await operations.operation(Reference(namespace, "", ""), None)
+        operation = await operations.operation(Reference(namespace, prefix, ""), None)
     except ImgsvcError as error:
-        return [_misconfigured(namespace, error)]
+        return [_misconfigured(f"{namespace}/{prefix}".rstrip("/"), error)]
     return [await _check(Endpoint(host, operation.session), None) for host in operation.config.hosts]
 
 
@@ -85,8 +88,8 @@ def _question(endpoint: Endpoint, reference: Reference | None) -> Ask:
     if reference is None:
         return Ask("GET", "/", "resolve", ())
     may_resolve = Capability.RESOLVE in endpoint.host.capabilities
-    path = f"/{reference.repository}/manifests/{reference.target}"
-    return Ask("HEAD" if may_resolve else "GET", path, "resolve", (f"repository:{reference.repository}:pull",), headers=(ACCEPT_HEADER,))
+    path = endpoint.path(f"manifests/{reference.target}")
+    return Ask("HEAD" if may_resolve else "GET", path, "resolve", (endpoint.scope(),), headers=(ACCEPT_HEADER,))
 
 
 async def _check(endpoint: Endpoint, reference: Reference | None) -> Checked:
@@ -111,7 +114,7 @@ async def _speed(endpoint: Endpoint, reference: Reference) -> float:
     layer = await _largest_layer(endpoint, reference)
     if layer is None:
         return 0.0
-    ask = Ask("GET", f"/{reference.repository}/blobs/{layer.digest}", "fetch", (f"repository:{reference.repository}:pull",))
+    ask = Ask("GET", endpoint.path(f"blobs/{layer.digest}"), "fetch", (endpoint.scope(),))
     received, started = 0, time.monotonic()
     async with await endpoint.ask(ask) as response, contextlib.aclosing(response.chunks()) as chunks:
         async for chunk in chunks:
@@ -124,13 +127,7 @@ async def _speed(endpoint: Endpoint, reference: Reference) -> float:
 async def _largest_layer(endpoint: Endpoint, reference: Reference) -> Descriptor | None:
     target = reference.target
     for _ in range(2):  # an index, then a manifest
-        ask = Ask(
-            "GET",
-            f"/{reference.repository}/manifests/{target}",
-            "fetch",
-            (f"repository:{reference.repository}:pull",),
-            headers=(ACCEPT_HEADER,),
-        )
+        ask = Ask("GET", endpoint.path(f"manifests/{target}"), "fetch", (endpoint.scope(),), headers=(ACCEPT_HEADER,))
         async with await endpoint.ask(ask) as response:
             document = parse_document(await read_document(response, MAX_DOCUMENT), "", str(reference))
         if not isinstance(document, Index):

@@ -104,11 +104,11 @@ class RegistryClient:
 
     async def operation(self, reference: Reference, credential: Credential | None) -> Operation:
         """A new session for the reference's repository, with its configuration as the files are now."""
-        config = await asyncio.to_thread(self.directories.lookup, reference.host)
+        config = await asyncio.to_thread(self.directories.lookup, reference.host, reference.repository)
         session = Session(
             namespace=reference.host,
             repository=reference.repository,
-            directory=config.directory,
+            directories=config.directories,
             caller=credential,
             transport=self._transport,
             authorizer=self._authorizer,
@@ -157,9 +157,8 @@ class RepositoryFetcher:
 
     async def _document_at(self, endpoint: Endpoint, descriptor: Descriptor) -> bytes:
         kind = "manifests" if descriptor.media_type in MANIFESTS else "blobs"
-        repository = self._reference.repository
         accept = ("Accept", descriptor.media_type) if kind == "manifests" else ACCEPT_HEADER
-        ask = Ask("GET", f"/{repository}/{kind}/{descriptor.digest}", "fetch", scopes=(f"repository:{repository}:pull",), headers=(accept,))
+        ask = Ask("GET", endpoint.path(f"{kind}/{descriptor.digest}"), "fetch", scopes=(endpoint.scope(),), headers=(accept,))
         try:
             async with await endpoint.ask(ask) as response:
                 body = await read_document(response, descriptor.size)
@@ -183,7 +182,6 @@ class RepositoryFetcher:
             self._client.observer.queued(time.monotonic() - queued)
             run = Download(
                 descriptor,
-                self._reference.repository,
                 self._sources(descriptor, operation, endpoints),
                 sink,
                 failover=operation.failover(endpoints),
@@ -196,7 +194,6 @@ class RepositoryFetcher:
 
     def _sources(self, descriptor: Descriptor, operation: Operation, endpoints: list[Endpoint]) -> list[Source]:
         """The registry's hosts, and before them the layer's own URLs where the administrator allows their host."""
-        path = f"/{self._reference.repository}/blobs/{descriptor.digest}"
         foreign = []
         for url in descriptor.urls:
             parts = urlsplit(url)
@@ -204,7 +201,7 @@ class RepositoryFetcher:
                 origin = f"{parts.scheme}://{parts.netloc}"
                 host = Host(origin, "urls of the layer", frozenset({Capability.PULL}), credentials=FROM_NOBODY, sends_ns=False)
                 foreign.append(Source(Endpoint(host, operation.session), url))
-        return [*foreign, *(Source(endpoint, path) for endpoint in endpoints)]
+        return [*foreign, *(Source(endpoint, endpoint.path(f"blobs/{descriptor.digest}")) for endpoint in endpoints)]
 
     async def rejected(self, descriptor: Descriptor, source: BlobSource) -> bool:
         """As Fetcher.rejected."""

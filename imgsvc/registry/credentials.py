@@ -1,6 +1,6 @@
 """The node's own credentials, looked for in this order; the first that has one for the registry wins.
 
-1. credentials.toml beside hosts.toml, table [namespace] (named tables serve `credentials = "NAME"` of hosts.toml)
+1. credentials.toml beside hosts.toml or above it, table [namespace] (named tables serve `credentials = "NAME"` of hosts.toml)
 2. per-host entries of the daemon's configuration
 3. Docker's config.json and Podman's auth.json, the most specific key first
 4. their credHelpers and credsStore programs, and helpers of the daemon's configuration
@@ -16,7 +16,7 @@ import asyncio
 import os
 import stat
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -80,25 +80,24 @@ class NodeCredentials:
         self._flights: SingleFlight[Credential | None] = SingleFlight()
         self._cache: dict[tuple[str, str], tuple[float, list[tuple[str, Credential]]]] = {}
 
-    async def find(self, registry: str, repository: str, *, directory: str, renew: bool = False) -> Credential | None:
+    async def find(self, registry: str, repository: str, *, directories: Sequence[str], renew: bool = False) -> Credential | None:
         """As CredentialSource.find. Raises: what is wrong with the first place that should have one."""
-        for located in await asyncio.to_thread(lambda: list(self.locate(registry, repository, directory, renew))):
+        for located in await asyncio.to_thread(lambda: list(self.locate(registry, repository, directories, renew))):
             if found := await located.get():
                 return replace(found, host=registry)
         return None
 
-    async def named(self, name: str, directory: str) -> Credential:
+    async def named(self, name: str, directories: Sequence[str]) -> Credential:
         """As CredentialSource.named."""
-        found = await asyncio.to_thread(_from_directory, directory, name) if directory else None
+        found = await asyncio.to_thread(_from_directories, directories, name)
         if found is None:
-            raise InvalidArgument(
-                f'no table "{name}"', where=os.path.join(directory, FILE_NAME), hint=f"add [{name}] with username and password"
-            )
+            where = os.path.join(next(iter(directories), ""), FILE_NAME)
+            raise InvalidArgument(f'no table "{name}"', where=where, hint=f"add [{name}] with username and password")
         return found
 
-    def locate(self, registry: str, repository: str, directory: str, renew: bool = False) -> Iterator[Located]:
+    def locate(self, registry: str, repository: str, directories: Sequence[str], renew: bool = False) -> Iterator[Located]:
         """Every place that knows the registry, in order; files are read, programs are not run. Blocking."""
-        if directory and (found := _from_directory(directory, _OF_NAMESPACE)):
+        if found := _from_directories(directories, _OF_NAMESPACE):
             yield _ready(found)
         if stored := self._settings.hosts.get(registry):
             yield _ready(_read_stored(stored))
@@ -190,6 +189,10 @@ def _read_docker_config(name: str) -> DockerConfig | None:
         return None
     except ImgsvcError as error:
         raise Unavailable(error.what, where=error.where, hint=error.hint) from error
+
+
+def _from_directories(directories: Sequence[str], table: str) -> Credential | None:
+    return next((found for directory in directories if (found := _from_directory(directory, table))), None)
 
 
 def _from_directory(directory: str, table: str) -> Credential | None:

@@ -69,7 +69,6 @@ class Download:
     def __init__(
         self,
         descriptor: Descriptor,
-        repository: str,
         sources: Sequence[Source],
         sink: BlobSink,
         *,
@@ -79,7 +78,6 @@ class Download:
         extra: ConnectionBudget,
     ) -> None:
         self._descriptor = descriptor
-        self._repository = repository
         self._sources = list(sources)
         self._sink = sink
         self._failover = failover
@@ -204,7 +202,7 @@ class Download:
             "GET",
             source.path,
             "fetch",
-            scopes=(f"repository:{self._repository}:pull",),
+            scopes=(endpoint.scope(),),
             headers=tuple(headers),
             ok=frozenset({200, 206}),
         )

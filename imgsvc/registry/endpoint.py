@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final, Protocol
@@ -44,27 +44,29 @@ _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 class CredentialSource(Protocol):
     """The node's own credentials. Source names are fit for logs."""
 
-    async def find(self, registry: str, repository: str, *, directory: str, renew: bool = False) -> Credential | None:
+    async def find(self, registry: str, repository: str, *, directories: Sequence[str], renew: bool = False) -> Credential | None:
         """What is stored for a registry (`host[:port]` or docker.io); renew: bypass caches, the last one was refused.
+
+        directories: whose credentials.toml speak of it, the most telling first.
 
         Raises: Unavailable when a source failed, after which the request goes without a credential and says so;
             others for wrong configuration of this registry, which ends the pull.
         """
 
-    async def named(self, name: str, directory: str) -> Credential:
-        """A named credential of the namespace's directory. Raises: InvalidArgument when there is none."""
+    async def named(self, name: str, directories: Sequence[str]) -> Credential:
+        """A named credential of the namespace's directories. Raises: InvalidArgument when there is none."""
 
 
 class NoCredentials:
     """A node that has none."""
 
-    async def find(self, registry: str, repository: str, *, directory: str, renew: bool = False) -> Credential | None:
+    async def find(self, registry: str, repository: str, *, directories: Sequence[str], renew: bool = False) -> Credential | None:
         """None."""
         return None
 
-    async def named(self, name: str, directory: str) -> Credential:
+    async def named(self, name: str, directories: Sequence[str]) -> Credential:
         """Raises: InvalidArgument."""
-        raise InvalidArgument(f'no credential named "{name}"', where=directory)
+        raise InvalidArgument(f'no credential named "{name}"', where=next(iter(directories), ""))
 
 
 class RememberedCredentials:
@@ -75,17 +77,17 @@ class RememberedCredentials:
         self._found: dict[tuple[str, str], Credential | None] = {}
         self._lock = asyncio.Lock()
 
-    async def find(self, registry: str, repository: str, *, directory: str, renew: bool = False) -> Credential | None:
+    async def find(self, registry: str, repository: str, *, directories: Sequence[str], renew: bool = False) -> Credential | None:
         """As CredentialSource.find; failures are not remembered."""
         async with self._lock:
             key = (registry, repository)
             if renew or key not in self._found:
-                self._found[key] = await self._source.find(registry, repository, directory=directory, renew=renew)
+                self._found[key] = await self._source.find(registry, repository, directories=directories, renew=renew)
             return self._found[key]
 
-    async def named(self, name: str, directory: str) -> Credential:
+    async def named(self, name: str, directories: Sequence[str]) -> Credential:
         """As CredentialSource.named."""
-        return await self._source.named(name, directory)
+        return await self._source.named(name, directories)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class Session:
 
     namespace: str
     repository: str
-    directory: str
+    directories: tuple[str, ...]
     caller: Credential | None
     transport: Transport
     authorizer: Authorizer
@@ -140,6 +142,19 @@ class Endpoint:
         if self.host.try_tls_first and self.host.url not in self._session.downgraded:
             return "https://" + self.host.url.removeprefix("http://")
         return self.host.url
+
+    @property
+    def repository(self) -> str:
+        """What this host calls the session's repository."""
+        return self.host.repository(self._session.repository)
+
+    def path(self, rest: str) -> str:
+        """The path of something in that repository."""
+        return f"/{self.repository}/{rest}"
+
+    def scope(self, actions: str = "pull") -> str:
+        """What a token must allow for `actions` there."""
+        return f"repository:{self.repository}:{actions}"
 
     async def ask(self, ask: Ask) -> Response:
         """Send and return the answer, its body unread; the caller closes it. Every call is recorded as an Attempt.
@@ -237,7 +252,7 @@ class Endpoint:
                 return session.caller, ""
             note = f"withheld: {session.caller.source} is bound to {printable(bound, 80)}"
         if policy not in (FROM_NAMESPACE, OWN):
-            return await session.stored.named(policy, session.directory), ""
+            return await session.stored.named(policy, session.directories), ""
         try:
             found = await self._stored()
         except Unavailable as error:
@@ -249,10 +264,10 @@ class Endpoint:
     async def _stored(self, *, renew: bool = False) -> Credential | None:
         session = self._session
         if self.host.credential_policy == FROM_NAMESPACE:
-            return await session.stored.find(session.namespace, session.repository, directory=session.directory, renew=renew)
+            return await session.stored.find(session.namespace, session.repository, directories=session.directories, renew=renew)
         # The directory's file is about the namespace; a mirror gets from it only what names it.
         own = canonical_name(self.host.authority)
-        return await session.stored.find(own, session.repository, directory="", renew=renew)
+        return await session.stored.find(own, self.repository, directories=(), renew=renew)
 
     def _cleartext_problem(self) -> str:
         if not self.base.startswith("http://") or self.host.insecure_credentials:

@@ -12,7 +12,17 @@ from imgsvc.errors import ImgsvcError
 from imgsvc.reference import Reference
 from imgsvc.registry.credentials import FILE_NAME, NodeCredentials
 from imgsvc.registry.hostdirs import HostDirectories, Searched
-from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, Capability, Host, HostsConfig, canonical_name, is_local, trusted_token_hosts
+from imgsvc.registry.hosts import (
+    FROM_NAMESPACE,
+    FROM_NOBODY,
+    OWN,
+    Capability,
+    Host,
+    HostsConfig,
+    canonical_name,
+    is_local,
+    trusted_token_hosts,
+)
 from imgsvc.registry.proxies import proxy_for
 from imgsvc.registry.redact import shown_url
 
@@ -55,7 +65,7 @@ def explain(directories: HostDirectories, credentials: NodeCredentials, referenc
     """Explain one reference. Blocking: small files."""
     searched: list[Searched] = []
     try:
-        config, searched = directories.search(reference.host)
+        config, searched = directories.search(reference.host, reference.repository)
     except ImgsvcError as error:
         return Explanation(str(reference), reference.host, error.where, (), tuple(searched), (), str(error))
     endpoints = tuple(_endpoint(host, config, credentials, reference, environ) for host in config.hosts)
@@ -93,7 +103,7 @@ def render(explanation: Explanation) -> Iterator[str]:
 def _endpoint(
     host: Host, config: HostsConfig, credentials: NodeCredentials, reference: Reference, environ: Mapping[str, str]
 ) -> ExplainedEndpoint:
-    url = f"{host.url}/{reference.repository}/manifests/{reference.target}"
+    url = f"{host.url}/{host.repository(reference.repository)}/manifests/{reference.target}"
     if host.sends_ns and not host.canonical:
         url += "?" + urlencode({"ns": config.namespace}, safe=":/")
     proxy = proxy_for(host.url, host.proxy, environ)
@@ -127,13 +137,15 @@ def _credential(host: Host, config: HostsConfig, credentials: NodeCredentials, r
     is_clear = host.url.startswith("http://") and not host.try_tls_first and not host.insecure_credentials
     if is_clear and not is_local(host.authority):
         return "withheld: plain HTTP (insecure_credentials = true allows it)"
-    if policy not in (FROM_NAMESPACE, ""):
-        return f"table [{policy}] of {os.path.join(config.directory, FILE_NAME)}"
-    registry = config.namespace if policy == FROM_NAMESPACE else canonical_name(host.authority)
-    directory = config.directory if policy == FROM_NAMESPACE else ""
+    if policy not in (FROM_NAMESPACE, OWN):
+        files = [os.path.join(directory, FILE_NAME) for directory in config.directories]
+        return f"table [{policy}] of {' else '.join([name for name in files if os.path.exists(name)] or files)}"
     try:
-        places = [located.source for located in credentials.locate(registry, reference.repository, directory)]
+        if policy == FROM_NAMESPACE:
+            places = credentials.locate(config.namespace, reference.repository, config.directories)
+        else:
+            places = credentials.locate(canonical_name(host.authority), host.repository(reference.repository), ())
+        stored = " else ".join(place.source for place in places) or "none stored"
     except ImgsvcError as error:
         return f"none ({error})"
-    stored = " else ".join(places) or "none stored"
     return f"the caller's, else {stored}" if policy == FROM_NAMESPACE else stored

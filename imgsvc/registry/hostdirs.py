@@ -1,4 +1,8 @@
-"""Finding the hosts.toml of a namespace below the config_path roots, and saying why the others did not match. Blocking I/O.
+"""Finding the hosts.toml of an image's registry below the config_path roots, and saying why others did not match. Blocking I/O.
+
+The first root with a directory for the registry decides. Below that directory, one named by a prefix of the repository
+that holds a hosts.toml (`docker.io/library/hosts.toml`) stands for its repositories, the longest first: containerd does
+not look there, so its files keep their meaning.
 
 Files are read on every call, so that a change takes effect on the next pull; a file that is there but wrong is an error
 for its namespace and never leads to another host being asked.
@@ -9,18 +13,27 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, from_os_error
-from imgsvc.registry.hosts import HostsConfig, default_host, directory_names, docker_certificates, namespace_of, parse_hosts
+from imgsvc.registry.hosts import (
+    HostsConfig,
+    default_host,
+    directory_names,
+    docker_certificates,
+    namespace_of,
+    parse_hosts,
+    repository_prefixes,
+)
 from imgsvc.registry.legacy import for_namespace
 from imgsvc.tomlfile import load
 
 log = logging.getLogger(__name__)
 
+_FILE: Final = "hosts.toml"
 _MAX_TOLD: Final = 256  # warnings remembered
 
 
@@ -49,20 +62,23 @@ class HostDirectories:
         """Configured roots that are not there, for a warning at start."""
         return [root for root in self._roots if not os.path.isdir(root)]
 
-    def namespaces(self) -> list[str]:
-        """Every registry that has a directory of its own, or an entry of the legacy tables."""
-        found = {name for name in self._inline if name != "*"}
+    def namespaces(self) -> list[tuple[str, str]]:
+        """(registry, repository prefix) of all that have a file of their own, or an entry of the legacy tables; "" is the registry."""
+        found = {(name, "") for name in self._inline if name != "*"}
         for root in filter(os.path.isdir, self._roots):
-            found.update(namespace_of(name) for name in os.listdir(root) if name != "_default" and os.path.isdir(os.path.join(root, name)))
+            for name in os.listdir(root):
+                path = os.path.join(root, name)
+                if name != "_default" and "*" not in name and os.path.isdir(path):
+                    found.update((namespace_of(name), prefix) for prefix in ("", *_prefixes_with_files(path)))
         return sorted(found)
 
-    def lookup(self, namespace: str) -> HostsConfig:
-        """The endpoints of a namespace. What is odd about its file without being wrong is logged once.
+    def lookup(self, namespace: str, repository: str = "") -> HostsConfig:
+        """The endpoints for a repository of a namespace. What is odd about their file without being wrong is logged once.
 
         Raises: InvalidArgument (file:line:column) for a file that is wrong, PermissionDenied and others for one that
         cannot be read, FailedPrecondition when pulling from the namespace is blocked.
         """
-        config, _ = self.search(namespace)
+        config, _ = self.search(namespace, repository)
         if len(self._told) > _MAX_TOLD:
             self._told.clear()
         for warning in config.warnings:
@@ -70,46 +86,45 @@ class HostDirectories:
                 log.warning("%s", warning)
             self._told.add(warning)
         if config.blocked:
-            raise FailedPrecondition(f"pulling from {namespace} is blocked", where=config.blocked.split(": ")[0], hint="by configuration")
+            what = f"{namespace}/{config.prefix}" if config.prefix else namespace
+            raise FailedPrecondition(f"pulling from {what} is blocked", where=config.blocked.split(": ")[0], hint="by configuration")
         return config
 
-    def search(self, namespace: str) -> tuple[HostsConfig, list[Searched]]:
-        """As lookup, for explain: a blocked namespace is returned, and every place that was looked at comes along."""
+    def search(self, namespace: str, repository: str = "") -> tuple[HostsConfig, list[Searched]]:
+        """As lookup, for explain: what is blocked is returned, and every place that was looked at comes along."""
         searched: list[Searched] = []
-        directory = self._find(namespace, searched)
-        if directory is not None:
-            return self._load(namespace, directory), searched
+        found = self._find(namespace, repository, searched)
+        if found is not None:
+            config = self._load(namespace, *found)
+            for host in config.hosts:
+                if repository and not host.repository(repository):
+                    raise InvalidArgument(
+                        f'rewrite = "" leaves nothing of {repository}', where=host.origin, hint="name what it is called there"
+                    )
+            return config, searched
         for name in (namespace, "*"):
             if name in self._inline:
                 return for_namespace(self._inline[name], namespace), searched
         host = default_host(namespace, "built-in default: the registry itself")
         return HostsConfig(namespace, (host,), "built-in default"), searched
 
-    def _find(self, namespace: str, searched: list[Searched]) -> Path | None:
-        found: Path | None = None
+    def _find(self, namespace: str, repository: str, searched: list[Searched]) -> tuple[Path, str] | None:
+        """The directory to go by, and the prefix of the repositories it is for."""
+        found: tuple[Path, str] | None = None
         for root in self._roots:
             if not os.path.isdir(root):
                 searched.append(Searched(root, "no such directory"))
                 continue
             for name in directory_names(namespace):
                 path = Path(root, name)
-                if not self._is_directory(path):
+                if not _is_directory(path):
                     searched.append(Searched(str(path), "not there"))
                 elif found is None:
-                    found = path
-                    searched.append(Searched(str(path), "used"))
+                    found = _most_specific(path, namespace, repository, searched)
                 else:
-                    searched.append(Searched(str(path), f"not read: {found} comes first"))
+                    searched.append(Searched(str(path), f"not read: {found[0]} comes first"))
             self._note_similar(root, namespace, searched)
         return found
-
-    def _is_directory(self, path: Path) -> bool:
-        try:
-            return stat.S_ISDIR(path.stat().st_mode)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise from_os_error(error, "looking for registry configuration", where=str(path)) from error
 
     def _note_similar(self, root: str, namespace: str, searched: list[Searched]) -> None:
         """Directories people create by mistake for this namespace."""
@@ -119,8 +134,8 @@ class HostDirectories:
             if name and os.path.isdir(os.path.join(root, name)):
                 searched.append(Searched(os.path.join(root, name), f"does not match: {why}"))
 
-    def _load(self, namespace: str, directory: Path) -> HostsConfig:
-        path = directory / "hosts.toml"
+    def _load(self, namespace: str, directory: Path, prefix: str) -> HostsConfig:
+        path = directory / _FILE
         try:
             names = [entry.name for entry in os.scandir(directory) if not entry.is_dir()]
             # An empty file means the same as none; anything else by that name, a dangling link too, must be readable.
@@ -129,14 +144,54 @@ class HostDirectories:
             raise from_os_error(error, "reading registry configuration", where=str(directory)) from error
         if not is_empty:
             document = load(path)
-            config = parse_hosts(document, namespace, str(directory))
+            config = parse_hosts(document, namespace, str(directory), prefix)
         else:
             config = docker_certificates(namespace, str(directory), names)
-            if not config.hosts[0].tls.ca and not config.hosts[0].tls.client:
+            is_bare = not config.hosts[0].tls.ca and not config.hosts[0].tls.client
+            if is_bare and not any(_prefixes_with_files(directory)):
                 config = replace(config, warnings=(f"{directory} has neither hosts.toml nor certificates; defaults are used",))
         for host in config.hosts:
             _check_files(host.origin, [*host.tls.ca, *(name for pair in host.tls.client for name in pair if name)])
         return config
+
+
+def _mode(path: Path, *, follow: bool = True) -> int:
+    """Of what is there, 0 when nothing is. Raises: PermissionDenied and others: what cannot be looked at may decide."""
+    try:
+        return path.stat(follow_symlinks=follow).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise from_os_error(error, "looking for registry configuration", where=str(path)) from error
+
+
+def _is_directory(path: Path) -> bool:
+    return stat.S_ISDIR(_mode(path))
+
+
+def _most_specific(directory: Path, namespace: str, repository: str, searched: list[Searched]) -> tuple[Path, str]:
+    """The directory of the longest prefix of the repository that has a file, else the registry's own."""
+    found = (directory, "")
+    for prefix in repository_prefixes(repository):
+        path = directory / prefix
+        if prefix and not _mode(path / _FILE, follow=False):
+            if _is_directory(path):
+                searched.append(Searched(str(path), f"has no {_FILE}"))
+        elif found[1]:
+            searched.append(Searched(str(path), f"not read: {found[0]} is more specific"))
+        else:
+            found = (path, prefix)
+            searched.append(Searched(str(path), f"used, for {namespace}/{prefix} and below" if prefix else "used"))
+    return found
+
+
+def _prefixes_with_files(directory: str | Path) -> Iterator[str]:
+    """The repository prefixes that have a file below a registry's directory."""
+    for path, directories, _ in os.walk(directory):
+        directories.sort()
+        for name in directories:
+            if os.path.lexists(os.path.join(path, name, _FILE)):
+                yield os.path.relpath(os.path.join(path, name), directory)
 
 
 def _check_files(origin: str, names: Sequence[str]) -> None:

@@ -1,9 +1,10 @@
 """hosts.toml as data: which endpoints stand for a registry namespace, in which order, with which powers. Pure.
 
-The format is containerd's, read strictly, with our additions `fallback`, `blocked`, `proxy`, `credentials`, `ns`,
-`token_hosts` and `insecure_credentials`. Finding the files is hostdirs.py's job.
+The format is containerd's, read strictly, with our additions `fallback`, `blocked`, `rewrite`, `proxy`, `credentials`,
+`ns`, `token_hosts` and `insecure_credentials`. A file is for a registry, or for the repositories below a prefix that its
+directory names; it says everything about them, nothing is merged. Finding the files is hostdirs.py's job.
 
-Source: containerd docs/hosts.md; needs.md A2, A3, B1.
+Source: containerd docs/hosts.md; containers-registries.conf(5) (prefix, blocked, location); needs.md A2, A3, B1.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from imgsvc.errors import InvalidArgument, printable
+from imgsvc.reference import is_repository
 from imgsvc.tomlfile import Document, dotted, suggestion
 
 DOCKER_NAMESPACE: Final = "docker.io"
@@ -35,6 +37,7 @@ _HOST_KEYS: Final = (
     "skip_verify",
     "header",
     "override_path",
+    "rewrite",
     "dial_timeout",
     "proxy",
     "credentials",
@@ -89,7 +92,8 @@ class Host:
 
     origin: where it was configured, "file:line:column" or what made it up. canonical: it is the namespace's own registry,
     not a mirror. try_tls_first: an `http://` host that has TLS options, so HTTPS is tried before (containerd's rule);
-    downgrade_is_safe: credentials may follow the fall to HTTP (only the made-up localhost default).
+    downgrade_is_safe: credentials may follow the fall to HTTP (only the made-up localhost default). rewrite: what stands in
+    place of `prefix`, which all repositories of its file begin with, when this host is asked; None: the same.
     """
 
     url: str
@@ -106,11 +110,19 @@ class Host:
     insecure_credentials: bool = False
     try_tls_first: bool = False
     downgrade_is_safe: bool = False
+    prefix: str = ""
+    rewrite: str | None = None
 
     @property
     def authority(self) -> str:
         """Host or host:port."""
         return urlsplit(self.url).netloc
+
+    def repository(self, name: str) -> str:
+        """What this host calls a repository of the namespace; "" when its file is not for that one."""
+        if self.rewrite is None or not is_below(name, self.prefix):
+            return name if self.rewrite is None else ""
+        return f"{self.rewrite}/{name.removeprefix(self.prefix).lstrip('/')}".strip("/")
 
     @property
     def credential_policy(self) -> str:
@@ -122,7 +134,7 @@ class Host:
 class HostsConfig:
     """All endpoints of one namespace in the order of asking. origin: the file, or what stands in for it.
 
-    blocked: why nothing of this namespace may be pulled; "" otherwise.
+    prefix: of the repositories this is for, "" for all.  blocked: why nothing of them may be pulled; "" otherwise.
     """
 
     namespace: str
@@ -131,6 +143,13 @@ class HostsConfig:
     directory: str = ""
     blocked: str = ""
     warnings: tuple[str, ...] = ()
+    prefix: str = ""
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """Where credentials.toml is looked for: beside the file, then in the directories above it up to the registry's."""
+        above = PurePosixPath(self.directory).parents[: len(self.prefix.split("/")) if self.prefix else 0]
+        return (self.directory, *map(str, above)) if self.directory else ()
 
     def able(self, capability: Capability) -> list[Host]:
         """The hosts that may be asked for something, in order."""
@@ -149,6 +168,17 @@ def directory_names(namespace: str) -> list[str]:
     labels = [] if "[" in name or name.replace(".", "").isdigit() else name.split(".")
     wildcards = [f"*.{'.'.join(labels[start:])}{suffix}" for start in range(1, len(labels) - 1)]
     return [*([host + suffix] if has_port else []), namespace, *wildcards, "_default"]
+
+
+def repository_prefixes(repository: str) -> list[str]:
+    """Directories to look for below the registry's, the longest first; at last "", the registry's own."""
+    parts = repository.split("/") if repository else []
+    return ["/".join(parts[:length]) for length in range(len(parts), -1, -1)]
+
+
+def is_below(repository: str, prefix: str) -> bool:
+    """Whether a repository is the one named by `prefix`, or below it; everything is below ""."""
+    return not prefix or repository == prefix or repository.startswith(f"{prefix}/")
 
 
 def namespace_of(directory: str) -> str:
@@ -192,8 +222,8 @@ def default_host(namespace: str, origin: str, tls: Tls | None = None) -> Host:
     return replace(host, downgrade_is_safe=untouched, insecure_credentials=untouched)
 
 
-def parse_hosts(document: Document, namespace: str, directory: str) -> HostsConfig:
-    """A hosts.toml. `directory` anchors relative paths of certificates.
+def parse_hosts(document: Document, namespace: str, directory: str, prefix: str = "") -> HostsConfig:
+    """A hosts.toml. `directory` anchors relative paths of certificates. `prefix`: of the repositories it is for, "" for all.
 
     Raises: InvalidArgument with file:line:column and the way out, for anything that is not exactly understood.
     """
@@ -210,11 +240,12 @@ def parse_hosts(document: Document, namespace: str, directory: str) -> HostsConf
         hosts.append(_server(document, namespace, directory, warnings))
     return HostsConfig(
         namespace=namespace,
-        hosts=() if blocked else tuple(hosts),
+        hosts=() if blocked else tuple(replace(host, prefix=prefix) for host in hosts),
         origin=document.name,
         directory=directory,
         blocked=f"{document.where('blocked')}: blocked = true" if blocked else "",
         warnings=tuple(warnings),
+        prefix=prefix,
     )
 
 
@@ -331,6 +362,7 @@ def _fields(document: Document, table: tuple[str, ...], directory: str) -> Host:
         capabilities=_capabilities(document, table),
         tls=_tls(document, table, directory),
         headers=_headers(document, table),
+        rewrite=_rewrite(document, table),
         dial_timeout=document.duration(*table, "dial_timeout"),
         proxy=_proxy(document, table),
         credentials=_credentials(document, table),
@@ -399,6 +431,16 @@ def _proxy(document: Document, table: tuple[str, ...]) -> str:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise document.error("proxy is not a URL", *table, "proxy", hint=f'use "http://proxy.example:3128" or "{DIRECT}"')
     return value
+
+
+def _rewrite(document: Document, table: tuple[str, ...]) -> str | None:
+    hint = 'e.g. rewrite = "hub/library": that takes the place of the prefix this file is for; "" leaves the prefix out'
+    value = document.get(*table, "rewrite")
+    if value is None:
+        return None
+    if isinstance(value, str) and (not value or is_repository(value)):
+        return value
+    raise document.error(f"{dotted((*table, 'rewrite'))} is not the start of a repository's name", *table, "rewrite", hint=hint)
 
 
 def _credentials(document: Document, table: tuple[str, ...]) -> str:

@@ -38,7 +38,6 @@ class RemoteRepository:
         self._operations = operations
         self._reference = reference
         self._credential = credential
-        self._name = reference.repository
 
     async def has_blob(self, digest: Digest) -> bool:
         """As Repository.has_blob."""
@@ -70,8 +69,8 @@ class RemoteRepository:
             raise InvalidArgument(f"the manifest has digest {digest}, not {target}", where=self._reference.name)
 
         async def push(endpoint: Endpoint) -> Descriptor:
-            ask = self._ask(
-                "PUT", f"/manifests/{target}", "pull,push", ok={200, 201, 202}, headers=(("Content-Type", media_type),), body=data
+            ask = _ask(
+                endpoint, "PUT", f"manifests/{target}", "pull,push", ok={200, 201, 202}, headers=(("Content-Type", media_type),), body=data
             )
             async with await endpoint.ask(ask) as response:
                 if (announced := announced_digest(response)) and announced != digest and announced.algorithm == digest.algorithm:
@@ -85,7 +84,7 @@ class RemoteRepository:
 
         async def collect(endpoint: Endpoint) -> list[str]:
             found: list[str] = []
-            async for page in self._pages(endpoint, self._ask("GET", "/tags/list", "pull", query=(("n", _PAGE),))):
+            async for page in self._pages(endpoint, _ask(endpoint, "GET", "tags/list", "pull", query=(("n", _PAGE),))):
                 names = page.get("tags") or []
                 if isinstance(names, list):
                     found += [name for name in names if isinstance(name, str)]
@@ -111,45 +110,28 @@ class RemoteRepository:
 
     async def delete(self, target: str) -> None:
         """As Repository.delete."""
-        await self._delete(f"/manifests/{target}", target)
+        await self._delete(f"manifests/{target}", target)
 
     async def delete_blob(self, digest: Digest) -> None:
         """As Repository.delete_blob."""
-        await self._delete(f"/blobs/{digest}", digest)
+        await self._delete(f"blobs/{digest}", digest)
 
     async def _push(self, action: Callable[[Endpoint], Awaitable[T]], what: str) -> T:
         """On the first host that takes pushes, and on no other: half an image here and half there helps nobody."""
         operation = await self._operations.operation(self._reference, self._credential)
         return await operation.failover(operation.endpoints(Capability.PUSH)[:1]).run(action, what)
 
-    def _ask(
-        self,
-        method: str,
-        path: str,
-        actions: str,
-        *,
-        ok: set[int] | None = None,
-        query: tuple[tuple[str, str], ...] = (),
-        headers: tuple[tuple[str, str], ...] = (),
-        body: bytes = b"",
-        also: tuple[str, ...] = (),
-    ) -> Ask:
-        full = path if path.startswith("http") else f"/{self._name}{path}"
-        scopes = (f"repository:{self._name}:{actions}", *also)
-        phase = "push" if "push" in actions else "fetch"
-        return Ask(method, full, phase, scopes, query, headers, frozenset(ok or {200}), body)
-
     async def _has_blob(self, endpoint: Endpoint, digest: Digest) -> bool:
-        async with await endpoint.ask(self._ask("HEAD", f"/blobs/{digest}", "pull,push", ok={200, 404})) as response:
+        async with await endpoint.ask(_ask(endpoint, "HEAD", f"blobs/{digest}", "pull,push", ok={200, 404})) as response:
             return response.status == 200
 
     async def _start(self, endpoint: Endpoint, digest: Digest, mount_from: str) -> str:
         """Open an upload session, or mount. Returns its URL, "" when the blob is there now."""
         query: tuple[tuple[str, str], ...] = ()
         also: tuple[str, ...] = ()
-        if mount_from:
-            query, also = (("mount", digest), ("from", mount_from)), (f"repository:{mount_from}:pull",)
-        ask = self._ask("POST", "/blobs/uploads/", "pull,push", ok={201, 202}, query=query, also=also)
+        if source := endpoint.host.repository(mount_from) if mount_from else "":
+            query, also = (("mount", digest), ("from", source)), (f"repository:{source}:pull",)
+        ask = _ask(endpoint, "POST", "blobs/uploads/", "pull,push", ok={201, 202}, query=query, also=also)
         async with await endpoint.ask(ask) as response:
             return "" if response.status == 201 else self._location(endpoint, response)
 
@@ -164,7 +146,8 @@ class RemoteRepository:
         offset, failures = 0, 0
         while offset < descriptor.size:
             count = min(chunk_size, descriptor.size - offset)
-            ask = self._ask(
+            ask = _ask(
+                endpoint,
                 "PATCH",
                 upload,
                 "pull,push",
@@ -183,7 +166,7 @@ class RemoteRepository:
         return upload
 
     async def _progress(self, endpoint: Endpoint, upload: str) -> tuple[str, int]:
-        async with await endpoint.ask(self._ask("GET", upload, "pull,push", ok={204})) as response:
+        async with await endpoint.ask(_ask(endpoint, "GET", upload, "pull,push", ok={204})) as response:
             match = _RANGE.fullmatch(response.headers.get("range").strip())
             # "0-0" stands for both nothing and one byte; nothing is the safe reading, the registry refuses an overlap.
             return self._location(endpoint, response), int(match[1]) + 1 if match and match[1] != "0" else 0
@@ -191,7 +174,7 @@ class RemoteRepository:
     async def _finish(self, endpoint: Endpoint, upload: str, descriptor: Descriptor, body: bytes | AsyncIterator[bytes]) -> None:
         parts = urlsplit(upload)
         url = parts._replace(query=urlencode([*parse_qsl(parts.query, keep_blank_values=True), ("digest", descriptor.digest)])).geturl()
-        ask = self._ask("PUT", url, "pull,push", ok={201, 202, 204}, headers=(("Content-Type", "application/octet-stream"),))
+        ask = _ask(endpoint, "PUT", url, "pull,push", ok={201, 202, 204}, headers=(("Content-Type", "application/octet-stream"),))
         if not isinstance(body, bytes):
             ask = replace(ask, body=body, length=descriptor.size)
         async with await endpoint.ask(ask):
@@ -200,7 +183,7 @@ class RemoteRepository:
     async def _from_api(self, endpoint: Endpoint, digest: Digest, artifact_type: str) -> list[Descriptor]:
         query = (("artifactType", artifact_type),) if artifact_type else ()
         found: list[Descriptor] = []
-        async for page in self._pages(endpoint, self._ask("GET", f"/referrers/{digest}", "pull", query=query)):
+        async for page in self._pages(endpoint, _ask(endpoint, "GET", f"referrers/{digest}", "pull", query=query)):
             manifests = page.get("manifests") or []
             if isinstance(manifests, list):
                 found += [Descriptor.from_json(entry, f"referrers of {digest}") for entry in manifests]
@@ -208,7 +191,7 @@ class RemoteRepository:
 
     async def _from_tag(self, endpoint: Endpoint, digest: Digest) -> list[Descriptor]:
         """The fallback of the specification: an index under the tag `sha256-<hex>`."""
-        ask = self._ask("GET", f"/manifests/{digest.replace(':', '-')}", "pull", ok={200, 404}, headers=(ACCEPT_HEADER,))
+        ask = _ask(endpoint, "GET", f"manifests/{digest.replace(':', '-')}", "pull", ok={200, 404}, headers=(ACCEPT_HEADER,))
         async with await endpoint.ask(ask) as response:
             if response.status == 404:
                 return []
@@ -235,10 +218,28 @@ class RemoteRepository:
 
     async def _delete(self, path: str, target: str) -> None:
         async def delete(endpoint: Endpoint) -> None:
-            async with await endpoint.ask(self._ask("DELETE", path, "delete,push", ok={200, 202, 204})):
+            async with await endpoint.ask(_ask(endpoint, "DELETE", path, "delete,push", ok={200, 202, 204})):
                 pass
 
         await self._push(delete, f"{target} not deleted")
+
+
+def _ask(
+    endpoint: Endpoint,
+    method: str,
+    path: str,
+    actions: str,
+    *,
+    ok: set[int] | None = None,
+    query: tuple[tuple[str, str], ...] = (),
+    headers: tuple[tuple[str, str], ...] = (),
+    body: bytes = b"",
+    also: tuple[str, ...] = (),
+) -> Ask:
+    full = path if path.startswith("http") else endpoint.path(path)
+    scopes = (endpoint.scope(actions), *also)
+    phase = "push" if "push" in actions else "fetch"
+    return Ask(method, full, phase, scopes, query, headers, frozenset(ok or {200}), body)
 
 
 def _trusted(response: Response, parse: Callable[[], T]) -> T:

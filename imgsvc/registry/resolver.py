@@ -41,7 +41,7 @@ async def resolve_at(endpoint: Endpoint, reference: Reference, book: HealthBook)
 
 async def _head(endpoint: Endpoint, reference: Reference) -> Resolved | None:
     """None when the answer is fine but says too little."""
-    async with await endpoint.ask(_ask("HEAD", reference)) as response:
+    async with await endpoint.ask(_ask("HEAD", endpoint, reference)) as response:
         check_is_manifest(response)
         digest = announced_digest(response)
         kind, length = media_type_of(response), response.headers.get("content-length")
@@ -57,7 +57,7 @@ async def _head(endpoint: Endpoint, reference: Reference) -> Resolved | None:
 
 
 async def _get(endpoint: Endpoint, reference: Reference, book: HealthBook) -> Resolved:
-    async with await endpoint.ask(_ask("GET", reference)) as response:
+    async with await endpoint.ask(_ask("GET", endpoint, reference)) as response:
         check_is_manifest(response)
         body = await read_document(response, MAX_DOCUMENT)
         algorithm = reference.digest.algorithm if reference.digest else "sha256"
@@ -84,11 +84,6 @@ def _check_digest(response: Response, digest: Digest | None, reference: Referenc
         raise lied(response, f"{digest} was answered for {reference.digest}")
 
 
-def _ask(method: str, reference: Reference) -> Ask:
-    return Ask(
-        method,
-        f"/{reference.repository}/manifests/{reference.target}",
-        "resolve",
-        scopes=(f"repository:{reference.repository}:pull",),
-        headers=(ACCEPT_HEADER,),
-    )
+def _ask(method: str, endpoint: Endpoint, reference: Reference) -> Ask:
+    path = endpoint.path(f"manifests/{reference.target}")
+    return Ask(method, path, "resolve", scopes=(endpoint.scope(),), headers=(ACCEPT_HEADER,))

@@ -97,6 +97,16 @@ class MemorySink:
         return Digest.of(bytes(self.data))
 
 
+class Bytes:
+    """A BlobReader."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    async def read_at(self, offset: int, count: int) -> bytes:
+        return self._data[offset : offset + count]
+
+
 def noise(size: int, seed: int = 0) -> bytes:
     """Bytes that no compression or coincidence makes equal."""
     return random.Random(seed).randbytes(size)

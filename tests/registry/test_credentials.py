@@ -32,7 +32,7 @@ def program(directory: Path, name: str, script: str) -> Path:
 
 
 def find(settings: CredentialSettings, registry: str, repository: str = "app", directory: str = "") -> Credential | None:
-    return run(NodeCredentials(settings).find(registry, repository, directory=directory))
+    return run(NodeCredentials(settings).find(registry, repository, directories=(directory,) if directory else ()))
 
 
 def secret_file(path: Path, text: str) -> Path:
@@ -115,12 +115,12 @@ def test_credentials_of_a_directory_may_be_named_and_kept_in_files(tmp_path: Pat
     secret_file(tmp_path / "pw", "from-file\n")
     secret_file(tmp_path / "credentials.toml", '[robot]\nusername = "r"\npassword_file = "pw"\n[ci]\nidentity_token = "t"\n')
     node = NodeCredentials(CredentialSettings())
-    robot = run(node.named("robot", str(tmp_path)))
+    robot = run(node.named("robot", (str(tmp_path),)))
     assert (robot.username, robot.password) == ("r", "from-file")
     assert robot.source == f"{tmp_path}/credentials.toml:1:2"
-    assert run(node.named("ci", str(tmp_path))).identity_token == "t"
+    assert run(node.named("ci", (str(tmp_path),))).identity_token == "t"
     with pytest.raises(InvalidArgument):
-        run(node.named("absent", str(tmp_path)))
+        run(node.named("absent", (str(tmp_path),)))
 
 
 @pytest.mark.parametrize(
@@ -283,18 +283,18 @@ def test_kubelet_plugins(tmp_path: Path) -> None:
     node = NodeCredentials(provider_settings(tmp_path, response(tmp_path, "Registry", "1h")))
 
     async def main() -> None:
-        found = await node.find("r.test", "team/app", directory="")
+        found = await node.find("r.test", "team/app", directories=())
         assert found is not None
         assert (found.username, found.password, found.host) == ("u", "p", "r.test")
         assert json.loads((tmp_path / "asked").read_text())["image"] == "r.test/team/app"
         assert (tmp_path / "env").read_text() == "eu --x\n"
-        await node.find("r.test", "team/other", directory="")
+        await node.find("r.test", "team/other", directories=())
         assert (tmp_path / "runs").read_text().count("run") == 1, "cached for the registry"
-        await node.find("s.test", "team/other", directory="")
+        await node.find("s.test", "team/other", directories=())
         assert (tmp_path / "runs").read_text().count("run") == 2
-        await node.find("r.test", "team/app", directory="", renew=True)
+        await node.find("r.test", "team/app", directories=(), renew=True)
         assert (tmp_path / "runs").read_text().count("run") == 3, "asked anew when the last one was refused"
-        assert await node.find("quay.io", "app", directory="") is None
+        assert await node.find("quay.io", "app", directories=()) is None
 
     run(main())
 
@@ -304,10 +304,10 @@ def test_a4_2_a_plugins_answer_is_kept_only_as_long_as_it_says(tmp_path: Path) -
 
     async def main() -> None:
         for _ in range(2):
-            await node.find("r.test", "app", directory="")
+            await node.find("r.test", "app", directories=())
         assert (tmp_path / "runs").read_text().count("run") == 1
         await asyncio.sleep(0.12)
-        await node.find("r.test", "app", directory="")
+        await node.find("r.test", "app", directories=())
         assert (tmp_path / "runs").read_text().count("run") == 2
 
     run(main())

@@ -67,6 +67,12 @@ def explained(root: Path, reference: str, environ: dict[str, str] | None = None)
         ),
         ("registry.k8s.io/pause:3.10", ["http://registry.inside.example:5000/v2/pause/manifests/3.10?ns=registry.k8s.io"]),
         ("internal.example/app", []),
+        ("hub.partner.example/app", []),
+        ("hub.partner.example/toolsmith/app", []),
+        (
+            "hub.partner.example/tools/lint:2",
+            ["https://mirror.corp.example/v2/partner-tools/lint/manifests/2?ns=hub.partner.example"],
+        ),
     ],
 )
 def test_which_urls_are_asked_in_which_order(root: Path, reference: str, urls: list[str]) -> None:
@@ -81,7 +87,7 @@ def test_which_urls_are_asked_in_which_order(root: Path, reference: str, urls: l
 
 
 def test_every_example_is_covered() -> None:
-    directories = {path.parent.name for path in EXAMPLES.glob("*/hosts.toml")}
+    directories = {str(path.parent.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("hosts.toml")}
     assert directories == {
         "docker.io",
         "registry.corp.example_5000_",
@@ -90,8 +96,10 @@ def test_every_example_is_covered() -> None:
         "ghcr.io",
         "_default",
         "internal.example",
+        "*.partner.example",
+        "*.partner.example/tools",
     }
-    assert all(f"`{name}/`" in (EXAMPLES / "README.md").read_text() for name in directories)
+    assert all(f"`{name.partition('/')[0]}/`" in (EXAMPLES / "README.md").read_text() for name in directories)
 
 
 def test_credentials_tls_and_proxies_are_named_never_shown(root: Path) -> None:
@@ -129,6 +137,14 @@ def test_the_output_for_people_and_for_programs(root: Path) -> None:
         "warnings",
         "problem",
     }
+
+
+def test_a2_9_what_decides_and_what_does_not_is_said(root: Path) -> None:
+    text = "\n".join(render(explained(root, "hub.partner.example/tools/lint:2")))
+    assert "*.partner.example/tools/hosts.toml:7:7" in text
+    assert "*.partner.example/tools: used, for hub.partner.example/tools and below" in text
+    assert f"*.partner.example: not read: {root}/*.partner.example/tools is more specific" in text
+    assert f"blocked ({root}/*.partner.example/hosts.toml:2:1" in explained(root, "hub.partner.example/app").problem
 
 
 def test_a_wrong_file_is_explained_too(root: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.errors import ImgsvcError, InvalidArgument
+from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument
 from imgsvc.registry.hostdirs import HostDirectories, split_config_path
 from imgsvc.registry.legacy import parse_legacy
 from tests.registry.support import hosts_d
@@ -43,6 +43,61 @@ def test_the_first_root_wins_and_the_other_is_named(tmp_path: Path) -> None:
     config, searched = HostDirectories((str(first), str(second))).search("docker.io")
     assert config.hosts[0].url == "https://first/v2"
     assert any(place.path == str(second / "docker.io") and "not read" in place.outcome for place in searched)
+
+
+def origin(root: Path, reference: str) -> str:
+    """The directory whose file decides about a reference, below `root`."""
+    namespace, _, repository = reference.partition("/")
+    config, searched = HostDirectories((str(root),)).search(namespace, repository)
+    assert [place.path for place in searched if place.outcome.startswith("used")] == [config.directory]
+    return os.path.relpath(config.directory, root)
+
+
+def test_a2_9_the_longest_prefix_of_the_repository_that_has_a_file_decides(tmp_path: Path) -> None:
+    for name in ("r.test", "r.test/org", "r.test/org/team/app", "_default"):
+        hosts_d(tmp_path, {name: FILE.format("x")})
+    assert origin(tmp_path, "r.test/other") == "r.test"
+    assert origin(tmp_path, "r.test/organic/app") == "r.test"
+    assert origin(tmp_path, "r.test/org") == "r.test/org"
+    assert origin(tmp_path, "r.test/org/team/other") == "r.test/org"
+    assert origin(tmp_path, "r.test/org/team/app") == "r.test/org/team/app"
+    assert origin(tmp_path, "r.test/org/team/app/sub") == "r.test/org/team/app"
+    assert origin(tmp_path, "s.test/org/team/app") == "_default"
+    _, searched = HostDirectories((str(tmp_path),)).search("r.test", "org/team/app")
+    told = {place.path.removeprefix(f"{tmp_path}/"): place.outcome for place in searched}
+    assert told["r.test/org/team/app"] == "used, for r.test/org/team/app and below"
+    assert "has no hosts.toml" in told["r.test/org/team"]
+    assert all("more specific" in told[name] for name in ("r.test/org", "r.test"))
+    assert HostDirectories((str(tmp_path),)).namespaces() == [("r.test", ""), ("r.test", "org"), ("r.test", "org/team/app")]
+
+
+def test_a2_9_all_but_one_prefix_can_be_blocked_and_one_prefix_too(tmp_path: Path) -> None:
+    hosts_d(tmp_path, {"*.a.test": "blocked = true", "*.a.test/open": "", "b.test": "", "b.test/evil": "blocked = true"})
+    (tmp_path / "*.a.test" / "open" / "hosts.toml").write_text("# the registry itself\n")
+    directories = HostDirectories((str(tmp_path),))
+    assert directories.lookup("x.a.test", "open/app").hosts[0].url == "https://x.a.test/v2"
+    for namespace, repository, file in (("x.a.test", "opening/app", "*.a.test"), ("b.test", "evil/app", "b.test/evil")):
+        with pytest.raises(FailedPrecondition, match="is blocked") as caught:
+            directories.lookup(namespace, repository)
+        assert caught.value.where == f"{tmp_path}/{file}/hosts.toml:1:1"
+    assert not directories.lookup("b.test", "good/app").warnings, "a directory of prefixes needs no file of its own"
+
+
+def test_a2_9_nothing_left_of_a_name_is_an_error(tmp_path: Path) -> None:
+    hosts_d(tmp_path, {"r.test/app": '[host."https://m"]\nrewrite = ""\n'})
+    directories = HostDirectories((str(tmp_path),))
+    assert directories.lookup("r.test", "app/sub").hosts[0].repository("app/sub") == "sub"
+    with pytest.raises(InvalidArgument) as caught:
+        directories.lookup("r.test", "app")
+    assert caught.value.where == f"{tmp_path}/r.test/app/hosts.toml:1:7"
+
+
+def test_a_wrong_file_of_a_prefix_is_no_reason_to_take_the_registrys(tmp_path: Path) -> None:
+    hosts_d(tmp_path, {"r.test": FILE.format("x"), "r.test/org": "server = 1\n"})
+    directories = HostDirectories((str(tmp_path),))
+    with pytest.raises(InvalidArgument, match="expected a string"):
+        directories.lookup("r.test", "org/app")
+    assert directories.lookup("r.test", "other").hosts[0].url == "https://x/v2"
 
 
 def test_config_path_is_a_list() -> None:

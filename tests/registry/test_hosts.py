@@ -27,8 +27,8 @@ from imgsvc.tomlfile import loads
 DIR = "/etc/x/docker.io"
 
 
-def parse(text: str, namespace: str = "docker.io") -> HostsConfig:
-    return parse_hosts(loads(text, "hosts.toml"), namespace, DIR)
+def parse(text: str, namespace: str = "docker.io", prefix: str = "") -> HostsConfig:
+    return parse_hosts(loads(text, "hosts.toml"), namespace, f"{DIR}/{prefix}".rstrip("/"), prefix)
 
 
 def urls(text: str, namespace: str = "docker.io") -> list[str]:
@@ -152,7 +152,7 @@ def test_a2_8_urls_are_checked(url: str) -> None:
         ("[host.x]\nserver = 'y'", "inside a [host] table"),
         ("[host.x]\nplain_http = true", "unknown key"),
         ("auth = 'x'", "unknown key"),
-        ("rewrite = 'x'", "unknown key"),
+        ("rewrites = 'x'", "unknown key"),
         ("fallback = false", "no host to ask"),
         ("fallback = false\nserver = 'https://x'", "contradict"),
     ],
@@ -224,6 +224,39 @@ def test_our_additions() -> None:
     assert trusted_token_hosts(host) == {"m", "auth.m"}
     assert parse("blocked = true").blocked.startswith("hosts.toml:1:1")
     assert not parse("blocked = true").hosts
+
+
+@pytest.mark.parametrize(
+    "prefix, rewrite, name, asked",
+    [
+        ("", None, "library/nginx", "library/nginx"),
+        ("", "hub", "library/nginx", "hub/library/nginx"),
+        ("", "", "library/nginx", "library/nginx"),
+        ("library", None, "library/nginx", "library/nginx"),
+        ("library", "hub/official", "library/nginx", "hub/official/nginx"),
+        ("library", "", "library/nginx", "nginx"),
+        ("org/app", "team/app-mirror", "org/app", "team/app-mirror"),
+        ("org/app", "team", "org/app/sub", "team/sub"),
+        ("org/app", "", "org/app", ""),
+        ("org/app", "team", "org/application", ""),
+    ],
+)
+def test_a2_9_rewrite_takes_the_place_of_the_files_prefix(prefix: str, rewrite: str | None, name: str, asked: str) -> None:
+    line = "" if rewrite is None else f'rewrite = "{rewrite}"\n'
+    table, server = parse(f'{line}[host."https://m"]\n{line}', prefix=prefix).hosts
+    assert table.repository(name) == server.repository(name) == asked
+
+
+@pytest.mark.parametrize("value", ["'/x'", "'x/'", "'a//b'", "'Upper'", "'../x'", "'^(.*)$'", "['x']", "true", "{'^(.*)$' = 'm/$1'}"])
+def test_a2_9_rewrite_is_the_start_of_a_repositorys_name(value: str) -> None:
+    error = refusal(f"[host.x]\nrewrite = {value}")
+    assert error.where == "hosts.toml:2:1"
+    assert "rewrite = " in error.hint
+
+
+def test_credentials_files_above_count_down_to_the_registrys() -> None:
+    assert parse("").directories == (DIR,)
+    assert parse("", prefix="org/app").directories == (f"{DIR}/org/app", f"{DIR}/org", DIR)
 
 
 def test_credentials_go_to_the_namespaces_own_host_by_default() -> None:

@@ -29,21 +29,11 @@ from tests.registry.real import (
     nginx_registry,
     token_registry,
 )
-from tests.registry.support import MemorySink, blob, client_for, fails, hosts_d, image_of, noise, pull, run
+from tests.registry.support import Bytes, MemorySink, blob, client_for, fails, hosts_d, image_of, noise, pull, run
 from tests.support.images import BuiltDocument, descriptor
 
 pytestmark = pytest.mark.compat
 ROBOT = Credential("CRI request", USER, PASSWORD)
-
-
-class Bytes:
-    """A BlobReader."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    async def read_at(self, offset: int, count: int) -> bytes:
-        return self._data[offset : offset + count]
 
 
 async def push(repository: Repository, image: BuiltDocument, tag: str = "latest", chunk_size: int = 0) -> Descriptor:

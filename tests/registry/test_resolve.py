@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from imgsvc.oci import OCI_MANIFEST
 from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import Credential, PullFailed
 from tests.fakes.registry import FakeRegistry, Reply, Request
-from tests.registry.support import client_for, fails, hosts_d, image_of, pull, run
+from tests.registry.support import Bytes, blob, client_for, fails, hosts_d, image_of, pull, run
 
 BUSYBOX = Reference.parse("busybox")
 
@@ -50,6 +51,28 @@ def test_a3_5_ns_goes_to_mirrors_only_and_can_be_switched_off(tmp_path: Path) ->
             assert told.requests[0].query["ns"] == [own.address]
             assert own.requests
             assert not any("ns" in request.query for request in own.requests)
+
+    run(main())
+
+
+def test_a2_9_a_rewritten_repository_is_pulled_pushed_and_named_in_scopes(tmp_path: Path) -> None:
+    async def main() -> None:
+        with FakeRegistry() as mirror:
+            mirror.add(image_of(b"1", b"2"), "hub/official/app")
+            mirror.rule(mirror.on("/uploads/", Reply(201)))
+            mirror.rule(mirror.on("/token", Reply(200, body=b'{"token": "t"}')))
+            challenge = {"WWW-Authenticate": f'Bearer realm="{mirror.url}/token",service="s"'}
+            mirror.rule(lambda request: None if request.authorization or "/token" in request.path else Reply(401, challenge))
+            text = f'server = "{mirror.url}"\nrewrite = "hub/official"\n'
+            hosts_d(tmp_path, {"r.test/library": text})
+            async with client_for(tmp_path) as client:
+                await pull(client, "r.test/library/app")
+                repository = client.repository(Reference.parse("r.test/library/copy"))
+                assert not await repository.push_blob(blob(b"new"), Bytes(b"new"), mount_from="library/app"), "mounted"
+            assert {r.path for r in mirror.seen("manifests", "HEAD")} == {"/v2/hub/official/app/manifests/latest"}
+            assert not mirror.seen("library")
+            assert {r.query["scope"][0] for r in mirror.seen("/token")} >= {"repository:hub/official/app:pull"}
+            assert mirror.seen("uploads", "POST")[0].query["from"] == ["hub/official/app"]
 
     run(main())
 
@@ -391,11 +414,11 @@ def test_helpers_are_asked_once_per_pull(tmp_path: Path) -> None:
     class Counting:
         asked = 0
 
-        async def find(self, registry: str, repository: str, *, directory: str, renew: bool = False) -> Credential | None:
+        async def find(self, registry: str, repository: str, *, directories: Sequence[str], renew: bool = False) -> Credential | None:
             self.asked += 1
             return Credential("test", "u", "p")
 
-        async def named(self, name: str, directory: str) -> Credential:
+        async def named(self, name: str, directories: Sequence[str]) -> Credential:
             raise NotImplementedError
 
     async def main() -> None:
