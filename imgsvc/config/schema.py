@@ -130,6 +130,7 @@ class Handler:
     snapshotter: str = ""
     cni_conf_dir: str = ""
     cni_max_conf_num: int = 0
+    sandboxer: str = ""  # "shim": the shim makes its pods, by the sandbox API; "", "podsandbox": we do
 
 
 @dataclass(frozen=True, slots=True)

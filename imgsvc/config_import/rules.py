@@ -165,6 +165,14 @@ def _runtime_path(key: Key) -> Verdict:
     return _runtime("path")(key)
 
 
+def _sandboxer(key: Key) -> Verdict:
+    if key.value in ("", "podsandbox"):
+        return _na("the default")
+    if key.value != "shim" or key.sibling("runtime_type") in RUNC:
+        return _refuse(f'sandboxer "{key.value}"', "only a shim that makes its own pods, kata's say, can be a sandboxer")
+    return _runtime("sandboxer")(key)
+
+
 def _runtime_option(key: Key) -> Verdict:
     """Options of runc's shim one by one; those of other shims are theirs and go along whole."""
     name, runtime = key.keys[-1], key.keys[-3]
@@ -212,8 +220,8 @@ def _nested_runtimes(pattern: str) -> list[tuple[Path, Rule]]:
         "cni_conf_dir": _runtime("cni_conf_dir"),
         "cni_max_conf_num": _runtime("cni_max_conf_num"),
         "snapshotter": _runtime("snapshotter"),
-        "sandboxer": only(("", "podsandbox"), "pods are kept by imgsvc itself", "use a shim that makes its own pods"),
-        "sandbox_mode": only(("", "podsandbox"), "pods are kept by imgsvc itself", "use a shim that makes its own pods"),
+        "sandboxer": _sandboxer,
+        "sandbox_mode": _sandboxer,
         "io_type": only(("", "fifo"), "standard streams are pipes", "drop it"),
         "runtime_engine": only(("",), "gone since containerd 1.3", "set runtimes.NAME.path"),
         "runtime_root": only(("",), "gone since containerd 1.3", "set runtimes.NAME.options.Root"),

@@ -7,6 +7,7 @@
     stats, metrics, events
                           numbers for the kubelet; fan-out of container events
     checkpoint, criu      a running container's state in an archive; whether criu works here
+    holder                what holds a pod beyond its namespaces: a pause process, or its shim
     recovery              what a restarted daemon, or a rebooted node, does with what it finds
     ---------------------------------------------------------------------------------------------
     model, state, records what CRI asks for; what state a record is in (derived, never stored); versioned records

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from imgsvc.errors import ImgsvcError
+from imgsvc.errors import ImgsvcError, InvalidArgument, printable
 from imgsvc.runtime.interfaces import OCIRuntime
 from imgsvc.runtime.monitor import MonitorPaths
 from imgsvc.runtime.oci_runtime import OCICommand
@@ -33,6 +33,10 @@ async def start_handlers(settings: RuntimeSettings, paths: MonitorPaths, reaper:
 
 def build_handler(handler: HandlerSettings, settings: RuntimeSettings, paths: MonitorPaths, reaper: Reaper) -> OCIRuntime:
     """The implementation for a handler's type. Raises: InvalidArgument."""
+    if handler.sandboxer not in ("", "podsandbox", "shim"):
+        raise InvalidArgument(f'no sandboxer "{printable(handler.sandboxer, 40)}"', hint="use podsandbox or shim")
+    if handler.type == "oci" and handler.sandboxer == "shim":
+        raise InvalidArgument('sandboxer = "shim" needs a shim', hint="set the handler's type to io.containerd.NAME.vN")
     if handler.type != "oci":
         return ShimRuntime(handler, settings, paths.bundles)
     return OCICommand(handler, settings, paths, reaper)

@@ -11,6 +11,7 @@ from imgsvc.errors import ImgsvcError
 from imgsvc.oci import Digest, ImageConfig
 from imgsvc.runtime.model import PodSandboxConfig
 from imgsvc.runtime.streaming.interfaces import CommandTarget
+from imgsvc.runtime.usage import Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +102,48 @@ class ExecResult:
     exit_code: int
 
 
+@dataclass(frozen=True, slots=True)
+class NewPod:
+    """A pod that its handler makes itself. netns: its pinned network namespace, "" for the host's."""
+
+    sandbox_id: str
+    config: PodSandboxConfig
+    netns: str
+    annotations: Mapping[str, str]
+
+
+class PodRuntime(Protocol):
+    """What a handler can do whose pods are more than namespaces: a virtual machine each, say."""
+
+    async def run_pod(self, pod: NewPod) -> int:
+        """Make and start a pod; the pid it names on this node, 0 for none. On failure nothing stays.
+
+        Raises: Unimplemented (it makes no pods), FailedPrecondition, Unavailable.
+        """
+
+    async def wait_pod(self, sandbox_id: str) -> None:
+        """Until the pod has ended, or what serves it has died or does not answer; also for a pod of an earlier daemon."""
+
+    async def end_pod(self, sandbox_id: str) -> None:
+        """End a pod and what serves it. Gone already is a success."""
+
+    async def pod_info(self, sandbox_id: str) -> Mapping[str, Any]:
+        """For PodSandboxStatus(verbose)."""
+
+    async def pod_usage(self, sandbox_id: str) -> Usage | None:
+        """What the pod has used; None when it does not say."""
+
+
 class OCIRuntime(Protocol):
     """One runtime handler. Container IDs are ours; the bundle directory is STATE/containers/ID."""
 
     @property
     def features(self) -> HandlerFeatures:
         """What it can do here; found by start()."""
+
+    @property
+    def pods(self) -> PodRuntime | None:
+        """Its way to make pods itself; None when it has none."""
 
     async def start(self) -> None:
         """Find the programs, test them. Raises: NotFound, FailedPrecondition."""
@@ -134,6 +171,9 @@ class OCIRuntime(Protocol):
 
     async def delete(self, container_id: str) -> None:
         """Kill what still runs and remove the runtime's state, cgroup and monitor. Absent is a success."""
+
+    async def usage(self, container_id: str) -> Usage | None:
+        """What a container has used that has no cgroup on this node; None when nobody can tell."""
 
     async def update(self, container_id: str, resources: Mapping[str, Any]) -> None:
         """Change limits: an OCI `linux.resources` object. Raises: FailedPrecondition."""

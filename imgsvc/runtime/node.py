@@ -86,6 +86,7 @@ class RuntimeNode:
 
     async def close(self) -> None:
         """Stop watching. Pods keep running."""
+        await self.sandboxes.close()
         await self.containers.close()
         for handler in self.core.handlers.values():
             await handler.close()
@@ -137,11 +138,11 @@ class RuntimeNode:
             "cni": dict(core.network.describe()),
         }
 
-    def describe_sandbox(self, record: SandboxRecord) -> dict[str, str]:
+    async def describe_sandbox(self, record: SandboxRecord) -> dict[str, str]:
         """For PodSandboxStatus(verbose)."""
         pins = self.core.paths.pins(record.id)
         linux = record.config.linux
-        info = {
+        info: dict[str, Any] = {
             "pid": record.pause_pid,
             "handler": record.handler,
             "namespaces": str(pins),
@@ -150,6 +151,10 @@ class RuntimeNode:
             "overhead": to_json(linux.overhead) if linux.overhead else None,
             "resources": to_json(linux.resources) if linux.resources else None,
         }
+        handler = self.core.handlers.get(record.handler)
+        if record.sandboxer and handler and handler.pods:
+            info["sandboxer"] = record.sandboxer
+            info["shim"] = dict(await handler.pods.pod_info(record.id))
         return {"info": json.dumps(info)}
 
     def describe_container(self, record: ContainerRecord) -> dict[str, str]:

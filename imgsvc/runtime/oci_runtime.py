@@ -55,6 +55,11 @@ class OCICommand:
         return self._features
 
     @property
+    def pods(self) -> None:
+        """None: its pods are namespaces and, where one is needed, a pause process."""
+        return None
+
+    @property
     def program(self) -> str:
         """Path of the runtime CLI."""
         return self._program
@@ -186,6 +191,9 @@ class OCICommand:
         if done.status and "does not exist" not in done.stderr.decode(errors="replace"):
             self._require(done, "delete")
         await self._monitor.gone(container_id)
+
+    async def usage(self, container_id: str) -> None:
+        """None: every container has its cgroup here."""
 
     async def update(self, container_id: str, resources: Mapping[str, Any]) -> None:
         """See OCIRuntime."""

@@ -15,7 +15,7 @@ from dataclasses import replace
 from imgsvc.errors import ImgsvcError
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core
-from imgsvc.runtime.exits import UNKNOWN_EXIT, now_ns
+from imgsvc.runtime.exits import UNKNOWN_EXIT, alive, now_ns
 from imgsvc.runtime.interfaces import Exit
 from imgsvc.runtime.model import NamespaceMode
 from imgsvc.runtime.namespaces import pinned
@@ -30,7 +30,6 @@ async def recover(core: Core, sandboxes: Sandboxes, containers: Containers) -> N
     """Bring records and node into agreement. Failures are logged and tried again at the next start."""
     for container in list(core.records.containers.values()):
         await _tolerate(_container(core, containers, container), f"container {container.id}")
-    sandboxes.watch_pauses()
     for sandbox in list(core.records.sandboxes.values()):
         await _tolerate(_sandbox(core, sandboxes, sandbox), f"pod sandbox {sandbox.id}")
     await asyncio.to_thread(_sweep_directories, core)
@@ -64,13 +63,19 @@ async def _sandbox(core: Core, sandboxes: Sandboxes, record: SandboxRecord) -> N
         log.warning("pod sandbox %s was half-made when the daemon died; it is removed", record.id)
         await sandboxes.roll_back(record)
         return
-    lost = record.boot_id != core.boot_id or not _pins_there(core, record)
+    lost = record.boot_id != core.boot_id or not _pins_there(core, record) or _pause_ended(record)
     if not record.stopped_at and lost:
         log.warning("pod sandbox %s did not survive; it is not ready any more", record.id)
         await durable(core.records.put_sandbox(replace(record, stopped_at=now_ns())))
         await sandboxes.stop(record.id)
-    elif record.stopped_at and record.network:
+    elif not record.stopped_at:
+        sandboxes.watch(record)
+    elif record.network:
         await sandboxes.stop(record.id)
+
+
+def _pause_ended(record: SandboxRecord) -> bool:
+    return bool(record.pause_pid) and not record.sandboxer and not alive(record.pause_pid, record.pause_start)
 
 
 def _pins_there(core: Core, record: SandboxRecord) -> bool:

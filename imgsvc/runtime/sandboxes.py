@@ -1,6 +1,6 @@
 """The life of a pod sandbox.
 
-Run: record, namespaces, files, network, pause process (only for a shared PID namespace), done. Each step that has
+Run: record, namespaces, files, network, what else holds it (holder.py), done. Each step that has
 succeeded leaves its undoing on a stack; a failure or a caller that leaves runs the stack backwards.
 Stop and remove go on where an earlier, interrupted one ended; both may be repeated, and are, by recovery.
 """
@@ -8,35 +8,26 @@ Stop and remove go on where an earlier, interrupted one ended; both may be repea
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import shutil
-import signal
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Final
 
 from imgsvc.errors import FailedPrecondition, ImgsvcError
 from imgsvc.failpoints import afailpoint
-from imgsvc.runtime import cgroups, kernel, podfiles, podlimits, spec, validate
+from imgsvc.runtime import cgroups, kernel, podfiles, podlimits, validate
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType
-from imgsvc.runtime.exits import alive, now_ns, process_gone, start_time
+from imgsvc.runtime.exits import now_ns
+from imgsvc.runtime.holder import Holders
 from imgsvc.runtime.model import LinuxContainerResources, NamespaceMode, PodSandboxConfig
 from imgsvc.runtime.namespaces import NamespacePlan, pin, pinned, unpin
-from imgsvc.runtime.pause import write_pause
 from imgsvc.runtime.records import SandboxRecord, durable, sandbox_name
-from imgsvc.runtime.rootfs import remove_bundle
-from imgsvc.runtime.seccomp_profile import default_profile
 from imgsvc.runtime.state import require_ready
 
 log = logging.getLogger(__name__)
-
-_PAUSE_OOM_SCORE: Final = -998  # the last of the pod to be killed
-_PAUSE_USER: Final = 65535
 
 
 class Sandboxes:
@@ -45,6 +36,7 @@ class Sandboxes:
     def __init__(self, core: Core, containers: Containers) -> None:
         self._core = core
         self._containers = containers
+        self._holders = Holders(core, self._lost)
 
     async def run(self, config: PodSandboxConfig, runtime_handler: str) -> SandboxRecord:
         """A new, ready sandbox. On failure nothing of it stays.
@@ -64,6 +56,7 @@ class Sandboxes:
             boot_id=core.boot_id,
             created_at=now_ns(),
             network=config.namespaces.network != NamespaceMode.NODE,
+            sandboxer="shim" if core.handler_settings(handler).sandboxer == "shim" else "",
         )
         core.records.reserve(sandbox_name(config), record.id)
         try:
@@ -103,13 +96,12 @@ class Sandboxes:
                 cgroup_path=parent,
             )
         await afailpoint("sandbox.network")
-        pause = 0
-        if config.namespaces.pid == NamespaceMode.POD or core.handler(record.handler).features.needs_pause:
-            undo.push_async_callback(self._end_pause, record)
-            pause = await self._start_pause(record)
+        undo.push_async_callback(self._holders.end, record)
+        held = await self._holders.start(record)
         await afailpoint("sandbox.pause")
-        ready = replace(record, ips=ips, pause_pid=pause, pause_start=start_time(pause) if pause else 0, started_at=now_ns())
+        ready = replace(held, ips=ips, started_at=now_ns())
         await durable(core.records.put_sandbox(ready))
+        self._holders.watch(ready)
         return ready
 
     def _prepare(self, record: SandboxRecord) -> None:
@@ -134,54 +126,6 @@ class Sandboxes:
             defaults["net.ipv4.ping_group_range"] = "0 2147483647"
         return defaults | {k.replace("/", "."): v for k, v in config.linux.sysctls.items()}
 
-    async def _start_pause(self, record: SandboxRecord) -> int:
-        core = self._core
-        bundle = core.paths.bundle(record.id)
-        await asyncio.to_thread(self._write_pause_bundle, record, bundle)
-        return await core.handler(record.handler).start_pause(record.id, bundle)
-
-    def _write_pause_bundle(self, record: SandboxRecord, bundle: Path) -> None:
-        write_pause(bundle / "rootfs")
-        if record.config.namespaces.user:
-            owner = record.config.namespaces.user.uids[0].host_id
-            os.chown(bundle / "rootfs", owner, owner)
-        (bundle / "config.json").write_text(json.dumps(self._pause_spec(record)))
-
-    def _pause_spec(self, record: SandboxRecord) -> dict[str, Any]:
-        core, config = self._core, record.config
-        systemd = core.settings.cgroup_driver == "systemd"
-        pins = core.paths.pins(record.id)
-        joined = {"network": "net", "uts": "uts", "ipc": "ipc", "user": "user"}
-        namespaces = [{"type": "pid"}, {"type": "mount"}]
-        namespaces += [{"type": kind, "path": str(pins / name)} for kind, name in joined.items() if pinned(pins, name)]
-        linux: dict[str, Any] = {
-            "namespaces": namespaces,
-            "cgroupsPath": cgroups.runtime_path(config.linux.cgroup_parent, record.id, record.id, systemd=systemd),
-        }
-        if core.host.seccomp:
-            linux["seccomp"] = default_profile(frozenset())
-        if user := config.namespaces.user:
-            for name, mappings in (("uidMappings", user.uids), ("gidMappings", user.gids)):
-                linux[name] = [{"containerID": m.container_id, "hostID": m.host_id, "size": m.length} for m in mappings]
-        nobody = _PAUSE_USER if not config.namespaces.user else min(_PAUSE_USER, config.namespaces.user.uids[0].length - 1)
-        return {
-            "ociVersion": spec.OCI_VERSION,
-            "process": {
-                "args": ["/pause"],
-                "cwd": "/",
-                "user": {"uid": nobody, "gid": nobody},
-                "noNewPrivileges": True,
-                "oomScoreAdj": spec.oom_score(_PAUSE_OOM_SCORE, core.host, restrict=False),
-            },
-            "root": {"path": "rootfs", "readonly": True},
-            "mounts": [
-                {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
-                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "noexec", "mode=755", "size=64k"]},
-            ],
-            "annotations": {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": record.id},
-            "linux": linux,
-        }
-
     async def stop(self, sandbox_id: str) -> None:
         """End everything of a pod; its record stays, NOTREADY. Unknown and stopped already are successes.
 
@@ -202,10 +146,10 @@ class Sandboxes:
 
     async def _stop_locked(self, sandbox_id: str) -> None:
         record = self._core.records.sandboxes.get(sandbox_id)
-        if record is None or (record.stopped_at and not record.network):
+        if record is None or (record.stopped_at and not record.network and not self._core.paths.sandbox(sandbox_id).exists()):
             return
         await self._containers.end_all(sandbox_id)
-        await self._end_pause(record)
+        await self._holders.end(record)
         problem: ImgsvcError | None = None
         try:
             await self._detach(record)
@@ -254,20 +198,29 @@ class Sandboxes:
 
     async def roll_back(self, record: SandboxRecord) -> None:
         """Undo a sandbox that never became ready (recovery)."""
-        await self._end_pause(record)
+        await self._holders.end(record)
         await self._detach(record)
         await self._release(record)
         await self._forget(record)
 
-    async def _end_pause(self, record: SandboxRecord) -> None:
-        if alive(record.pause_pid, record.pause_start):
-            os.kill(record.pause_pid, signal.SIGKILL)
-            await process_gone(record.pause_pid, record.pause_start)
-        bundle = self._core.paths.bundle(record.id)
-        if bundle.exists():
-            if record.handler in self._core.handlers:  # it may have left the configuration
-                await self._core.handler(record.handler).delete(record.id)
-            await asyncio.to_thread(remove_bundle, bundle)
+    async def _lost(self, sandbox_id: str) -> None:
+        """What held the pod has ended by itself. Its network stays until the pod is stopped."""
+        core = self._core
+        async with core.locks.hold(sandbox_id):
+            record = core.records.sandboxes.get(sandbox_id)
+            if record is None or record.stopped_at:
+                return
+            log.warning("what held pod sandbox %s has ended; it is not ready any more", sandbox_id)
+            await durable(core.records.put_sandbox(replace(record, stopped_at=now_ns(), pause_pid=0, pause_start=0)))
+        core.events.emit(EventType.STOPPED, sandbox_id, sandbox_id)
+
+    def watch(self, record: SandboxRecord) -> None:
+        """Watch over a ready pod of an earlier daemon."""
+        self._holders.watch(record)
+
+    async def close(self) -> None:
+        """Stop watching; pods stay."""
+        await self._holders.close()
 
     async def _detach(self, record: SandboxRecord) -> None:
         if record.network:
@@ -308,14 +261,6 @@ class Sandboxes:
                 if problems:
                     log.warning("limits of pod sandbox %s are not all in force: %s", full_id, "; ".join(problems))
             await durable(core.records.put_sandbox(replace(record, config=replace(record.config, linux=linux))))
-
-    def watch_pauses(self) -> None:
-        """After a restart: a pod whose pause process has died has lost its PID namespace and is not ready any more."""
-        for record in list(self._core.records.sandboxes.values()):
-            owned = record.pause_pid and record.started_at and not record.stopped_at
-            if owned and not alive(record.pause_pid, record.pause_start):
-                log.warning("the pause process of pod sandbox %s is gone", record.id)
-                self._core.records.put_sandbox(replace(record, stopped_at=now_ns()))
 
 
 def namespace_plan(config: PodSandboxConfig, sysctls: dict[str, str]) -> NamespacePlan:

@@ -108,7 +108,7 @@ class RuntimeService(RuntimeServiceServicer):
             status=convert.sandbox_status(record, self._boot),
             containers_statuses=[convert.container_status(c, self._boot) for c in self._node.core.records.containers_of(record.id)],
             timestamp=self._node.now(),
-            info=self._node.describe_sandbox(record) if request.verbose else {},
+            info=await self._node.describe_sandbox(record) if request.verbose else {},
         )
 
     async def ListPodSandbox(self, request: pb.ListPodSandboxRequest, context: Any) -> pb.ListPodSandboxResponse:

@@ -17,6 +17,7 @@ class HandlerSettings:
         path: the OCI CLI, or the shim binary; "" finds it: crun when its self-test passes, else runc.
         options: containerd's option names: BinaryName, Root, SystemdCgroup, NoNewKeyring, NoPivotRoot, ConfigPath, TypeUrl …
         pod_annotations, container_annotations: globs; annotations that match reach the OCI specification (C-C22).
+        sandboxer: "shim" lets the shim make its pods; "" and "podsandbox" are pods made of namespaces.
     """
 
     name: str
@@ -31,6 +32,7 @@ class HandlerSettings:
     cni_conf_dir: str = ""
     cni_max_conf_num: int = 0
     snapshotter: str = ""
+    sandboxer: str = ""
 
 
 @dataclass(frozen=True, slots=True)

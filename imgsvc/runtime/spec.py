@@ -295,6 +295,28 @@ def allowed_annotations(plan: ContainerPlan) -> dict[str, str]:
     }
 
 
+def sandbox_annotations(sandbox_id: str, pod: PodSandboxConfig, globs: Sequence[str]) -> dict[str, str]:
+    """Annotations of what holds a pod, as shims expect them; a shim that makes machines sizes them by the numbers."""
+    passed = {k: v for k, v in pod.annotations.items() if _matches(k, globs)}
+    m = pod.metadata
+    known = {
+        "container-type": "sandbox",
+        "sandbox-id": sandbox_id,
+        "sandbox-name": m.name,
+        "sandbox-namespace": m.namespace,
+        "sandbox-uid": m.uid,
+        "sandbox-log-directory": pod.log_directory,
+    }
+    if resources := pod.linux.resources:
+        known |= {
+            "sandbox-cpu-period": str(resources.cpu_period),
+            "sandbox-cpu-quota": str(resources.cpu_quota),
+            "sandbox-cpu-shares": str(resources.cpu_shares),
+            "sandbox-memory": str(resources.memory_limit_in_bytes),
+        }
+    return passed | {_OURS + name: value for name, value in known.items()}
+
+
 def _matches(key: str, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(key, glob) for glob in globs)
 

@@ -55,6 +55,9 @@ class Stats:
         """Statistics of containers, in their order."""
         await self._layer_sizes(records)
         looks = await asyncio.to_thread(self._look, [(r.id, r.cgroup) for r in records])
+        for record in records:
+            if looks[record.id] is None and record.handler in self._core.handlers:  # in a virtual machine, say
+                looks[record.id] = await self._core.handler(record.handler).usage(record.id)
         self._forget()
         return [self._container(record, looks[record.id]) for record in records]
 
@@ -135,6 +138,10 @@ class Stats:
         containers = await self.containers([c for group in members.values() for c in group])
         by_id = {c.attributes.id: c for c in containers}
         looks, networks = await asyncio.to_thread(self._look_at_pods, records)
+        for record in records:
+            handler = core.handlers.get(record.handler)
+            if record.sandboxer and handler and handler.pods and (used := await handler.pods.pod_usage(record.id)):
+                looks[record.id] = used
         return [self._sandbox(r, looks[r.id], networks[r.id], [by_id[c.id] for c in members[r.id]]) for r in records]
 
     def _look_at_pods(self, records: Sequence[SandboxRecord]) -> tuple[dict[str, Usage | None], dict[str, list[pb.NetworkInterfaceUsage]]]:

@@ -107,9 +107,9 @@ def _read_v1(relative: str, *, details: bool) -> Usage | None:
         at=now_ns(),
         cpu=int(cpu),
         usage=used,
-        limit=_limit(lines.get("hierarchical_memory_limit", 0)),
+        limit=limited(lines.get("hierarchical_memory_limit", 0)),
         swap=max(0, memsw - used),
-        swap_limit=max(0, _limit(lines.get("hierarchical_memsw_limit", 0)) - _limit(lines.get("hierarchical_memory_limit", 0))),
+        swap_limit=max(0, limited(lines.get("hierarchical_memsw_limit", 0)) - limited(lines.get("hierarchical_memory_limit", 0))),
         memory=lines,
         pids=_number(f"{ROOT}/pids/{relative}/pids.current"),
         stalls=_stalls(f"{ROOT}/unified/{relative}"),
@@ -232,10 +232,11 @@ def _text(path: str) -> str | None:
 
 def _number(path: str) -> int:
     text = (_text(path) or "").strip()
-    return _limit(int(text)) if text.isdecimal() else 0
+    return limited(int(text)) if text.isdecimal() else 0
 
 
-def _limit(value: int) -> int:
+def limited(value: int) -> int:
+    """A limit, 0 for the numbers that mean none."""
     return value if value < _UNLIMITED else 0
 
 

@@ -85,6 +85,7 @@ SystemdCgroup = true
 BinaryName = "/usr/bin/crun"
 [{CRI}.containerd.runtimes.kata]
 runtime_type = "io.containerd.kata.v2"
+sandboxer = "shim"
 privileged_without_host_devices = true
 [{CRI}.containerd.runtimes.kata.options]
 ConfigPath = "/etc/kata.toml"
@@ -110,6 +111,7 @@ User-Agent = ["x"]
     assert loaded.runtime.cgroup_driver == "systemd"
     assert loaded.runtime.runtimes["runc"].path == "/usr/bin/crun"
     assert loaded.runtime.runtimes["kata"].type == "io.containerd.kata.v2"
+    assert loaded.runtime.runtimes["kata"].sandboxer == "shim"
     assert loaded.runtime.runtimes["kata"].options == {"ConfigPath": "/etc/kata.toml"}
     assert loaded.runtime.runtimes["kata"].privileged_without_host_devices
     assert loaded.registry.mirrors == {"docker.io": {"endpoint": ["https://mirror.example"]}}
@@ -130,6 +132,7 @@ User-Agent = ["x"]
         (f"[{CRI}]\nenable_tls_streaming = true\n", "enable_tls_streaming"),
         ('[proxy_plugins.stargz]\ntype = "snapshot"\n', "type"),
         (f'[{CRI}.containerd.runtimes.a]\nruntime_type = "io.containerd.runc.v2"\noptions.ShimCgroup = "/x"\n', "ShimCgroup"),
+        (f'[{CRI}.containerd.runtimes.a]\nruntime_type = "io.containerd.runc.v2"\nsandboxer = "shim"\n', "sandboxer"),
         ('[plugins."io.containerd.service.v1.tasks-service"]\nrdt_config_file = "/x"\n', "rdt_config_file"),
     ],
 )

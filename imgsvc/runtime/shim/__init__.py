@@ -4,6 +4,9 @@
 
     handler      ShimRuntime, an OCIRuntime
     bootstrap    finding, starting and clearing up after the shim program, in all its generations
+    pods         pods that the shim makes itself, by the sandbox API
+    connections  calls to shims by their endpoint
+    figures      what a shim says has been used
     ttrpc        the RPC protocol: frames, a client, the server for events
     sessions     exec and attach
     logcopy      FIFO -> CRI log; a shim writes no log itself

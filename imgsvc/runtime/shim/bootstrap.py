@@ -19,11 +19,11 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
-from imgsvc.api import bootstrap_pb2, task_v2_pb2
+from imgsvc.api import bootstrap_pb2, task_v2_pb2, types_pb2
 from imgsvc.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unimplemented, printable
 from imgsvc.fsutil import write_atomic
 from imgsvc.runtime.process import SAFE_PATH, run
@@ -102,8 +102,7 @@ class Launcher:
             output = (done.stderr + done.stdout).decode(errors="replace").strip().splitlines()
             raise FailedPrecondition(f"the shim could not be started: {printable(output[-1]) if output else done.complaint}")
         endpoint = parse_answer(done.stdout)
-        saved = {"version": endpoint.version, "address": endpoint.address, "protocol": endpoint.protocol}
-        write_atomic(bundle / _SAVED, json.dumps(saved).encode(), sync=False)
+        save_endpoint(bundle, endpoint)
         (bundle / "shim-binary-path").write_text(self.program)
         return endpoint
 
@@ -118,6 +117,17 @@ class Launcher:
         except DecodeError:
             return task_v2_pb2.DeleteResponse(exit_status=137)
 
+    async def describe(self) -> dict[str, Any]:
+        """What the shim's runtime can do: the `features` object of the OCI runtime specification; {} before containerd 2.0."""
+        done = await run([self.program, "-info"], env=self._environment(), timeout_s=_START_TIMEOUT_S)
+        if done.status:
+            return {}
+        try:
+            found = json.loads(types_pb2.RuntimeInfo.FromString(done.stdout).features.value or b"{}")
+        except (DecodeError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def _flags(self, container_id: str) -> list[str]:
         own = [self.program, "-namespace", NAMESPACE, "-address", self.daemon]
         return [*own, "-publish-binary", "/bin/false", "-id", container_id]
@@ -131,6 +141,12 @@ class Launcher:
             "GOMAXPROCS": "2",
             "MAX_SHIM_VERSION": "2",
         }
+
+
+def save_endpoint(bundle: Path, endpoint: Endpoint) -> None:
+    """Note where the shim of a bundle answers, for this daemon and the next."""
+    value = {"version": endpoint.version, "address": endpoint.address, "protocol": endpoint.protocol}
+    write_atomic(bundle / _SAVED, json.dumps(value).encode(), sync=False)
 
 
 def saved_endpoint(bundle: Path) -> Endpoint | None:

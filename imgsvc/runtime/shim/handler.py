@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -20,11 +21,15 @@ from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, Not
 from imgsvc.runtime.exits import UNKNOWN_EXIT, now_ns
 from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask, OCIRuntime
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
-from imgsvc.runtime.shim.bootstrap import NAMESPACE, Endpoint, Launcher, find_program, saved_endpoint
+from imgsvc.runtime.shim.bootstrap import Endpoint, Launcher, find_program, save_endpoint, saved_endpoint
+from imgsvc.runtime.shim.connections import CALL_TIMEOUT_S, Connections
+from imgsvc.runtime.shim.figures import usage_of
 from imgsvc.runtime.shim.logcopy import LogCopier
+from imgsvc.runtime.shim.pods import ShimPods, join_pod, made_by_shim
 from imgsvc.runtime.shim.sessions import ShimAttach, ShimExec
-from imgsvc.runtime.shim.ttrpc import Client, Server
+from imgsvc.runtime.shim.ttrpc import Server
 from imgsvc.runtime.streaming.interfaces import Streams
+from imgsvc.runtime.usage import Usage
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +37,6 @@ R = TypeVar("R")
 
 _EXEC_LIMIT: Final = 16 * 1024 * 1024
 _SPEC_RESOURCES: Final = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
-_SERVICES: Final = {2: "containerd.task.v2.Task", 3: "containerd.task.v3.Task"}
 
 
 class ShimRuntime:
@@ -42,15 +46,15 @@ class ShimRuntime:
         self._handler = handler
         self._settings = settings
         self._bundles = bundles
-        self._launcher = Launcher("", "", "")
-        self._events = Server(settings.state_dir / f"shim-{handler.name}.sock", self._event)
-        self._clients: dict[str, Client] = {}
+        events = settings.state_dir / f"shim-{handler.name}.sock"
+        self._launcher = Launcher(find_program(handler.type, handler.path), str(settings.state_dir / "imgsvc.sock"), str(events))
+        self._events = Server(events, self._event)
+        self._connections = Connections()
+        self._pods = ShimPods(self._launcher, self._connections, bundles)
         self._copiers: dict[str, LogCopier] = {}
         self._oom: set[str] = set()
         # Only the runc shim can do without a sandbox container: others build their sandbox from it.
-        self._features = HandlerFeatures(
-            recursive_read_only_mounts=self._is_runc, user_namespaces=self._is_runc, needs_pause=not self._is_runc
-        )
+        self._features = HandlerFeatures(needs_pause=not self._is_runc)
 
     @property
     def _is_runc(self) -> bool:
@@ -61,19 +65,27 @@ class ShimRuntime:
         """See OCIRuntime."""
         return self._features
 
+    @property
+    def pods(self) -> ShimPods:
+        """See OCIRuntime. Whether its shims have a sandbox API shows when it is called."""
+        return self._pods
+
     async def start(self) -> None:
         """See OCIRuntime."""
-        program = find_program(self._handler.type, self._handler.path)
-        state = self._settings.state_dir
-        self._launcher = Launcher(program, str(state / "imgsvc.sock"), str(state / f"shim-{self._handler.name}.sock"))
+        found = await self._launcher.describe()
+        # What the runc shim of an older containerd cannot tell is true of every runc that is still in use.
+        self._features = replace(
+            self._features,
+            recursive_read_only_mounts="rro" in found.get("mountOptions", ()) if found else self._is_runc,
+            user_namespaces="user" in found.get("linux", {}).get("namespaces", ()) if found else self._is_runc,
+        )
         await self._events.start()
 
     async def close(self) -> None:
         """See OCIRuntime."""
         for copier in self._copiers.values():
             copier.stop()
-        for client in self._clients.values():
-            await client.close()
+        await self._connections.close()
         await self._events.close()
 
     async def _event(self, service: str, method: str, payload: bytes) -> bytes:
@@ -94,7 +106,11 @@ class ShimRuntime:
             raise
 
     async def _create(self, new: NewTask) -> int:
-        endpoint = await self._launcher.start(new.container_id, new.bundle)
+        endpoint = join_pod(new.bundle, self._bundles / new.sandbox_id)
+        if endpoint:
+            save_endpoint(new.bundle, endpoint)
+        else:
+            endpoint = await self._launcher.start(new.container_id, new.bundle)
         fifos = self._make_fifos(new)
         request = task.CreateTaskRequest(
             id=new.container_id,
@@ -106,7 +122,7 @@ class ShimRuntime:
         )
         if options := self._options():
             request.options.CopyFrom(options)
-        return (await self._call(endpoint, "Create", request, task.CreateTaskResponse)).pid
+        return (await self._connections.task(endpoint, "Create", request, task.CreateTaskResponse)).pid
 
     def _make_fifos(self, new: NewTask) -> dict[str, Path]:
         names = ["stdout"] if new.terminal else ["stdout", "stderr"]
@@ -204,7 +220,7 @@ class ShimRuntime:
         if endpoint is None:
             return True
         with contextlib.suppress(Unavailable):
-            await self._client(endpoint)
+            await self._connections.client(endpoint)
             return False
         return True
 
@@ -226,19 +242,30 @@ class ShimRuntime:
         except Unavailable:
             with contextlib.suppress(FailedPrecondition):
                 await self._launcher.delete(container_id, bundle)
-            Path(endpoint.address.removeprefix("unix://")).unlink(missing_ok=True)
+            if not made_by_shim(bundle):
+                Path(endpoint.address.removeprefix("unix://")).unlink(missing_ok=True)
         (bundle / "bootstrap.json").unlink(missing_ok=True)
         self._oom.discard(container_id)
 
     async def _delete_task(self, endpoint: Endpoint, container_id: str) -> None:
         kill = task.KillRequest(id=container_id, signal=signal.SIGKILL, all=True)
         with contextlib.suppress(NotFound, FailedPrecondition):
-            await self._call(endpoint, "Kill", kill, empty_pb2.Empty)
-            await self._call(endpoint, "Wait", task.WaitRequest(id=container_id), task.WaitResponse)
+            await self._connections.task(endpoint, "Kill", kill, empty_pb2.Empty)
+            await self._connections.task(endpoint, "Wait", task.WaitRequest(id=container_id), task.WaitResponse)
         with contextlib.suppress(NotFound):
-            await self._call(endpoint, "Delete", task.DeleteRequest(id=container_id), task.DeleteResponse)
+            await self._connections.task(endpoint, "Delete", task.DeleteRequest(id=container_id), task.DeleteResponse)
+        if made_by_shim(self._bundles / container_id):
+            return  # the shim ends with its pod
         with contextlib.suppress(ImgsvcError):  # refused while the pod has other containers; then it answers and stays
-            await self._call(endpoint, "Shutdown", task.ShutdownRequest(id=container_id), empty_pb2.Empty)
+            await self._connections.task(endpoint, "Shutdown", task.ShutdownRequest(id=container_id), empty_pb2.Empty)
+
+    async def usage(self, container_id: str) -> Usage | None:
+        """See OCIRuntime."""
+        try:
+            answer = await self.ask(container_id, "Stats", task.StatsRequest(id=container_id), task.StatsResponse, timeout_s=10.0)
+        except ImgsvcError:
+            return None
+        return usage_of(answer.stats)
 
     async def update(self, container_id: str, resources: Mapping[str, Any]) -> None:
         """See OCIRuntime."""
@@ -284,25 +311,12 @@ class ShimRuntime:
         once = bool(json.loads((bundle / "io.json").read_text()).get("stdin_once"))
         return ShimAttach(self, container_id, copier, bundle / "io/stdin", once)
 
-    async def ask(self, container_id: str, method: str, request: Any, answer: type[R], *, timeout_s: float | None = 120.0) -> R:
+    async def ask(self, container_id: str, method: str, request: Any, answer: type[R], *, timeout_s: float | None = CALL_TIMEOUT_S) -> R:
         """See Tasks."""
         endpoint = saved_endpoint(self._bundles / container_id)
         if endpoint is None:
             raise NotFound(f"no shim serves container {container_id}")
-        return await self._call(endpoint, method, request, answer, timeout_s=timeout_s)
-
-    async def _call(self, endpoint: Endpoint, method: str, request: Any, answer: type[R], *, timeout_s: float | None = 120.0) -> R:
-        client = await self._client(endpoint)
-        return await client.call(_SERVICES[endpoint.version], method, request, answer, timeout_s=timeout_s)
-
-    async def _client(self, endpoint: Endpoint) -> Client:
-        client = self._clients.get(endpoint.address)
-        if client is None or client.closed.is_set():
-            client = await Client.connect(endpoint.address, NAMESPACE)
-            for address in [a for a, c in self._clients.items() if c.closed.is_set()]:
-                del self._clients[address]
-            self._clients[endpoint.address] = client
-        return client
+        return await self._connections.task(endpoint, method, request, answer, timeout_s=timeout_s)
 
 
 class _Kept:

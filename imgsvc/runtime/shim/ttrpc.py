@@ -31,9 +31,8 @@ _HEADER: Final = struct.Struct(">IIBB")
 MAX_FRAME: Final = 4 * 1024 * 1024
 _REQUEST: Final = 1
 _RESPONSE: Final = 2
-_NOT_FOUND: Final = 5
+_KINDS: Final[dict[int, type[ImgsvcError]]] = {5: NotFound, 9: FailedPrecondition, 12: Unimplemented, 14: Unavailable}
 _UNIMPLEMENTED: Final = 12
-_UNAVAILABLE: Final = 14
 
 R = TypeVar("R")
 Handle = Callable[[str, str, bytes], Awaitable[bytes]]
@@ -141,8 +140,7 @@ def _answer(payload: bytes, method: str, answer: Callable[[], R]) -> R:
 
 
 def _error(code: int, text: str) -> ImgsvcError:
-    kinds: dict[int, type[ImgsvcError]] = {_NOT_FOUND: NotFound, _UNIMPLEMENTED: Unimplemented, _UNAVAILABLE: Unavailable}
-    return kinds.get(code, FailedPrecondition)(f"the shim refused {text}")
+    return _KINDS.get(code, FailedPrecondition)(f"the shim refused {text}")
 
 
 class Server:
