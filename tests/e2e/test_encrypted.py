@@ -22,7 +22,7 @@ from tests.decrypt.softhsm import PIN, make_token, uri
 from tests.decrypt.vectors import GZIP, TAR, pkcs11
 from tests.e2e.conftest import Node
 from tests.support import cri, images
-from tests.support.daemon import RPC_TIMEOUT, Daemon
+from tests.support.daemon import RPC_TIMEOUT, Daemon, below
 from tests.support.encrypted import encrypted, wrap_jwe
 from tests.support.images import BuiltDocument, Compression, Entry
 from tests.support.registries import RealRegistry
@@ -39,7 +39,7 @@ def two_layers(text: str, compression: Compression = "gzip") -> BuiltDocument:
 
 def unpacked(daemon: Daemon) -> list[str]:
     """Contents of every unpacked etc/text; what is in the trash is removed already."""
-    found = (p for p in (daemon.root / "snapshots").rglob("text") if p.parent.name == "etc" and "trash" not in p.parts)
+    found = (p for p in below(daemon.root / "snapshots") if p.parts[-2:] == ("etc", "text") and "trash" not in p.parts)
     return sorted(p.read_text() for p in found)
 
 

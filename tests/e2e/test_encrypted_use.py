@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,6 +26,7 @@ from tests.decrypt.vectors import Sealed, b64, seal
 from tests.e2e.conftest import BUSYBOX, Node
 from tests.e2e.test_encrypted import diff_ids, two_layers, unpacked
 from tests.support import cri, images
+from tests.support.daemon import below
 from tests.support.encrypted import PrivateKey, Wrap, disguised, encrypted, pem, wrap_jwe
 from tests.support.images import BuiltDocument, Entry
 from tests.support.registries import RealRegistry
@@ -268,7 +270,7 @@ def test_c_e2_a_tampered_layer_leaves_nothing_behind(
     assert unpacked(node.daemon) == []
     assert node.daemon.cli("gc").returncode == 0
     assert list((node.daemon.root / "content" / "blobs").glob("*/*")) == []
-    assert [p for p in (node.daemon.root / "content" / "ingest").rglob("*") if p.is_file()] == []
+    assert [p for p in below(node.daemon.root / "content" / "ingest") if p.is_file()] == []
     registry.push(encrypted(made, wrap_jwe(rsa_key)), "use/good")
     assert cri.pull(node.daemon.images(), "use/good") == str(made.config_digest)
 
@@ -291,7 +293,7 @@ def test_c_e2_a_large_layer_is_removed_when_only_its_last_byte_is_wrong(
     registry.push(encrypted(made, wrap_jwe(rsa_key), sealer=last_byte), "use/late")
     assert "authentication failed" in refused(node, "use/late")[1]
     deadline = time.monotonic() + 20  # what is removed is deleted in the background
-    while left := list((node.daemon.root / "snapshots").rglob("f[0-9]*")):
+    while left := [p for p in below(node.daemon.root / "snapshots") if re.fullmatch("f[0-9]+", p.name)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
 

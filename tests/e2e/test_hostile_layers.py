@@ -27,7 +27,7 @@ from tests.fakes.registry import FakeRegistry, Reply, Request
 from tests.snapshot.layers import END, Entry, directory, gz, link, pax_block, raw_header, record, symlink, tar
 from tests.snapshot.test_hostile import BOMBS, BROKEN, HEADER_BOMBS, LINK_ESCAPES, OUT, WHOLE, swappable
 from tests.support import cri, images
-from tests.support.daemon import Daemon, new_daemon
+from tests.support.daemon import Daemon, below, new_daemon
 from tests.support.disk import Disk
 from tests.support.images import Compression
 from tests.support.registries import RealRegistry, ScriptedRegistry
@@ -480,14 +480,14 @@ def test_c_x17_no_other_user_gets_below_root_and_state(second: Node) -> None:
     _assert_private(daemon)
     daemon.stop()
     for top in (daemon.root, daemon.state):
-        for path in (top, *(p for p in top.rglob("*") if p.is_dir() and "fs" not in p.relative_to(top).parts)):
+        for path in (top, *(p for p in below(top) if p.is_dir() and "fs" not in p.relative_to(top).parts)):
             path.chmod(0o755)
     daemon.start()
     _assert_private(daemon)
 
 
 def _assert_private(daemon: Daemon) -> None:
-    below = [str(path) for top in (daemon.root, daemon.state) for path in top.rglob("*")]
+    below = [str(path) for top in (daemon.root, daemon.state) for path in below(top)]
     programs = [path for path in below if path.endswith("/bin/suid")]
     assert len(programs) == len(WAYS)
     seen = subprocess.run(["stat", "-c", "%n", *below], user=1000, group=1000, extra_groups=[], capture_output=True, text=True)

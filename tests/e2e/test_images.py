@@ -16,7 +16,7 @@ from imgsvc.api import cri_pb2
 from imgsvc.oci import Digest, Platform
 from tests.e2e.conftest import BUSYBOX
 from tests.support import cri, images
-from tests.support.daemon import RPC_TIMEOUT, Daemon
+from tests.support.daemon import RPC_TIMEOUT, Daemon, below
 from tests.support.images import BuiltDocument, Compression, Entry
 from tests.support.registries import RealRegistry, ScriptedRegistry, free_port
 
@@ -51,7 +51,7 @@ def test_every_kind_of_layer_is_pulled_and_unpacked(
     registry.push(made, f"e2e/layers-{compression}-{docker}".lower())
     name = f"e2e/layers-{compression}-{docker}".lower()
     assert cri.pull(image_daemon.images(), name) == str(made.config_digest)
-    unpacked = [p.read_text() for p in (image_daemon.root / "snapshots").rglob("text") if p.parent.name == "etc"]
+    unpacked = [p.read_text() for p in below(image_daemon.root / "snapshots") if p.parts[-2:] == ("etc", "text") and "trash" not in p.parts]
     assert unpacked == [f"{compression} {docker}"]
     for digest in (made.digest, made.config_digest):
         assert (image_daemon.root / "content" / "blobs" / "sha256" / digest.hex).exists()

@@ -32,6 +32,13 @@ RPC_TIMEOUT: Final = 60.0  # [seconds]
 _DEAD_UPSTREAM: Final = "http://127.0.0.1:9"  # discard port: nothing listens, so no test ever leaves the machine
 
 
+def below(top: Path) -> Iterator[Path]:
+    """Every path below a directory that a daemon may be removing things from meanwhile; pathlib's globs raise there."""
+    for parent, directories, files in os.walk(top):
+        for name in directories + files:
+            yield Path(parent, name)
+
+
 @dataclass(frozen=True, slots=True)
 class Network:
     """A CNI bridge network of one daemon. bridge: interface name."""
