@@ -16,6 +16,7 @@ from imgsvc.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _FALLOC_FL_KEEP_SIZE: Final = 1
+_COPY: Final = 1024**2  # [bytes] per sendfile call
 
 
 def sync_dir(path: Path | str) -> None:
@@ -114,6 +115,25 @@ def reserve_blocks(fd: int, size: int) -> bool:
     """
     result: int = _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size))
     return result == 0
+
+
+def copy_data(reading: int, writing: int, size: int) -> None:
+    """The first `size` bytes of one file into another, empty one, holes staying holes; less when it is cut meanwhile. Blocking."""
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(reading, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: only a hole is left
+            break
+        end = min(os.lseek(reading, start, os.SEEK_HOLE), size)
+        os.lseek(writing, start, os.SEEK_SET)
+        while start < end:
+            sent = os.sendfile(writing, reading, start, min(_COPY, end - start))
+            if not sent:
+                return
+            start += sent
+        at = end
+    os.ftruncate(writing, size)
 
 
 def safe_component(text: str, what: str) -> str:

@@ -25,7 +25,7 @@ from imgsvc.failpoints import failpoint
 from imgsvc.snapshot import tarheader as tar
 from imgsvc.snapshot.tarheader import BadLayer, Header
 from imgsvc.snapshot.tarstream import TarStream
-from imgsvc.snapshot.tree import MissingDirectory, Tree, is_whiteout, measure, normalise, remove_tree, rounded
+from imgsvc.snapshot.tree import MissingDirectory, NoDirectory, Tree, is_whiteout, measure, normalise, remove_tree, rounded
 
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _WHITEOUT: Final = b".wh."
@@ -73,6 +73,9 @@ class Style(Protocol):
 
     def replaced(self, path: bytes, *, was_directory: bool, by_directory: bool) -> None:
         """What this tree had at `path` was removed to make room."""
+
+    def made_link(self, path: bytes) -> bool:
+        """Whether the symbolic link at `path` is this layer's."""
 
     def took_over(self, fd: int, path: bytes) -> None:
         """A directory that was there already got an entry of its own."""
@@ -184,8 +187,10 @@ class Extractor:
         removed = False
         try:
             fd, where = self._tree.directory(parent, create=self._style.marks_missing)
-        except MissingDirectory:
-            return True  # all layers are here, so there is nothing to hide
+        except (MissingDirectory, NoDirectory):
+            return True  # there is nothing to hide; builders that put a file in place of a directory still say so of its contents
+        if where != parent and self._style.made_link(self._tree.first_link(parent)):
+            return True  # likewise, a link of this layer is where lower layers had a directory: it does not lead to what is hidden
         self._style.touch(fd, where)
         if base == _OPAQUE:
             removed = self._style.opaque(fd, where)

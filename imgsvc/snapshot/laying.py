@@ -97,6 +97,10 @@ class OverlayStyle:
         """The entry speaks for itself from here on."""
         self.journal.whiteouts.discard(path)
 
+    def made_link(self, path: bytes) -> bool:
+        """Others are not here."""
+        return True
+
     def took_over(self, fd: int, path: bytes) -> None:
         """The directory has facts of its own now."""
         self.journal.implied.discard(path)
@@ -184,6 +188,10 @@ class InPlaceStyle:
         while parent and parent not in self._above_made:
             self._above_made.add(parent)
             parent = parent.rpartition(b"/")[0]
+
+    def made_link(self, path: bytes) -> bool:
+        """Whether there was an entry for it."""
+        return path in self._made
 
     def took_over(self, fd: int, path: bytes) -> None:
         """An entry describes a directory completely: xattrs it does not carry are gone, as on overlayfs."""

@@ -18,13 +18,13 @@ import stat
 from typing import Final
 
 from imgsvc.errors import Aborted
+from imgsvc.fsutil import copy_data
 from imgsvc.snapshot import kernel
 from imgsvc.snapshot.laying import IMPLIED_MODE, Journal
 from imgsvc.snapshot.tarheader import BadLayer
-from imgsvc.snapshot.tree import MissingDirectory, Tree, rounded
+from imgsvc.snapshot.tree import MissingDirectory, NoDirectory, Tree, rounded
 
 _TEMPORARY: Final = b".wh..imgsvc"  # no layer can have a file of this name
-_COPY: Final = 1024**2  # [bytes] per sendfile call
 
 
 class NeedsParents(Aborted):
@@ -49,9 +49,9 @@ class Settler:
         self._unit = os.fstatvfs(upper.root_fd).f_frsize or 4096
 
     def run(self) -> None:
-        """Raises: NeedsParents (nothing changed yet), BadLayer, OSError."""
+        """Raises: NeedsParents, BadLayer, OSError; then the upper directory is worth nothing."""
         journal = self._journal
-        self._check_implied()
+        self._check_links()
         self._make_links()
         for path in sorted(journal.whiteouts):
             if self._lower_status(path) is None:
@@ -59,6 +59,7 @@ class Settler:
                 _unlink(self._upper, path)
                 self.inodes -= 1
         self._drop_empty_implied()
+        self._check_directories()
         for path in sorted(journal.fresh | journal.opaque):
             if not path:
                 self._hide_root()
@@ -98,13 +99,17 @@ class Settler:
         finally:
             os.close(fd)
 
-    def _check_implied(self) -> None:
+    def _check_links(self) -> None:
         for path in sorted(self._journal.implied):
             status = self._lower_status(path)
             if status is not None and stat.S_ISLNK(status.st_mode):
                 raise NeedsParents(path)
+
+    def _check_directories(self) -> None:
+        for path in sorted(self._journal.implied):
+            status = self._lower_status(path)
             if status is not None and not stat.S_ISDIR(status.st_mode):
-                raise BadLayer("a path leads through something that is not a directory", path)
+                raise NoDirectory(path)
 
     def _make_links(self) -> None:
         groups: dict[tuple[bytes, int], list[bytes]] = {}
@@ -259,7 +264,8 @@ class Settler:
     def _drop_empty_implied(self) -> None:
         """Directories that only existed to hold whiteouts of nothing were never there in a sequential unpack."""
         for path in sorted(self._journal.implied, reverse=True):
-            if not path or self._lower_status(path) is not None:
+            status = self._lower_status(path)
+            if not path or (status is not None and stat.S_ISDIR(status.st_mode)):
                 continue
             parent, _, name = path.rpartition(b"/")
             self._touch(parent)
@@ -323,7 +329,7 @@ def _copy_up(source: int, name: bytes, status: os.stat_result, root: int) -> Non
         reading = kernel.openat2(source, name, os.O_RDONLY | os.O_NOFOLLOW, kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS)
         writing = os.open(_TEMPORARY, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root)
         try:
-            _copy_data(reading, writing, status.st_size)
+            copy_data(reading, writing, status.st_size)
             _copy_metadata(reading, writing, status)
         finally:
             os.close(reading)
@@ -335,19 +341,3 @@ def _copy_up(source: int, name: bytes, status: os.stat_result, root: int) -> Non
         os.mknod(_TEMPORARY, status.st_mode, status.st_rdev, dir_fd=root)
     os.chown(_TEMPORARY, status.st_uid, status.st_gid, dir_fd=root, follow_symlinks=False)
     os.utime(_TEMPORARY, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=root, follow_symlinks=False)
-
-
-def _copy_data(reading: int, writing: int, size: int) -> None:
-    """All bytes, holes staying holes."""
-    at = 0
-    while at < size:
-        try:
-            start = os.lseek(reading, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: only a hole is left
-            break
-        end = os.lseek(reading, start, os.SEEK_HOLE)
-        os.lseek(writing, start, os.SEEK_SET)
-        while start < end:
-            start += os.sendfile(writing, reading, start, min(_COPY, end - start))
-        at = end
-    os.ftruncate(writing, size)

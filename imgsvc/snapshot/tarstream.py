@@ -122,12 +122,12 @@ class TarStream:
         if self._data_left:
             self.skip_data()
         if self._padding:
-            padding, self._padding = self._padding, 0
-            at = self._at + padding
+            at = self._at + self._padding
             if at <= len(self._chunk):
                 self._at = at
-            else:
-                self._take(padding)
+                self._padding = 0
+            elif not self._skip_padding():
+                return b""
         at = self._at
         block = self._chunk[at : at + BLOCK]
         if len(block) == BLOCK:
@@ -137,6 +137,16 @@ class TarStream:
                 return b""
             block = self._take(BLOCK)
         return b"" if block == tar.ZERO_BLOCK else block
+
+    def _skip_padding(self) -> bool:
+        """False at the end of the stream: the last file's padding may be missing (`umoci insert` leaves it out)."""
+        left, self._padding = self._padding, 0
+        while left > (there := len(self._chunk) - self._at):
+            left -= there
+            if not self._refill():
+                return False
+        self._at += left
+        return True
 
     def _take(self, size: int) -> bytes:
         """Exactly `size` bytes (small), across chunks."""

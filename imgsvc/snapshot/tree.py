@@ -27,6 +27,13 @@ class MissingDirectory(Exception):
     """A directory is not there and was not to be created."""
 
 
+class NoDirectory(BadLayer):
+    """Something on the way is neither a directory nor a link to one."""
+
+    def __init__(self, path: bytes) -> None:
+        super().__init__("a path leads through something that is not a directory", path)
+
+
 class Tree:
     """The directory `root_fd` and what is below it. Paths are bytes, normalised, relative, b"" for the root."""
 
@@ -42,7 +49,7 @@ class Tree:
         """A descriptor of a directory, following links inside the root, and its canonical path.
 
         The descriptor belongs to the tree and stays valid until the next call only, also over forget().
-        Raises: BadLayer (not a directory, too many links), MissingDirectory.
+        Raises: NoDirectory, BadLayer (too many links), MissingDirectory.
         """
         if not path:
             return self.root_fd, b""
@@ -61,6 +68,19 @@ class Tree:
             self._retired.append(self._held.pop(next(iter(self._held)))[0])
         self._held[path] = held
         return held
+
+    def first_link(self, path: bytes) -> bytes:
+        """Canonical path of the first symbolic link on the way to a directory; b"" for none."""
+        parent, _, name = path.rpartition(b"/")
+        if not name:
+            return b""
+        if above := self.first_link(parent):
+            return above
+        fd = self.open_exact(parent)
+        try:
+            return path if stat.S_ISLNK(os.lstat(name, dir_fd=fd).st_mode) else b""
+        finally:
+            os.close(fd)
 
     def forget(self) -> None:
         """Drop all held descriptors: something that may be part of a path was removed."""
@@ -121,7 +141,7 @@ class Tree:
                 try:
                     target = os.readlink(part, dir_fd=fd)
                 except OSError as error:
-                    raise BadLayer("a path leads through something that is not a directory", path) from error
+                    raise NoDirectory(path) from error
                 links += 1
                 if links > _MAX_LINKS:
                     raise BadLayer("too many symbolic links on the way", path)

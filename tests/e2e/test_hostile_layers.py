@@ -372,8 +372,10 @@ def test_c_x13_broken_streams_are_errors_and_the_next_layer_works(node: Node) ->
 def test_c_x13_unusual_but_valid_streams_work(node: Node) -> None:
     without_end = WHOLE.rstrip(b"\0")
     without_end += bytes(-len(without_end) % 512)
+    without_padding = tar([Entry("f", data=b"x" * 700)]).rstrip(b"\0")
     frames = [zstandard.ZstdCompressor().compress(part) for part in (WHOLE[:1000], WHOLE[1000:])]
     valid = {
+        "without padding": [layer(gz(without_padding), Digest.of(without_padding))],
         "without end": [layer(without_end, Digest.of(without_end), "plain")],
         "without end, gzip": [layer(gz(without_end), Digest.of(without_end))],
         "padded": [layer(gz(WHOLE) + bytes(700), Digest.of(WHOLE))],

@@ -100,6 +100,15 @@ CASES = {
     "directory becomes link": case(BASE, [symlink("bin", "usr/lib")], [Entry("bin/through")]),
     "through a link below": case(BASE, [Entry("lib/new"), Entry("usr/lib/other"), Entry("etc/x")]),
     "whiteout through a link below": case(BASE, [Entry("lib/.wh.libc")]),
+    "whiteouts below what took a directory's place": case(
+        BASE,
+        [Entry("var", data=b"file"), Entry("var/.wh.cache"), Entry("var/cache/.wh.a"), Entry("var/.wh..wh..opq")],
+        [Entry("var/.wh.cache"), Entry("bin/sh/x/.wh.y"), Entry("bin/sh/.wh..wh..opq")],
+    ),
+    "whiteouts below a link that took a directory's place": case(
+        [*BASE, Entry("bin/libc"), Entry("usr/lib/sh")],
+        [symlink("bin", "usr/lib"), Entry("bin/.wh.sh"), Entry("bin/.wh.libc"), Entry("bin/none/.wh.x"), Entry("usr/lib/new")],
+    ),
     "through a link of the same layer": case(BASE, [symlink("l", "var/cache"), Entry("l/new"), Entry("l/sub/new")]),
     "hard link into a lower layer": case(BASE, [link("etc/libc", "usr/lib/libc"), link("etc/libc2", "etc/libc")]),
     "hard link to a lower link": case(BASE, [link("lib2", "lib")]),

@@ -59,15 +59,19 @@ class Reference:
         root.chmod(0o755)
 
     def apply(self, layer: bytes) -> None:
-        """One more layer: first what it hides, then its entries. Raises: ReferenceFailed."""
+        """One more layer: first what it hides, then its entries. Raises: ReferenceFailed.
+
+        What is said to be hidden below something that the layer has put in place of a directory is gone with that already.
+        """
         with tarfile.open(fileobj=io.BytesIO(layer), errors="surrogateescape") as archive:
             members = archive.getmembers()
         before = self._directories()
-        others = {os.path.normpath(m.name) for m in members if not m.isdir()}
+        others: set[str] = set()
         for member in members:
             name = os.path.normpath(member.name)
-            if os.path.basename(name).startswith(_WHITEOUT):
-                self._check_marker(name, others)
+            if not os.path.basename(name).startswith(_WHITEOUT):
+                others |= {name} if not member.isdir() else set()
+            elif not any(str(parent) in others for parent in Path(name).parents):
                 self._hide(name)
         for member in members:
             self._make_way(member)
@@ -99,26 +103,20 @@ class Reference:
         modes: dict[str, set[int]] = {}
         for entry in entries:
             parent, name = os.path.split(os.path.normpath(self.root / entry.name))
-            modes.setdefault(os.path.join(os.path.realpath(parent), name), set()).add(entry.mode)
+            modes.setdefault(os.path.join(os.path.realpath(parent), name), set()).add(entry.mode & 0o7777)
         for real, wanted in modes.items():
             status = os.lstat(real)
             if not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o7777 not in wanted:
                 raise ReferenceFailed(f"tar did not give {real} the metadata of its entry")
         return {os.path.relpath(real, os.path.realpath(self.root)) for real in modes}
 
-    def _check_marker(self, name: str, others: set[str]) -> None:
-        """A marker below something that is no directory is an error to us, and nothing at all to tar."""
-        for parent in (str(p) for p in Path(name).parents if str(p) != "."):
-            path = self.root / parent
-            if parent in others or (os.path.lexists(path) and not path.is_dir()):
-                raise ReferenceFailed(f"{name} is below something that is no directory")
-
     def _hide(self, name: str) -> None:
         parent, _, base = name.rpartition("/")
+        if not (self.root / parent).is_dir():
+            return
         if base == _OPAQUE:
-            if (self.root / parent).is_dir():
-                for child in (self.root / parent).iterdir():
-                    _remove(child)
+            for child in (self.root / parent).iterdir():
+                _remove(child)
         elif base.startswith(_WHITEOUT):
             _remove(self.root / parent / base.removeprefix(_WHITEOUT))
 
