@@ -11,7 +11,7 @@
     recovery              what a restarted daemon, or a rebooted node, does with what it finds
     ---------------------------------------------------------------------------------------------
     model, state, records what CRI asks for; what state a record is in (derived, never stored); versioned records
-    containerplan, spec, users, security, volumes, devices, cdi, rootfs, logs
+    containerplan, spec, users, security, volumes, copyup, devices, cdi, rootfs, logs
                           CRI config + image config -> OCI runtime specification; hostile passwd files; mounts; log files
     oci_runtime, monitor  handler kind 1: an OCI CLI (runc, crun) under one conmon per container
     shim/                 handler kind 2: containerd shims (`io.containerd.NAME.vN`) over ttrpc

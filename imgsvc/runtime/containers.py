@@ -137,6 +137,7 @@ class Containers:
                 terminal=config.tty,
                 stdin=config.stdin,
                 stdin_once=config.stdin_once,
+                log_directory=sandbox.config.log_directory,
                 log_path=record.log_path,
             )
         )

@@ -71,7 +71,7 @@ class HandlerFeatures:
 class NewTask:
     """A container that is about to be created. `bundle` holds config.json and the mounted rootfs/.
 
-    log_path: absolute, "" for no log. stdin: keep a pipe open for attached clients; stdin_once: until the first leaves.
+    log_path: absolute, "" for no log; below log_directory, and no symlink from there on is followed. stdin: keep a pipe open for attached clients; stdin_once: until the first leaves.
     """
 
     container_id: str
@@ -80,6 +80,7 @@ class NewTask:
     terminal: bool = False
     stdin: bool = False
     stdin_once: bool = False
+    log_directory: str = ""
     log_path: str = ""
 
 

@@ -20,7 +20,16 @@ def check_log_directory(directory: str, log_path: str) -> None:
 
 
 def prepare_log(directory: str, log_path: str) -> None:
-    """Make the log file, following no symlink below the log directory, so that conmon opens just this. Blocking."""
+    """Make the log file, so that conmon opens just this. Blocking. Raises: as open_log."""
+    os.close(open_log(directory, log_path))
+
+
+def open_log(directory: str, log_path: str) -> int:
+    """A descriptor to append to the log with, made when absent, with directories. Blocking.
+
+    No symlink below the log directory is followed, whatever somebody who can write there swaps meanwhile (C-X4).
+    Raises: InvalidArgument.
+    """
     base = Path(directory)
     base.mkdir(mode=0o755, parents=True, exist_ok=True)
     parent = os.open(base, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -34,12 +43,11 @@ def prepare_log(directory: str, log_path: str) -> None:
             parent = below
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         fd = os.open(name, flags, 0o640, dir_fd=parent)
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise InvalidArgument("the log is not a regular file", where=os.path.join(directory, log_path))
-        finally:
-            os.close(fd)
     except OSError as error:
         raise InvalidArgument(f"the log cannot be opened: {error.strerror}", where=os.path.join(directory, log_path)) from error
     finally:
         os.close(parent)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise InvalidArgument("the log is not a regular file", where=os.path.join(directory, log_path))
+    return fd

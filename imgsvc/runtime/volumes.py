@@ -7,7 +7,6 @@ it can point the daemon at the host (CVE-2022-23648, CVE-2024-5154).
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Final
 
 from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, from_os_error, printable
 from imgsvc.runtime import kernel
+from imgsvc.runtime.copyup import copy_directory
 from imgsvc.runtime.model import Mount, Propagation
 
 _PROPAGATION: Final[Mapping[Propagation, str]] = {
@@ -139,38 +139,12 @@ def declared_volume(rootfs: Path, path: str, storage: Path) -> BoundMount:
         status = os.fstat(fd)
         if not stat.S_ISDIR(status.st_mode):
             raise InvalidArgument("the image declares a volume that is not a directory", where=printable(path, 120))
-        _copy_directory(f"/proc/self/fd/{fd}/.", storage)
+        copy_directory(fd, storage)
     except OSError as error:
         raise from_os_error(error, "copying an image's volume", where=path) from error
     finally:
         os.close(fd)
     return BoundMount(path, str(storage), ("rbind", "rprivate", "rw"))
-
-
-def _copy_directory(source: str, target: Path) -> None:
-    """Copy without following a symlink or opening anything but regular files; owners, modes, times and xattrs included."""
-    with os.scandir(source) as entries:
-        for entry in entries:
-            destination = target / entry.name
-            status = entry.stat(follow_symlinks=False)
-            if entry.is_symlink():
-                os.symlink(os.readlink(entry.path), destination)
-            elif entry.is_dir(follow_symlinks=False):
-                destination.mkdir()
-                _copy_directory(entry.path, destination)
-            elif entry.is_file(follow_symlinks=False):
-                shutil.copyfile(entry.path, destination, follow_symlinks=False)
-            else:
-                os.mknod(destination, status.st_mode, status.st_rdev)
-            _copy_status(entry.path, destination, status)
-    _copy_status(source, target, os.stat(source))
-
-
-def _copy_status(source: str, target: Path, status: os.stat_result) -> None:
-    os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
-    if not stat.S_ISLNK(status.st_mode):
-        shutil.copystat(source, target, follow_symlinks=False)
-        os.chmod(target, stat.S_IMODE(status.st_mode))
 
 
 def in_mount_order(mounts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,8 +1,11 @@
-"""Images and pods that point at the host (C-C2, C-C5, C-C6, C-C16, C-C17, C-C23)."""
+"""Images and pods that point at the host (C-X4, C-C2, C-C5, C-C6, C-C16, C-C17, C-C23)."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from imgsvc.runtime import kernel, volumes
 from tests.runtime.harness import Daemon
 from tests.runtime.images import BUSYBOX
 from tests.runtime.test_life import MakeNode
+from tests.snapshot.trees import read_tree
+from tests.support.swapper import DIRECTORY, Swapper
 
 pytestmark = pytest.mark.root
 
@@ -48,6 +53,79 @@ def test_c_c5_symlinks_in_a_declared_volume_stay_symlinks(tmp_path: Path, secret
     copied = (tmp_path / "storage/sub/file").stat()
     assert (copied.st_uid, copied.st_gid, copied.st_mode & 0o7777) == (7, 8, 0o4711)
     assert (tmp_path / "storage/fifo").is_fifo()
+
+
+def test_c_c5_a_declared_volume_is_copied_with_everything(tmp_path: Path) -> None:
+    volume = tmp_path / "root/v"
+    (volume / "sub").mkdir(parents=True)
+    (volume / "sub/file").write_bytes(b"x")
+    os.link(volume / "sub/file", volume / "again")
+    os.setxattr(volume / "sub", "user.note", b"\0x")
+    os.mknod(volume / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    (volume / "dangling").symlink_to("nowhere")
+    with (volume / "sparse").open("wb") as file:
+        file.truncate(1 << 20)
+        file.seek(600_000)
+        file.write(b"middle")
+    for number, path in enumerate((volume / "sub/file", volume / "sub", volume / "null", volume)):
+        os.chown(path, number, 70_000 + number)
+        path.chmod(0o4755 - number)
+        os.utime(path, ns=(number, 10**18 + number))
+    volumes.declared_volume(tmp_path / "root", "/v", tmp_path / "storage")
+    assert read_tree(tmp_path / "storage") == read_tree(volume)
+    assert (tmp_path / "storage/sparse").stat().st_blocks < 1024
+
+
+def test_c_c5_a_declared_volume_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "/".join(["v"] * 300)).mkdir(parents=True)
+    with pytest.raises(InvalidArgument):
+        volumes.declared_volume(tmp_path / "root", "/v", tmp_path / "storage")
+
+
+def volume_to_swap(rootfs: Path, secret: Path) -> None:
+    """A volume /v with a directory to swap for a link to the directory `secret`, in which everything has the same name."""
+    (rootfs / "v" / DIRECTORY / "deep").mkdir(parents=True)
+    (secret / "deep").mkdir()
+    for name in ("deep/0", *map(str, range(100))):
+        (rootfs / "v" / DIRECTORY / name).write_text("of the image")
+        (secret / name).write_text("of the host")
+
+
+def test_c_x4_a_volume_is_copied_from_inside_while_somebody_swaps_it_for_a_link(tmp_path: Path, secret: Path) -> None:
+    volume_to_swap(tmp_path / "root", secret)
+    numbers = itertools.count()
+    seen: set[str] = set()
+
+    def copy() -> None:
+        storage = tmp_path / f"storage{next(numbers)}"
+        volumes.declared_volume(tmp_path / "root", "/v", storage)
+        seen.update(texts_below(storage))
+
+    with Swapper(str(tmp_path / "root/v"), secret) as swapper:
+        swapper.race(copy, 50_000)
+    assert seen == {"of the image"}
+
+
+def texts_below(storage: Path) -> set[str]:
+    """What is in all files there; no link is followed."""
+    return {path.read_text() for path in storage.rglob("*") if stat.S_ISREG(path.lstat().st_mode)}
+
+
+def test_c_x4_end_to_end(make_node: MakeNode, secret: Path) -> None:
+    """Containers are made of an image whose volume is being swapped; what they see there is the image's."""
+    node = make_node({"image": {"volumes": ["/v"]}})
+    volume_to_swap(node.directory / "images/rootfs", secret)
+    pod = node.run_pod("pod")
+    seen: set[str] = set()
+
+    def create() -> None:
+        container = node.create(pod, node.container("true", f"c{len(seen)}-{time.monotonic_ns()}"))
+        seen.update(*(texts_below(place) for place in node.directory.rglob(f"volumes/{container}/*")))
+
+    with Swapper(str(node.directory / "images/rootfs/v"), secret) as swapper:
+        swapper.race(create, 20_000)
+    assert seen == {"of the image"}
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "file"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from imgsvc.api import bootstrap_pb2
 from imgsvc.errors import DataLoss, ImgsvcError, InvalidArgument, Unimplemented
 from imgsvc.runtime.shim.bootstrap import Endpoint, parse_answer, program_name
 from imgsvc.runtime.shim.logcopy import LineCutter, LogCopier, timestamp
+from tests.support.swapper import DIRECTORY, Swapper
 
 DATA = b"one\ntwo\r\n\n" + b"x" * 25 + b"\nlast"
 WHOLE = b"T stdout F one\nT stdout F two\nT stdout F \nT stdout P xxxxxxxxxx\nT stdout P xxxxxxxxxx\nT stdout F xxxxx\nT stdout P last\n"
@@ -32,7 +34,7 @@ def test_the_copier_goes_on_after_a_reopen(tmp_path: Path) -> None:
     async def scenario() -> None:
         fifo = tmp_path / "stdout"
         os.mkfifo(fifo)
-        copier = LogCopier(str(tmp_path / "log"), {"stdout": fifo}, 100)
+        copier = LogCopier(str(tmp_path), "log", {"stdout": fifo}, 100)
         writer = os.open(fifo, os.O_WRONLY)
         os.write(writer, b"first\n")
         await asyncio.sleep(0.05)
@@ -54,7 +56,7 @@ def test_lines_without_a_limit(tmp_path: Path, limit: int) -> None:
     os.mkfifo(fifo)
 
     async def run() -> None:
-        copier = LogCopier(str(log), {"stdout": fifo}, limit)
+        copier = LogCopier(str(tmp_path), "log", {"stdout": fifo}, limit)
         writer = os.open(fifo, os.O_WRONLY)
         os.write(writer, b"x" * 40_000 + b"\nafter\n")
         os.close(writer)
@@ -62,6 +64,36 @@ def test_lines_without_a_limit(tmp_path: Path, limit: int) -> None:
 
     asyncio.run(run())
     assert [(len(line.split(" ", 3)[3]), line.split(" ")[2]) for line in log.read_text().splitlines()] == [(40_000, "F"), (5, "F")]
+
+
+def test_c_x4_a_log_stays_in_its_directory_while_somebody_swaps_it_for_a_link(tmp_path: Path) -> None:
+    """As a container can that has the node's logs mounted. Rotation opens the log again and again meanwhile."""
+    secret, pod, fifo = tmp_path / "secret", tmp_path / "pod", tmp_path / "out"
+    for directory in (secret, pod, pod / DIRECTORY):
+        directory.mkdir()
+    (secret / "0.log").write_text("of the host")
+    os.mkfifo(fifo)
+
+    async def run() -> None:
+        copier = LogCopier(str(pod), f"{DIRECTORY}/0.log", {"stdout": fifo}, 100)
+        writer = os.open(fifo, os.O_WRONLY)
+
+        async def rotate() -> None:
+            for _ in range(200):
+                with contextlib.suppress(InvalidArgument):
+                    copier.reopen()
+                os.write(writer, b"x\n")
+                await asyncio.sleep(0)
+
+        loop = asyncio.get_running_loop()
+        with Swapper(str(pod), secret) as swapper:
+            await asyncio.to_thread(swapper.race, lambda: asyncio.run_coroutine_threadsafe(rotate(), loop).result(), 20_000)
+        os.close(writer)
+        copier.stop()
+
+    asyncio.run(run())
+    assert [path.name for path in secret.iterdir()] == ["0.log"]
+    assert (secret / "0.log").read_text() == "of the host"
 
 
 def test_answers_of_all_generations() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, Self
 
 DIRECTORY: Final = "a"  # what is exchanged
+_LINK: Final = "outside"  # and what with
 LAST: Final = "last"  # whose being there says that nobody is at work any more
 _BATCH: Final = 200  # exchanges between two looks at LAST
 _AFTER: Final = 1.0  # [seconds] for which it goes on, without counting: directories are finished after the last entry
@@ -71,8 +72,8 @@ def _swap(roots: str, target: str, counter: int) -> None:
             if _done(root, _AFTER):
                 continue
             with contextlib.suppress(OSError):
-                os.symlink(target, f"{root}/outside")
-            one, other = os.fsencode(f"{root}/{DIRECTORY}"), os.fsencode(f"{root}/outside")
+                os.symlink(target, f"{root}/{_LINK}")
+            one, other = os.fsencode(f"{root}/{DIRECTORY}"), os.fsencode(f"{root}/{_LINK}")
             swaps = sum(exchange(-100, one, -100, other, _RENAME_EXCHANGE) == 0 for _ in range(_BATCH))
             if not _done(root, 0):
                 count += swaps

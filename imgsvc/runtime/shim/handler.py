@@ -131,7 +131,8 @@ class ShimRuntime:
         directory.mkdir(mode=0o700)
         for name in names:
             os.mkfifo(directory / name, 0o600)
-        (new.bundle / "io.json").write_text(json.dumps({"log_path": new.log_path, "stdin_once": new.stdin_once}))
+        facts = {"log_directory": new.log_directory, "log_path": new.log_path, "stdin_once": new.stdin_once}
+        (new.bundle / "io.json").write_text(json.dumps(facts))
         self._start_copier(new.container_id)
         return {name: directory / name for name in names}
 
@@ -140,9 +141,11 @@ class ShimRuntime:
         bundle = self._bundles / container_id
         if container_id in self._copiers or not (bundle / "io.json").exists():
             return
-        log_path = json.loads((bundle / "io.json").read_text())["log_path"]
+        facts = json.loads((bundle / "io.json").read_text())
+        directory = facts.get("log_directory") or os.path.dirname(facts["log_path"])  # an older version did not note it
+        log_path = os.path.relpath(facts["log_path"], directory) if facts["log_path"] else ""
         fifos = {name: bundle / "io" / name for name in ("stdout", "stderr") if (bundle / "io" / name).exists()}
-        self._copiers[container_id] = LogCopier(log_path, fifos, self._settings.max_container_log_line_size)
+        self._copiers[container_id] = LogCopier(directory, log_path, fifos, self._settings.max_container_log_line_size)
 
     def _options(self) -> any_pb2.Any | None:
         """The handler's options as the shim expects them."""

@@ -17,6 +17,7 @@ from typing import Final
 
 from imgsvc.errors import FailedPrecondition
 from imgsvc.oci import MIB
+from imgsvc.runtime.logs import open_log
 
 MAX_LINE: Final = 16384  # [bytes]
 _UNLIMITED: Final = 4 * MIB  # what is kept of a line that may be as long as it likes: the daemon's memory is not the container's
@@ -62,10 +63,10 @@ def timestamp() -> bytes:
 class LogCopier:
     """Copies the FIFOs of one container into its log. The event loop only shovels: 64 KiB at a time."""
 
-    def __init__(self, log_path: str, fifos: dict[str, Path], limit: int) -> None:
-        """limit: longest part of a line [bytes]; 0 and -1: a line is not cut below 4 MiB."""
-        self._path = log_path
-        self._log = _open_log(log_path)
+    def __init__(self, directory: str, log_path: str, fifos: dict[str, Path], limit: int) -> None:
+        """log_path: below `directory`, "" for no log. limit: longest part of a line [bytes]; 0 and -1: a line is not cut below 4 MiB."""
+        self._place = (directory, log_path)
+        self._log = open_log(*self._place) if log_path else -1
         self._cutters = {name: LineCutter(name.encode(), limit if limit > 0 else _UNLIMITED) for name in fifos}
         self._followers: set[asyncio.Queue[tuple[str, bytes]]] = set()
         self._fds = {name: os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) for name, path in fifos.items()}
@@ -112,9 +113,9 @@ class LogCopier:
             self._followers.discard(queue)
 
     def reopen(self) -> None:
-        """Go on in a new file at the same path."""
-        old, self._log = self._log, _open_log(self._path)
-        if old >= 0:
+        """Go on in a new file at the same path. Raises: InvalidArgument; then it goes on in the old one."""
+        if self._log >= 0:
+            old, self._log = self._log, open_log(*self._place)
             os.close(old)
 
     def stop(self) -> None:
@@ -133,9 +134,3 @@ class LogCopier:
         if self._log >= 0:
             os.close(self._log)
             self._log = -1
-
-
-def _open_log(path: str) -> int:
-    if not path:
-        return -1
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
