@@ -252,6 +252,7 @@ _CRI_PASS: Final = [
     "unset_seccomp_profile",
     "disable_apparmor",
     "enable_selinux",
+    "selinux_category_range",
     "disable_proc_mount",
     "tolerate_missing_hugetlb_controller",
     "disable_hugetlb_controller",
@@ -314,7 +315,6 @@ _TABLE: Final[dict[str, Rule]] = {
     "cri.registry.**": _inline_registry,
     # runtime
     **{f"cri.{name}": to(f"runtime.{name}") for name in _CRI_PASS},
-    "cri.selinux_category_range": only((1024,), "categories are chosen by the kubelet", "drop it"),
     "cri.netns_mounts_under_state_dir": na("network namespaces are always kept below the state directory"),
     "cri.ignore_deprecation_warnings": na("there are no containerd deprecations"),
     "cri.systemd_cgroup": lambda key: _carry("runtime.cgroup_driver", "systemd") if key.value else _na("the default"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, printable
 from imgsvc.oci import Digest
-from imgsvc.runtime import cdi, cgroups, devices, podfiles, security, spec, volumes
+from imgsvc.runtime import cdi, cgroups, devices, podfiles, security, selinux, spec, volumes
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.interfaces import RootMount, RunnableImage
 from imgsvc.runtime.model import ContainerConfig, Mount, NamespaceMode, User, UserNamespace
@@ -68,17 +68,22 @@ class ContainerBuilder:
             found.append(await self._core.images.prepare_root(key, image_id, snapshotter=snapshotter, readonly=True))
         return found
 
-    def mount_root(self, bundle: Path, mounts: Sequence[RootMount], sandbox: SandboxRecord) -> None:
+    def mount_root(self, record: ContainerRecord, mounts: Sequence[RootMount], sandbox: SandboxRecord) -> None:
         """Mount a container's root at BUNDLE/rootfs. Blocking."""
+        bundle, label = self._core.paths.bundle(record.id), self._file_label(record, sandbox)
         rootfs = bundle / "rootfs"
         rootfs.mkdir(mode=0o711)
         user = sandbox.config.namespaces.user
         if user is None:
-            mount_all(mounts, rootfs)
+            mount_all(mounts, rootfs, label)
             return
         os.chown(bundle, user.uids[0].host_id, user.gids[0].host_id)
         with mapping_fd(user) as fd:
-            mount_idmapped(mounts, rootfs, bundle / "lower", fd, user)
+            mount_idmapped(mounts, rootfs, bundle / "lower", fd, user, label)
+
+    def _file_label(self, record: ContainerRecord, sandbox: SandboxRecord) -> str:
+        label = security.container_label(record.config.security, sandbox.selinux)
+        return selinux.file_label(self._core.host.contexts.file, label)
 
     def build(
         self,
@@ -125,7 +130,8 @@ class ContainerBuilder:
             ambient=security.ambient_set(requested.capabilities, granted),
             profile=security.seccomp(requested, granted, core.host, settings),
             apparmor=security.apparmor(requested, core.host, settings),
-            selinux=security.selinux_label(requested, core.host, settings),
+            selinux=security.container_label(requested, sandbox.selinux),
+            file_label=self._file_label(record, sandbox),
             hidden=security.hidden_paths(requested, settings, user_namespace=pod.namespaces.user is not None),
             root_propagation=volumes.root_propagation(config.mounts),
             device_owner=user if settings.device_ownership_from_security_context else None,
@@ -147,29 +153,32 @@ class ContainerBuilder:
     ) -> list[volumes.BoundMount]:
         core, bundle = self._core, self._core.paths.bundle(record.id)
         rro = core.handler(record.handler).features.recursive_read_only_mounts
+        label = self._file_label(record, sandbox)
         found: list[volumes.BoundMount] = []
         for number, (mount, roots) in enumerate(zip(record.config.mounts, image_volumes, strict=True)):
             if roots:
-                found.append(self._image_volume(bundle, number, mount, roots, sandbox))
+                found.append(self._image_volume(bundle, number, mount, roots, sandbox, label))
             else:
-                found.append(self._host_volume(bundle, number, mount, rro=rro))
+                found.append(self._host_volume(bundle, number, mount, label, rro=rro))
         taken = {m.destination.rstrip("/") for m in found}
         if not core.settings.ignore_image_defined_volumes:
             for number, path in enumerate(sorted(image.config.volumes)):
                 if path.rstrip("/") not in taken:
                     storage = core.paths.volumes(record.id) / str(number)
-                    found.append(self._declared_volume(bundle, number, path, storage, sandbox))
+                    found.append(self._declared_volume(bundle, number, path, storage, sandbox, label))
         return found
 
-    def _host_volume(self, bundle: Path, number: int, mount: Mount, *, rro: bool) -> volumes.BoundMount:
+    def _host_volume(self, bundle: Path, number: int, mount: Mount, label: str, *, rro: bool) -> volumes.BoundMount:
         bound = volumes.host_mount(mount, rro=rro)
+        if mount.selinux_relabel and label:
+            selinux.relabel_volume(bound.source, label)
         if not mount.uidMappings and not mount.gidMappings:
             return bound
         user = UserNamespace(NamespaceMode.POD, mount.uidMappings, mount.gidMappings)
         return idmapped_volume(bound, bundle / f"volume-{number}", user)
 
     def _image_volume(
-        self, bundle: Path, number: int, mount: Mount, roots: Sequence[RootMount], sandbox: SandboxRecord
+        self, bundle: Path, number: int, mount: Mount, roots: Sequence[RootMount], sandbox: SandboxRecord, label: str
     ) -> volumes.BoundMount:
         base = bundle / f"image-{number}"
         root = base / "root"
@@ -177,19 +186,22 @@ class ContainerBuilder:
         user = sandbox.config.namespaces.user
         if user:
             with mapping_fd(user) as fd:
-                mount_idmapped(roots, root, base / "lower", fd, user)
+                mount_idmapped(roots, root, base / "lower", fd, user, label)
         else:
-            mount_all(roots, root)
+            mount_all(roots, root, label)
         volumes.sub_path_of_image(root, mount.image_sub_path, base / "view")
         # Programs in it may be run: the conformance suite asks for that.
         options = ("rbind", "rprivate", "ro", "nosuid", "nodev", *mount.mount_options)
         return volumes.BoundMount(mount.container_path, str(base / "view"), options)
 
-    def _declared_volume(self, bundle: Path, number: int, path: str, storage: Path, sandbox: SandboxRecord) -> volumes.BoundMount:
+    def _declared_volume(
+        self, bundle: Path, number: int, path: str, storage: Path, sandbox: SandboxRecord, label: str
+    ) -> volumes.BoundMount:
         destination = os.path.normpath("/" + path)
         if destination == "/":
             raise InvalidArgument("the image declares its root a volume")
         bound = volumes.declared_volume(bundle / "rootfs", path, storage)
+        selinux.relabel(bound.source, label)
         if user := sandbox.config.namespaces.user:
             bound = idmapped_volume(bound, bundle / f"declared-{number}", user)
         return volumes.BoundMount(destination, bound.source, bound.options)

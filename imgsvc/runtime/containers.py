@@ -163,7 +163,7 @@ class Containers:
         volumes: Sequence[Sequence[RootMount]],
     ) -> BuiltContainer:
         bundle = self._core.paths.bundle(record.id)
-        self._builder.mount_root(bundle, mounts, sandbox)
+        self._builder.mount_root(record, mounts, sandbox)
         if record.log_path:
             prepare_log(sandbox.config.log_directory, record.config.log_path)
         target = self._target_pid(record, sandbox)

@@ -142,6 +142,7 @@ class Holders:
             "namespaces": namespaces,
             "cgroupsPath": cgroups.runtime_path(config.linux.cgroup_parent, record.id, record.id, systemd=systemd),
         }
+        label = {} if config.linux.security_context.privileged or not record.selinux else {"selinuxLabel": record.selinux}
         if core.host.seccomp:
             linux["seccomp"] = default_profile(frozenset())
         if user := config.namespaces.user:
@@ -156,6 +157,7 @@ class Holders:
                 "user": {"uid": nobody, "gid": nobody},
                 "noNewPrivileges": True,
                 "oomScoreAdj": spec.oom_score(_PAUSE_OOM_SCORE, core.host, restrict=False),
+                **label,
             },
             "root": {"path": "rootfs", "readonly": True},
             "mounts": [

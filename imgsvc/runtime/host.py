@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from imgsvc.runtime import kernel
+from imgsvc.runtime.selinux import Contexts, read_contexts
 
 # Capability names in the order of their numbers. Source: capabilities(7), linux/capability.h.
 CAPABILITIES: Final = tuple(
@@ -68,6 +69,7 @@ class Host:
         memory_swap: the kernel accounts swap per cgroup.
         capabilities: what the daemon, and so a container, can have at most.
         apparmor_profile: name of the default profile that is loaded, "" for none.
+        contexts: what the SELinux policy calls containers.
         oom_score_min: the lowest oom_score_adj a container can get from this daemon.
     """
 
@@ -80,6 +82,7 @@ class Host:
     selinux: bool
     seccomp: bool
     apparmor_profile: str = ""
+    contexts: Contexts = field(default_factory=Contexts)
 
 
 def look(*, hugetlb: bool = True) -> Host:
@@ -97,6 +100,7 @@ def look(*, hugetlb: bool = True) -> Host:
         apparmor=_first("/sys/module/apparmor/parameters/enabled") == "Y",
         selinux=os.path.exists("/sys/fs/selinux/enforce"),
         seccomp=os.path.exists("/proc/sys/kernel/seccomp/actions_avail"),
+        contexts=read_contexts(),
     )
 
 

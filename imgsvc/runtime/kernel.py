@@ -116,6 +116,7 @@ def _mount_long_overlay(target: str, data: Sequence[str], flags: int) -> None:
     try:
         for option in data:
             key, _, value = option.partition("=")
+            value = value.strip('"')  # quotes belong to mount(2)'s one line of options
             for part in value.split(":") if key == "lowerdir" else (value,):
                 name = "lowerdir+" if key == "lowerdir" else key
                 _syscall(_SYS_FSCONFIG, context, 1, name.encode(), part.encode(), 0, what=target)

@@ -64,6 +64,8 @@ class RuntimeNode:
         records.load()
         working, broken = await start_handlers(settings, MonitorPaths(paths.bundles, paths.exits, paths.sockets), reaper)
         facts = host.look(hugetlb=not settings.disable_hugetlb_controller)
+        if settings.enable_selinux and not facts.selinux:
+            log.warning("enable_selinux is true, but this kernel runs no SELinux; pods get no labels")
         if not settings.disable_apparmor:
             facts = replace(facts, apparmor_profile=await load_default(facts))
         core = Core(

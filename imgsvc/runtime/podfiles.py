@@ -8,14 +8,15 @@ from typing import Final
 
 from imgsvc.runtime import kernel
 from imgsvc.runtime.model import DNSConfig, NamespaceMode, PodSandboxConfig
+from imgsvc.runtime.selinux import mount_option, relabel
 from imgsvc.runtime.validate import hostname_of
 
 SHM_SIZE: Final = 64 * 1024 * 1024  # [bytes], Docker's default
 PROVIDED: Final = ("/etc/hosts", "/etc/resolv.conf", "/etc/hostname")
 
 
-def write(directory: Path, config: PodSandboxConfig) -> None:
-    """Write the files; the host's own where the pod shares its network and says nothing else."""
+def write(directory: Path, config: PodSandboxConfig, label: str) -> None:
+    """Write the files; the host's own where the pod shares its network and says nothing else. label: of SELinux, or ""."""
     host_network = config.namespaces.network == NamespaceMode.NODE
     owner = config.namespaces.user.uids[0].host_id if config.namespaces.user else 0
     _file(directory / "hostname", hostname_of(config) + "\n", owner)
@@ -26,6 +27,8 @@ def write(directory: Path, config: PodSandboxConfig) -> None:
         resolv_conf(dns) if dns and (dns.servers or dns.searches or dns.options) else _read("/etc/resolv.conf"),
         owner,
     )
+    for path in provided(directory).values():
+        relabel(path, label)
 
 
 def hosts_file(hostname: str) -> str:
@@ -45,7 +48,7 @@ def resolv_conf(dns: DNSConfig) -> str:
     return "".join(line + "\n" for line in lines)
 
 
-def mount_shm(directory: Path, config: PodSandboxConfig) -> None:
+def mount_shm(directory: Path, config: PodSandboxConfig, label: str) -> None:
     """A tmpfs for the pod's /dev/shm, unless it shares the node's IPC namespace."""
     if config.namespaces.ipc == NamespaceMode.NODE:
         return
@@ -53,7 +56,7 @@ def mount_shm(directory: Path, config: PodSandboxConfig) -> None:
     target.mkdir(mode=0o1777, exist_ok=True)
     flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
     owner = f",uid={config.namespaces.user.uids[0].host_id},gid={config.namespaces.user.gids[0].host_id}" if config.namespaces.user else ""
-    kernel.mount("shm", str(target), "tmpfs", flags, f"mode=1777,size={SHM_SIZE}{owner}")
+    kernel.mount("shm", str(target), "tmpfs", flags, ",".join([f"mode=1777,size={SHM_SIZE}{owner}", *mount_option(label)]))
 
 
 def shm_source(directory: Path, config: PodSandboxConfig) -> str:

@@ -34,6 +34,7 @@ class SandboxRecord:
         stopped_at: when its network, namespaces and processes were taken away.
         network: CNI networks were asked for it, so a DEL is owed.
         owned_cgroup: the pod's cgroup when we made it and so remove it; "" when it is the kubelet's.
+        selinux: label of its processes, "" where SELinux is off; its level is the pod's alone.
         sandboxer: "shim" when the shim makes the pod itself.
         pause_pid, pause_start: the process that keeps a shared PID namespace, or the one the shim named, and its start time
             [clock ticks].
@@ -50,6 +51,7 @@ class SandboxRecord:
     network: bool = False
     owned_cgroup: str = ""
     ips: tuple[str, ...] = ()
+    selinux: str = ""
     sandboxer: str = ""
     pause_pid: int = 0
     pause_start: int = 0

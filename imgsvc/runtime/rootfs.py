@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from imgsvc.errors import FailedPrecondition
-from imgsvc.runtime import kernel
+from imgsvc.runtime import kernel, selinux
 from imgsvc.runtime.interfaces import RootMount
 from imgsvc.runtime.model import UserNamespace
 from imgsvc.runtime.namespaces import userns_fd
@@ -26,23 +26,33 @@ def mapping_fd(user: UserNamespace) -> Iterator[int]:
         os.close(fd)
 
 
-def mount_all(mounts: Sequence[RootMount], target: Path) -> None:
-    """Mount a snapshot, in order, onto one directory."""
+def mount_all(mounts: Sequence[RootMount], target: Path, label: str = "") -> None:
+    """Mount a snapshot, in order, onto one directory. label: of SELinux, for all files in it."""
     for m in mounts:
-        kernel.mount_with_options(m.source, str(target), m.type, m.options)
+        kernel.mount_with_options(m.source, str(target), m.type, (*m.options, *labelled(m, label)))
 
 
-def mount_idmapped(mounts: Sequence[RootMount], target: Path, scratch: Path, fd: int, user: UserNamespace) -> None:
+def labelled(mount: RootMount, label: str) -> tuple[str, ...]:
+    """What a new mount needs for its label; the files behind a bind mount, which are this container's own, get it themselves."""
+    if "bind" not in mount.options and "rbind" not in mount.options:
+        return selinux.mount_option(label)
+    if "ro" not in mount.options:
+        selinux.relabel(mount.source, label)
+    return ()
+
+
+def mount_idmapped(mounts: Sequence[RootMount], target: Path, scratch: Path, fd: int, user: UserNamespace, label: str = "") -> None:
     """Mount a snapshot so that the pod's user namespace sees the image's owners.
 
     An overlay cannot be mapped itself: its lower layers are, and what is written goes to an upper directory that belongs
     to the pod's root. A plain bind mount is mapped directly. Source: facts of the kernel, mount_setattr(2).
     """
     for m in mounts:
+        context = labelled(m, label)
         if m.type != "overlay":
             kernel.idmapped_clone(m.source, str(target), fd)
             continue
-        options = []
+        options = list(context)
         for option in m.options:
             key, _, value = option.partition("=")
             if key == "lowerdir":

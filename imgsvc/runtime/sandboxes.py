@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from imgsvc.errors import FailedPrecondition, ImgsvcError
 from imgsvc.failpoints import afailpoint
-from imgsvc.runtime import cgroups, kernel, podfiles, podlimits, validate
+from imgsvc.runtime import cgroups, kernel, podfiles, podlimits, selinux, validate
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType
@@ -56,6 +56,7 @@ class Sandboxes:
             boot_id=core.boot_id,
             created_at=now_ns(),
             network=config.namespaces.network != NamespaceMode.NODE,
+            selinux=self._label(config, handler),
             sandboxer="shim" if core.handler_settings(handler).sandboxer == "shim" else "",
         )
         core.records.reserve(sandbox_name(config), record.id)
@@ -70,6 +71,15 @@ class Sandboxes:
         core.events.emit(EventType.CREATED, ready.id, ready.id)
         core.events.emit(EventType.STARTED, ready.id, ready.id)
         return ready
+
+    def _label(self, config: PodSandboxConfig, handler: str) -> str:
+        """The pod's SELinux label, "" where that is off."""
+        core, contexts = self._core, self._core.host.contexts
+        if not (core.settings.enable_selinux and core.host.selinux):
+            return ""
+        level = selinux.new_level({s.selinux for s in core.records.sandboxes.values()}, core.settings.selinux_category_range)
+        context = contexts.machine if "kata" in core.handler_settings(handler).type else contexts.process
+        return selinux.process_label(context, config.linux.security_context.selinux_options, level)
 
     async def _make(self, record: SandboxRecord, undo: AsyncExitStack) -> SandboxRecord:
         core, config = self._core, record.config
@@ -110,8 +120,9 @@ class Sandboxes:
         directory = self._core.paths.sandbox(record.id)
         directory.mkdir(mode=0o711, parents=True)
         pin(self._core.paths.pins(record.id), namespace_plan(config, self._default_sysctls(config)))
-        podfiles.write(directory, config)
-        podfiles.mount_shm(directory, config)
+        label = selinux.file_label(self._core.host.contexts.file, record.selinux)
+        podfiles.write(directory, config, label)
+        podfiles.mount_shm(directory, config, label)
         if config.log_directory:
             os.makedirs(config.log_directory, 0o755, exist_ok=True)
 

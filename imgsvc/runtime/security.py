@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, printable
 from imgsvc.oci import MIB
+from imgsvc.runtime import selinux
 from imgsvc.runtime.host import CAPABILITIES, Host
 from imgsvc.runtime.model import Capability, LinuxContainerSecurityContext, ProfileType, SecurityProfile
 from imgsvc.runtime.seccomp_profile import default_profile
@@ -172,12 +173,12 @@ def loaded_apparmor_profiles() -> frozenset[str]:
     return frozenset(line.rpartition(" (")[0] for line in text.splitlines())
 
 
-def selinux_label(security: LinuxContainerSecurityContext, host: Host, settings: RuntimeSettings) -> str:
-    """The process label, "" where SELinux is off or nothing was asked for."""
-    option = security.selinux_options
-    if not (settings.enable_selinux and host.selinux) or option is None or security.privileged:
-        return ""
-    return ":".join((option.user or "system_u", option.role or "system_r", option.type or "container_t", option.level or "s0"))
+def container_label(security: LinuxContainerSecurityContext, pod_label: str) -> str:
+    """The label of a container's processes, "" for none: its own, or what it leaves out as the pod's. Raises: InvalidArgument.
+
+    A privileged container has none; its files are labelled like those of others all the same.
+    """
+    return selinux.process_label(pod_label, security.selinux_options, selinux.level_of(pod_label)) if pod_label else ""
 
 
 def hidden_paths(security: LinuxContainerSecurityContext, settings: RuntimeSettings, *, user_namespace: bool) -> Mapping[str, list[str]]:

@@ -70,6 +70,7 @@ class RuntimeSettings:
     unset_seccomp_profile: str = ""
     disable_apparmor: bool = False
     enable_selinux: bool = False
+    selinux_category_range: int = 1024
     disable_proc_mount: bool = False
     tolerate_missing_hugetlb_controller: bool = True
     disable_hugetlb_controller: bool = False

@@ -41,6 +41,7 @@ class ContainerPlan:
         namespaces: type -> path to join, "" for a new one; absent types are the host's.
         cgroups_path: as the OCI runtime's cgroup driver wants it.
         files: what we provide unless the pod mounts something there: container path -> host path.
+        selinux, file_label: SELinux labels of processes and of files, "" for none.
         ambient, granted: capabilities. profile: linux.seccomp. hidden: maskedPaths, readonlyPaths.
         annotation_globs: what the handler's configuration lets through from the pod and from the container.
     """
@@ -68,6 +69,7 @@ class ContainerPlan:
     profile: Mapping[str, Any] | None
     apparmor: str
     selinux: str
+    file_label: str
     hidden: Mapping[str, list[str]]
     root_propagation: str
     device_owner: User | None = None
@@ -145,7 +147,7 @@ def _process(plan: ContainerPlan) -> dict[str, Any]:
     process["oomScoreAdj"] = oom_score(resources.oom_score_adj if resources else 0, plan.host, restrict=plan.restrict_oom_score_adj)
     if plan.apparmor:
         process["apparmorProfile"] = plan.apparmor
-    if plan.selinux:
+    if plan.selinux and not security.privileged:
         process["selinuxLabel"] = plan.selinux
     return process
 
@@ -213,8 +215,8 @@ def _linux(plan: ContainerPlan) -> dict[str, Any]:
     }
     if plan.profile is not None:
         linux["seccomp"] = dict(plan.profile)
-    if plan.selinux:
-        linux["mountLabel"] = plan.selinux
+    if plan.file_label:
+        linux["mountLabel"] = plan.file_label
     if user := plan.user_namespace:
         for name, mappings in (("uidMappings", user.uids), ("gidMappings", user.gids)):
             linux[name] = [{"containerID": m.container_id, "hostID": m.host_id, "size": m.length} for m in mappings]

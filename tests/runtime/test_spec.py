@@ -82,6 +82,7 @@ def plan(**changes: object) -> spec.ContainerPlan:
         profile=None,
         apparmor="",
         selinux="",
+        file_label="",
         hidden={},
         root_propagation="rslave",
     )
@@ -384,3 +385,12 @@ def test_host_paths(tmp_path: Path) -> None:
     for bad in ("relative", "", str(tmp_path / "dangling")):
         with pytest.raises(ImgsvcError):
             volumes.host_mount(Mount("/v", bad), rro=True)
+
+
+def test_selinux_labels_are_those_of_processes_and_of_files() -> None:
+    made = spec.build(plan(selinux="u:r:t:s0", file_label="u:object_r:f:s0"))
+    assert (made["process"]["selinuxLabel"], made["linux"]["mountLabel"]) == ("u:r:t:s0", "u:object_r:f:s0")
+    privileged = container(linux=LinuxContainerConfig(security_context=LinuxContainerSecurityContext(privileged=True)))
+    made = spec.build(plan(config=privileged, selinux="u:r:t:s0", file_label="u:object_r:f:s0"))
+    assert "selinuxLabel" not in made["process"]
+    assert made["linux"]["mountLabel"] == "u:object_r:f:s0"
