@@ -67,7 +67,8 @@ class HostCredential:
 class Credentials:
     """[registry.credentials]: the node's own credentials, asked in this order after hosts.d's credentials.toml.
 
-    provider_config, provider_bin_dir: the kubelet's --image-credential-provider-config and --image-credential-provider-bin-dir.
+    provider_config, provider_bin_dir: the kubelet's --image-credential-provider-config (a file in YAML or JSON, or a directory
+    of such) and --image-credential-provider-bin-dir.
     """
 
     hosts: dict[str, HostCredential] = field(default_factory=dict)

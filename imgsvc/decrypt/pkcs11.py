@@ -3,7 +3,7 @@
 The module is foreign code that wants environment variables and may hang or crash, so it is loaded by a child process
 (pkcs11_child) and never by the daemon. The PIN travels on the child's stdin.
 
-Needs the optional packages of `imgsvc[pkcs11]`. Decision: without a configuration only modules in the usual directories
+Needs the optional package of `imgsvc[pkcs11]`. Decision: without a configuration only modules in the usual directories
 may be loaded, because whoever may write a key file (a Secret, say) must not choose what code runs as root.
 
 Source: RFC 7512 for the URI; ocicrypt docs/pkcs11.md for the key file, the configuration and the packet.
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, unquote_to_bytes
 
+from imgsvc import yamlfile
 from imgsvc.concurrency import CancelToken
 from imgsvc.decrypt.children import run_bounded
 from imgsvc.decrypt.interfaces import KeyWrapper, NotOpened
@@ -162,13 +163,9 @@ def _named_module(directories: Sequence[str], name: str) -> str:
 
 def _yaml(text: bytes) -> dict[str, Any]:
     try:
-        import yaml
-    except ImportError as error:
-        raise KeyFileError("PKCS#11 support is not installed (imgsvc[pkcs11])") from error
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise KeyFileError("not YAML") from error.with_traceback(None)  # the text may hold a PIN
+        value = yamlfile.loads(text, "")
+    except InvalidArgument:
+        raise KeyFileError("not YAML") from None  # the text may hold a PIN
     if not isinstance(value, dict):
         raise KeyFileError("not a YAML mapping")
     return value

@@ -127,7 +127,7 @@ class NodeCredentials:
     def _providers(self) -> list[Provider]:
         name = self._settings.provider_config
         try:
-            return parse_providers(_read(name), name) if name else []
+            return [provider for file in _provider_files(name) for provider in parse_providers(_read(file), file)]
         except ImgsvcError as error:
             raise Unavailable(error.what, where=error.where, hint=error.hint) from error
 
@@ -179,6 +179,16 @@ def _read(name: str, *, is_ours: bool = False) -> bytes:
     if len(data) > MAX_FILE:
         raise InvalidArgument(f"larger than {MAX_FILE} bytes", where=name)
     return data
+
+
+def _provider_files(name: str) -> list[str]:
+    """The kubelet takes a file, or a directory whose files it reads in the order of their names."""
+    if not os.path.isdir(name):
+        return [name] if name else []
+    try:
+        return [os.path.join(name, file) for file in sorted(os.listdir(name)) if file.endswith((".json", ".yaml", ".yml"))]
+    except OSError as error:
+        raise from_os_error(error, "reading credential providers", where=name) from error
 
 
 def _read_docker_config(name: str) -> DockerConfig | None:

@@ -1,7 +1,7 @@
 """Programs that hand out credentials: docker-credential-NAME and kubelet credential-provider plugins.
 
-Source: docker/docker-credential-helpers protocol; Kubernetes credentialprovider.kubelet.k8s.io/v1. The kubelet's
-CredentialProviderConfig is read as JSON, which the kubelet accepts too; a YAML parser would be a dependency for one file.
+Source: docker/docker-credential-helpers protocol; Kubernetes kubelet.config.k8s.io/v1 CredentialProviderConfig and
+credentialprovider.kubelet.k8s.io/v1.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import json
 import os
 import re
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from imgsvc import yamlfile
 from imgsvc.errors import ImgsvcError, InvalidArgument, Unavailable
 from imgsvc.oci import MIB, load_json_object
 from imgsvc.registry.dockerconfig import helper_server, parse_helper_answer
@@ -102,7 +103,7 @@ async def ask_docker_helper(name: str, registry: str, *, env: Mapping[str, str],
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """One plugin of a CredentialProviderConfig. cache_s: its defaultCacheDuration [seconds]."""
+    """One plugin of a CredentialProviderConfig. cache_s: its defaultCacheDuration [seconds]. needs_pod: see _provider."""
 
     name: str
     match_images: tuple[str, ...]
@@ -110,33 +111,58 @@ class Provider:
     api_version: str
     args: tuple[str, ...]
     env: tuple[tuple[str, str], ...]
+    needs_pod: bool = False
 
 
 def parse_providers(data: bytes, where: str) -> list[Provider]:
-    """A CredentialProviderConfig in JSON. Raises: InvalidArgument."""
-    if not data.lstrip().startswith(b"{"):
-        raise InvalidArgument("not JSON", where=where, hint="write the CredentialProviderConfig as JSON; the kubelet reads that too")
-    value = load_json_object(data, where, limit=_MAX_OUTPUT)
-    providers = value.get("providers")
-    if value.get("kind") != "CredentialProviderConfig" or not isinstance(providers, list):
-        raise InvalidArgument("not a CredentialProviderConfig", where=where)
-    return [_provider(entry, f"{where}: providers[{index}]") for index, entry in enumerate(providers)]
+    """A CredentialProviderConfig, in YAML or JSON as the kubelet reads it. Raises: InvalidArgument.
+
+    Keys we do not know are the kubelet's business: the file is its own, and newer ones have more.
+    """
+    value = load_json_object(data, where, limit=_MAX_OUTPUT) if data.lstrip().startswith(b"{") else yamlfile.loads(data, where)
+    if not isinstance(value, dict) or value.get("kind") != "CredentialProviderConfig" or not isinstance(value.get("providers"), list):
+        hint = "it has kind: CredentialProviderConfig and a list of providers"
+        raise InvalidArgument("not a CredentialProviderConfig", where=where, hint=hint)
+    return [_provider(entry, f"{where}: providers[{index}]") for index, entry in enumerate(value["providers"])]
 
 
 def _provider(entry: object, where: str) -> Provider:
+    """One entry. A plugin that wants the service account token of the image's pod is of no use without a kubelet."""
+    if not isinstance(entry, dict):
+        raise InvalidArgument("a provider is not a mapping", where=where)
+
+    def field(name: str, is_good: Callable[[Any], bool], what: str) -> Any:
+        value = entry.get(name)
+        if not is_good(value):
+            raise InvalidArgument(f"{name} is missing" if value is None else f"{name} is not {what}", where=where, hint=f"it is {what}")
+        return value
+
+    name = field("name", _is_text, "the name of a program in the directory of plugins")
+    images = field("matchImages", lambda value: _is_list(value, _is_text) and bool(value), "a list of patterns of images")
+    duration = field("defaultCacheDuration", _is_text, 'a duration such as "12h"')
+    version = field("apiVersion", _is_text, f"{_API}v1")
+    args = field("args", lambda value: value is None or _is_list(value, lambda arg: isinstance(arg, str)), "a list of strings") or ()
+    env = field("env", lambda value: value is None or _is_list(value, _is_variable), "a list of variables with name and value") or ()
+    token = entry.get("tokenAttributes")
     try:
-        if not isinstance(entry, dict):
-            raise TypeError
-        return Provider(
-            name=str(entry["name"]),
-            match_images=tuple(str(pattern) for pattern in entry["matchImages"]),
-            cache_s=parse_duration(entry["defaultCacheDuration"]),
-            api_version=str(entry["apiVersion"]),
-            args=tuple(str(arg) for arg in entry.get("args") or ()),
-            env=tuple((str(pair["name"]), str(pair["value"])) for pair in entry.get("env") or ()),
-        )
-    except (KeyError, TypeError, InvalidArgument) as error:
-        raise InvalidArgument("name, matchImages, defaultCacheDuration and apiVersion are needed", where=where) from error
+        seconds = parse_duration(duration)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"defaultCacheDuration: {error.what}", where=where, hint=error.hint) from error
+    variables = tuple((pair["name"], pair["value"]) for pair in env)
+    needs_pod = isinstance(token, dict) and token.get("requireServiceAccount") is True
+    return Provider(name, tuple(images), seconds, version, tuple(args), variables, needs_pod)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_list(value: object, is_good: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(is_good, value))
+
+
+def _is_variable(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(value.get("value"), str)
 
 
 def image_matches(pattern: str, image: str) -> bool:
@@ -164,6 +190,9 @@ async def ask_provider(
     if not _PROGRAM.fullmatch(provider.name) or not provider.api_version.startswith(_API):
         raise InvalidArgument(f'credential provider "{provider.name}" has an unusable name or apiVersion', where=directory)
     program = os.path.join(directory, provider.name)
+    if provider.needs_pod:
+        what = f'credential provider "{provider.name}" requires the token of a pod\'s service account, which only the kubelet has'
+        raise Unavailable(what, where=program, hint="with a kubelet, its own --image-credential-provider-config does this")
     request = {"kind": "CredentialProviderRequest", "apiVersion": provider.api_version, "image": image}
     status, stdout, _ = await run(
         [program, *provider.args], json.dumps(request).encode(), env={**env, **dict(provider.env)}, timeout_s=timeout_s

@@ -1,7 +1,7 @@
 """Container Device Interface: what a vendor's files say a device needs, applied to an OCI specification.
 
 Devices are named in the CRI request only; annotations and image labels never name one (CVE-2026-53492). Specification
-files are JSON (.json) or YAML (.yaml, for which PyYAML must be installed). Later directories win over earlier ones.
+files are JSON (.json) or YAML (.yaml). Later directories win over earlier ones.
 
 Source: cncf-tags/container-device-interface SPEC.md 0.8.
 """
@@ -13,10 +13,10 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Final
 
+from imgsvc import yamlfile
 from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, printable
 
 _QUALIFIED = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*=[A-Za-z0-9][A-Za-z0-9_.:-]*", re.ASCII)
@@ -29,14 +29,14 @@ Edits = Mapping[str, Any]
 def edits_for(names: Sequence[str], directories: Sequence[str]) -> list[Edits]:
     """The containerEdits of some devices: those of each device's file, once, and its own. Blocking.
 
-    Raises: InvalidArgument (a malformed name or file), NotFound (no such device), FailedPrecondition (YAML without PyYAML).
+    Raises: InvalidArgument (a malformed name or file), NotFound (no such device).
     """
     if not names:
         return []
     for name in names:
         if not _QUALIFIED.fullmatch(name):
             raise InvalidArgument(f'"{printable(name, 120)}" is not a CDI device', hint="use vendor/class=name")
-    files = list(_files(directories, {name.partition("=")[0] for name in names}))
+    files = list(_files(directories))
     found: list[Edits] = []
     common: list[str] = []
     for name in names:
@@ -58,7 +58,7 @@ def _find(files: Sequence[tuple[str, Edits]], kind: str, device: str, name: str)
     raise NotFound(f"no CDI device {printable(name, 120)}", hint="install its specification as a .json or .yaml file in a CDI directory")
 
 
-def _files(directories: Sequence[str], kinds: AbstractSet[str]) -> Iterator[tuple[str, Edits]]:
+def _files(directories: Sequence[str]) -> Iterator[tuple[str, Edits]]:
     for directory in directories:
         try:
             names = sorted(os.listdir(directory))
@@ -66,39 +66,20 @@ def _files(directories: Sequence[str], kinds: AbstractSet[str]) -> Iterator[tupl
             continue
         for name in names:
             path = os.path.join(directory, name)
-            if name.endswith((".json", ".yaml")) and (value := _load(path, kinds)) is not None:
-                yield path, value
+            if name.endswith((".json", ".yaml")):
+                yield path, _load(path)
 
 
-def _load(path: str, kinds: AbstractSet[str]) -> Edits | None:
-    """A specification; None when it cannot be read here and is of no kind that is wanted."""
+def _load(path: str) -> Edits:
     try:
         with Path(path).open("rb") as stream:
             text = stream.read(_MAX_FILE)
-        value = _from_yaml(text, path, kinds) if path.endswith(".yaml") else json.loads(text)
+        value = yamlfile.loads(text, path) if path.endswith(".yaml") else json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"not a CDI specification: {printable(str(error))}", where=path) from error
-    if value is not None and (not isinstance(value, dict) or not isinstance(value.get("kind"), str)):
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
         raise InvalidArgument("not a CDI specification: it has no kind", where=path)
     return value
-
-
-def _from_yaml(text: bytes, path: str, kinds: AbstractSet[str]) -> Any:
-    """Raises: ValueError (not YAML), FailedPrecondition (a kind that is wanted, but no PyYAML)."""
-    try:
-        import yaml
-    except ImportError as error:
-        if not any(kind.encode() in text for kind in kinds):
-            return None
-        raise FailedPrecondition(
-            "a CDI specification in YAML needs the Python package PyYAML, which is not installed",
-            where=path,
-            hint="install imgsvc[cdi], or have the vendor's tool write JSON",
-        ) from error
-    try:
-        return yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(error) from error
 
 
 def apply(spec: dict[str, Any], edits: Sequence[Edits]) -> None:

@@ -19,7 +19,6 @@ PIN = "s3cret-pin"
 def make_token(root: Path, keys: Mapping[str, rsa.RSAPrivateKey]) -> dict[str, str]:
     """A token "images" with these keys, label → key, ids from 01 on. Returns the environment its users need. Skips where there is none."""
     pytest.importorskip("pkcs11", reason="imgsvc[pkcs11] is not installed")
-    pytest.importorskip("yaml", reason="imgsvc[pkcs11] is not installed")
     if not shutil.which("softhsm2-util") or not os.path.exists(MODULE):
         pytest.skip("SoftHSM is not installed")
     (root / "tokens").mkdir()

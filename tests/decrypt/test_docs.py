@@ -31,7 +31,6 @@ def test_the_configurations_are_good(tmp_path: Path) -> None:
 
 
 def test_the_token_files_are_good(tmp_path: Path) -> None:
-    pytest.importorskip("yaml", reason="imgsvc[pkcs11] is not installed")
     token, policy = blocks("yaml")
     (tmp_path / "policy").write_text(policy)
     assert load_policy(str(tmp_path / "policy")).allows("/opt/hsm/lib/module.so")

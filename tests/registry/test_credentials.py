@@ -13,7 +13,7 @@ from imgsvc.errors import ImgsvcError, InvalidArgument, PermissionDenied, Unavai
 from imgsvc.reference import Reference
 from imgsvc.registry.credentials import CredentialSettings, NodeCredentials, StoredCredential
 from imgsvc.registry.dockerconfig import credential_from_cri, entry_for, normalised_key, parse_docker_config
-from imgsvc.registry.helpers import image_matches, parse_providers
+from imgsvc.registry.helpers import Provider, image_matches, parse_providers
 from imgsvc.registry.interfaces import Credential, PullFailed
 from tests.fakes.registry import FakeRegistry, Reply
 from tests.registry.support import client_for, fails, hosts_d, image_of, run
@@ -328,10 +328,69 @@ def test_plugin_patterns(pattern: str, image: str, matches: bool) -> None:
     assert image_matches(pattern, image) == matches
 
 
-def test_a_yaml_configuration_says_what_to_do() -> None:
+PROVIDERS = """\
+apiVersion: kubelet.config.k8s.io/v1
+kind: CredentialProviderConfig
+providers:
+- name: ecr            # as on every node of that cloud
+  matchImages: ["*.dkr.ecr.*.amazonaws.com", r.test/team]
+  defaultCacheDuration: 12h
+  apiVersion: credentialprovider.kubelet.k8s.io/v1
+  args: [--x]
+  env:
+  - {name: REGION, value: eu}
+"""
+
+
+def test_the_kubelets_own_file_is_yaml() -> None:
+    assert parse_providers(PROVIDERS.encode(), "p.yaml") == [
+        Provider(
+            "ecr",
+            ("*.dkr.ecr.*.amazonaws.com", "r.test/team"),
+            43200.0,
+            "credentialprovider.kubelet.k8s.io/v1",
+            ("--x",),
+            (("REGION", "eu"),),
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    "before, after, where, what",
+    [
+        ("- name: ecr ", "- nam: ecr ", "p.yaml: providers[0]", "name is missing"),
+        ("12h", "12", "p.yaml: providers[0]", "defaultCacheDuration is not"),
+        ("12h", "12 hours", "p.yaml: providers[0]", "invalid duration"),
+        ("args: [--x]", "args: --x", "p.yaml: providers[0]", "args is not"),
+        ("value: eu", "value: 1", "p.yaml: providers[0]", "env is not"),
+        ("- name: ecr", "- ecr", "p.yaml:5:3", "not valid YAML"),
+        ("kind: Cred", "kind: Kred", "p.yaml", "not a CredentialProviderConfig"),
+        ("  args", "\targs", "p.yaml:8:1", "not valid YAML"),
+    ],
+)
+def test_what_is_wrong_with_the_kubelets_file_is_named(before: str, after: str, where: str, what: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        parse_providers(b"kind: CredentialProviderConfig\n", "p.yaml")
-    assert "JSON" in caught.value.hint
+        parse_providers(PROVIDERS.replace(before, after, 1).encode(), "p.yaml")
+    assert caught.value.where == where
+    assert what in caught.value.what
+
+
+def test_a_plugin_that_needs_a_pod_is_not_run_and_a_directory_is_read_in_order(tmp_path: Path) -> None:
+    configs = tmp_path / "providers.d"
+    configs.mkdir()
+    needy = PROVIDERS.replace("name: ecr", "name: needy") + "  tokenAttributes: {requireServiceAccount: true}\n"
+    (configs / "20.yml").write_text(PROVIDERS)
+    (configs / "README").write_text("not read")
+    program(tmp_path / "plugins", "ecr", response(tmp_path, "Image", "1h", "r.test/team"))
+    settings = CredentialSettings(
+        provider_config=str(configs), provider_directory=str(tmp_path / "plugins"), environ={"PATH": "/usr/bin:/bin"}
+    )
+    found = find(settings, "r.test", "team/app")
+    assert found is not None
+    assert found.source == "credential provider ecr"
+    (configs / "10.yaml").write_text(needy)
+    with pytest.raises(Unavailable, match="needy"):
+        find(settings, "r.test", "team/app")
 
 
 def test_a4_2_a_credential_that_was_replaced_meanwhile_is_picked_up(tmp_path: Path) -> None:
