@@ -105,7 +105,7 @@ async def _check(endpoint: Endpoint, reference: Reference | None) -> Checked:
             speed = await _speed(endpoint, reference)
     except ImgsvcError as failure:
         latency = latency or time.monotonic() - started
-        error, status = str(failure), getattr(failure, "status", 0)
+        error, status = str(await endpoint.reason() or failure), getattr(failure, "status", 0)
     return Checked(endpoint.base, endpoint.host.origin, not error, status, endpoint.credential_name, tls, latency, speed, skew, error)
 
 

@@ -13,15 +13,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Final, Protocol
 from urllib.parse import urlencode, urljoin, urlsplit
 
 from imgsvc import __version__
-from imgsvc.errors import InvalidArgument, Unavailable, printable
+from imgsvc.errors import ImgsvcError, InvalidArgument, Unavailable, printable
 from imgsvc.registry.auth import Answer, Authorizer, Peer, secrets_of
-from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, OWN, Host, Tls, canonical_name, is_local
+from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, OWN, Capability, Host, Tls, canonical_name, is_local
 from imgsvc.registry.interfaces import Attempt, Credential, RegistryObserver
 from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
 from imgsvc.registry.proxies import proxy_for
@@ -37,6 +37,7 @@ MAX_REDIRECTS: Final = 10
 _MAX_ATTEMPTS: Final = 64  # kept of one operation, the latest; a long download over a bad line makes many
 _MAX_WARNINGS: Final = 4  # of an answer that are told. Source: distribution-spec "Warnings"
 _MAX_ROUNDS: Final = 3  # requests one call may cost: unauthenticated, authenticated, with a renewed credential
+_REASON_TIMEOUT_S: Final = 5.0  # for the words to a refusal that is already certain
 _GUESS_TIMEOUT_S: Final = 3.0  # for localhost to show which protocol it speaks
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 
@@ -135,6 +136,7 @@ class Endpoint:
         self._credential: Credential | None = None
         self._credential_note = ""
         self._is_credential_known = False
+        self._unexplained: tuple[Ask, Answer | None] | None = None  # the HEAD that was refused last, and what went with it
 
     @property
     def base(self) -> str:
@@ -176,6 +178,27 @@ class Endpoint:
         session = self._session
         session.observer.warned(session.namespace, session.repository, shown_url(response.url), text)
 
+    async def reason(self) -> RequestFailed | None:
+        """The last refusal of a HEAD in the registry's own words: one GET of the same, sent as it was; None without any.
+
+        Such a GET finds nothing to send, so it does not count as a pull where pulls are counted. It is not for the way to
+        another host, only for the error that ends an operation.
+        """
+        if self._unexplained is None or Capability.PULL not in self.host.capabilities:
+            return None
+        (ask, answer), self._unexplained = self._unexplained, None
+        started = time.monotonic()
+        ask = replace(ask, method="GET")
+        try:
+            async with asyncio.timeout(_REASON_TIMEOUT_S), await self._send_with_fallback(ask, answer) as response:
+                if response.status < 400:
+                    return None  # it does not know HEAD
+                told = await self._status_error(response, ask)
+        except (ImgsvcError, TimeoutError):
+            return None  # the status of the HEAD says enough
+        self.record(told.phase, told.status, started, told.what)
+        return told
+
     def record(self, phase: str, status: int, started: float, error: str = "") -> None:
         """Add an Attempt."""
         elapsed = time.monotonic() - started
@@ -214,6 +237,7 @@ class Endpoint:
             response = await self._send_with_fallback(ask, answer)
         if response.status in ask.ok:
             return response
+        self._unexplained = (ask, answer) if ask.method == "HEAD" else None
         async with response:
             raise await self._status_error(response, ask)
 
@@ -366,7 +390,14 @@ class Endpoint:
             if challenge:
                 what += f", challenge {scrubbed(challenge, secrets_of(self._credential))}"
         return RequestFailed(
-            what, code=_code_of(status), failure=failure, phase=ask.phase, status=status, where=shown_url(response.url), wait=wait
+            what,
+            code=_code_of(status),
+            failure=failure,
+            phase=ask.phase,
+            status=status,
+            where=shown_url(response.url),
+            wait=wait,
+            is_silent=ask.method == "HEAD",
         )
 
     def _refused(self, what: str, phase: str, url: str) -> RequestFailed:

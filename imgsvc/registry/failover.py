@@ -100,7 +100,16 @@ class Failover:
                 self._book.of(endpoint).succeeded()
                 self._book.of(endpoint).served()
                 return result
+        await self._ask_for_reasons()
         raise self.failure(what)
+
+    async def _ask_for_reasons(self) -> None:
+        """Put the registries' own words into refusals of HEAD. One request each, and none where that is a burden."""
+        for endpoint in dict.fromkeys(endpoint for endpoint, error in self._errors if error.is_silent):
+            health, now = self._book.of(endpoint), time.monotonic()
+            if health.parked_for(now) or not health.take_retry(now) or not (told := await endpoint.reason()):
+                continue
+            self._errors = [(e, told if e is endpoint and error.is_silent else error) for e, error in self._errors]
 
     async def admit(self, endpoint: Endpoint, *, is_last: bool) -> bool:
         """Whether to ask this endpoint now; for the last one a short rate limit is waited out."""

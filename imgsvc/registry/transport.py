@@ -37,7 +37,8 @@ class RequestFailed(ImgsvcError):
     """One request to one endpoint did not succeed. `code` is the category of this very failure.
 
     phase: "connect", "tls", "auth", "resolve", "fetch", "push". status: HTTP status, 0 without an answer.
-    wait: Retry-After [seconds] where the server said so. is_plain_http: it answered HTTP where TLS was tried.
+    wait: Retry-After [seconds] where the server said so. is_plain_http: it answered HTTP where TLS was tried. is_silent: the
+    answer to a HEAD, which has no room for a reason.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class RequestFailed(ImgsvcError):
         hint: str = "",
         wait: float | None = None,
         is_plain_http: bool = False,
+        is_silent: bool = False,
     ) -> None:
         super().__init__(what, where=where, hint=hint)
         self.code = code  # type: ignore[misc]  # an instance may narrow the class's category
@@ -61,6 +63,7 @@ class RequestFailed(ImgsvcError):
         self.status = status
         self.wait = wait
         self.is_plain_http = is_plain_http
+        self.is_silent = is_silent
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,49 @@ def test_a3_1_every_kind_of_failure_falls_through_and_is_listed(tmp_path: Path, 
     run(main())
 
 
+def test_a4_4_the_words_to_a_refused_head_are_asked_for_when_all_is_lost_and_only_then(tmp_path: Path) -> None:
+    async def main() -> None:
+        with FakeRegistry() as mirror, FakeRegistry() as quiet, FakeRegistry() as own:
+            challenge = {"WWW-Authenticate": f'Bearer realm="{own.url}/token",service="s"'}
+            own.rule(
+                own.on(
+                    "/v2/secret", Reply(401, challenge, b'{"errors":[{"code":"UNAUTHORIZED","message":"no such project, or not yours"}]}')
+                )
+            )
+            own.rule(own.on("/token", Reply(200, body=b'{"token": "t"}')))
+            own.add(image_of(), "app")
+            table = f'[host."{mirror.url}"]\n[host."{quiet.url}"]\ncapabilities = ["resolve"]\n'
+            hosts_d(tmp_path, {own.address: table})
+            async with client_for(tmp_path) as client:
+                await client.resolve(Reference.parse(f"{own.address}/app"))
+                assert not any(fake.seen(method="GET") for fake in (mirror, quiet, own)), "the mirror's 404 is nobody's concern"
+                with pytest.raises(PullFailed) as gone:
+                    await client.resolve(Reference.parse(f"{own.address}/absent"))
+                with pytest.raises(PullFailed) as refused:
+                    await client.resolve(Reference.parse(f"{own.address}/secret"))
+            assert gone.value.code == "NOT_FOUND"
+            assert "GET answered 404 (MANIFEST_UNKNOWN: not known here)" in gone.value.what.partition("(tried")[0]
+            assert [a.status for a in gone.value.attempts] == [404, 404, 404, 404, 404], "three HEAD, two of them explained"
+            assert "UNAUTHORIZED: no such project, or not yours" in refused.value.what
+            assert len(own.seen("/v2/secret", "GET")) == 1
+            assert len(own.seen("/token")) == 2, "both of the HEAD: the token might have been a stale one"
+            assert not quiet.seen(method="GET"), "it may not be asked for content"
+
+    run(main())
+
+
+def test_a5_1_a_rate_limited_head_is_not_followed_by_a_get(tmp_path: Path) -> None:
+    async def main() -> None:
+        with FakeRegistry() as own:
+            own.rule(lambda _: Reply(429, {"Retry-After": "3600"}))
+            async with client_for(tmp_path) as client:
+                with pytest.raises(PullFailed):
+                    await client.resolve(Reference.parse(f"{own.address}/app"))
+            assert [request.method for request in own.requests] == ["HEAD"]
+
+    run(main())
+
+
 def test_a2_6_a_failure_lists_every_endpoint_with_its_cause(tmp_path: Path) -> None:
     with FakeRegistry() as absent, FakeRegistry() as forbidden:
         body = b'{"errors":[{"code":"DENIED","message":"quota of team blue"}]}'
