@@ -30,7 +30,7 @@ from imgsvc.snapshot.tree import MissingDirectory, NoDirectory, Tree, is_whiteou
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _WHITEOUT: Final = b".wh."
 _OPAQUE: Final = b".wh..wh..opq"
-_BAD_NAMES: Final = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EFBIG, errno.EMLINK)
+_BAD_NAMES: Final = (errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EFBIG, errno.EMLINK)
 _SECURITY_KEPT: Final = (b"security.capability", b"security.ima")  # others are this host's business, not an image's
 _KEPT_NAMESPACES: Final = (b"user.", b"system.posix_acl_")
 _DEFAULT_ACL: Final = b"system.posix_acl_default"

@@ -30,11 +30,13 @@ _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 class Journal:
     """What is left to do once a layer's parent is there. Paths are canonical, relative to the layer's root.
 
-    implied: directories without an entry. fresh: directories that replace whatever lower layers have there.
+    implied: directories without an entry. through: directories that the layer, up to some entry, only implied, and that nothing
+    had hidden yet: where lower layers have a link there, that entry was meant for somewhere else. fresh: directories that replace whatever lower layers have there.
     opaque: directories that hide what lower layers have inside. links: name → (target below, inode of its placeholder).
     """
 
     implied: set[bytes] = field(default_factory=set)
+    through: set[bytes] = field(default_factory=set)
     fresh: set[bytes] = field(default_factory=set)
     opaque: set[bytes] = field(default_factory=set)
     whiteouts: set[bytes] = field(default_factory=set)
@@ -43,7 +45,7 @@ class Journal:
     def dump(self) -> bytes:
         """As bytes for load(). Raises: ResourceExhausted beyond MAX_JOURNAL."""
         parts: list[bytes] = []
-        for tag, paths in zip(b"IFOW", (self.implied, self.fresh, self.opaque, self.whiteouts), strict=True):
+        for tag, paths in zip(b"ITFOW", (self.implied, self.through, self.fresh, self.opaque, self.whiteouts), strict=True):
             parts += [b"%c%s" % (tag, path) for path in sorted(paths)]
         for name, (target, inode) in self.links.items():
             parts += [b"L" + name, target, b"%d" % inode]
@@ -57,7 +59,7 @@ class Journal:
         """The journal that dump() wrote."""
         journal = cls()
         fields = iter(data.split(b"\0")) if data else iter(())
-        tables = {b"I": journal.implied, b"F": journal.fresh, b"O": journal.opaque, b"W": journal.whiteouts}
+        tables = {b"I": journal.implied, b"T": journal.through, b"F": journal.fresh, b"O": journal.opaque, b"W": journal.whiteouts}
         for item in fields:
             tag, path = item[:1], item[1:]
             if tag == b"L":
@@ -79,6 +81,8 @@ class OverlayStyle:
 
     def create_implied(self, parent_fd: int, name: bytes, path: bytes) -> None:
         """Also where a whiteout was: then nothing of lower layers may shine through."""
+        if not self._hides(path):
+            self.journal.through.add(path)
         try:
             os.mkdir(name, IMPLIED_MODE, dir_fd=parent_fd)
         except FileExistsError:
@@ -142,10 +146,23 @@ class OverlayStyle:
 
     def link_below(self, parent_fd: int, name: bytes, path: bytes, target: bytes) -> None:
         """An empty file holds the place, so that later entries find what a sequential unpack would show them."""
+        if self._hides(target):
+            raise _missing(target, path)
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0, dir_fd=parent_fd)
         inode = os.fstat(fd).st_ino
         os.close(fd)
         self.journal.links[path] = (target, inode)
+
+    def _hides(self, path: bytes) -> bool:
+        """Whether the layer has hidden what lower layers have at `path`, up to here."""
+        journal = self.journal
+        if path in journal.whiteouts or path in journal.fresh:
+            return True
+        while path:
+            path = path.rpartition(b"/")[0]
+            if path in journal.whiteouts or path in journal.fresh or path in journal.opaque:
+                return True
+        return False
 
     def placeholder_linked(self, path: bytes, target: bytes) -> None:
         """Another name for a placeholder is another name for what it stands for."""
@@ -260,7 +277,7 @@ class InPlaceStyle:
 
     def link_below(self, parent_fd: int, name: bytes, path: bytes, target: bytes) -> None:
         """All layers are here, so the target is nowhere."""
-        raise BadLayer(f'a hard link to "{target[:200].decode("utf-8", "backslashreplace")}", which does not exist', path)
+        raise _missing(target, path)
 
     def placeholder_linked(self, path: bytes, target: bytes) -> None:
         """There are no placeholders here."""
@@ -270,6 +287,10 @@ class InPlaceStyle:
         for path in sorted(self._times, reverse=True):
             if path not in self._made:
                 yield path, self._times[path]
+
+
+def _missing(target: bytes, path: bytes) -> BadLayer:
+    return BadLayer(f'a hard link to "{target[:200].decode("utf-8", "backslashreplace")}", which does not exist', path)
 
 
 def _drop_xattrs(fd: int) -> None:

@@ -85,7 +85,11 @@ class Settler:
 
     def _lower_status(self, path: bytes, *, itself: bool = True) -> os.stat_result | None:
         """What shines through at `path` (links not followed), or None."""
-        if self._lower is None or self._hidden(path, itself=itself):
+        return None if self._hidden(path, itself=itself) else self._below(path)
+
+    def _below(self, path: bytes) -> os.stat_result | None:
+        """What lower layers have at exactly `path` (links not followed), or None."""
+        if self._lower is None:
             return None
         parent, _, name = path.rpartition(b"/")
         try:
@@ -100,8 +104,8 @@ class Settler:
             os.close(fd)
 
     def _check_links(self) -> None:
-        for path in sorted(self._journal.implied):
-            status = self._lower_status(path)
+        for path in sorted(self._journal.through):
+            status = self._below(path)
             if status is not None and stat.S_ISLNK(status.st_mode):
                 raise NeedsParents(path)
 
@@ -112,15 +116,15 @@ class Settler:
                 raise NoDirectory(path)
 
     def _make_links(self) -> None:
-        groups: dict[tuple[bytes, int], list[bytes]] = {}
-        for name, key in self._journal.links.items():
-            groups.setdefault(key, []).append(name)
         found: dict[bytes, tuple[bytes, os.stat_result]] = {}
-        for target, _ in groups:
-            found[target] = self._find_target(target)
-        for (target, inode), names in groups.items():
-            canonical, status = found[target]
-            self._bring_up(canonical, status, inode, names)
+        groups: dict[bytes, list[tuple[bytes, int]]] = {}
+        for name, (target, inode) in self._journal.links.items():
+            if target not in found:
+                found[target] = self._find_target(target)
+            groups.setdefault(found[target][0], []).append((name, inode))
+        statuses = dict(found.values())
+        for canonical, links in groups.items():
+            self._bring_up(canonical, statuses[canonical], links)
 
     def _find_target(self, target: bytes) -> tuple[bytes, os.stat_result]:
         """Canonical path and status of a link's target in the lower layers. Raises: NeedsParents, BadLayer."""
@@ -138,8 +142,6 @@ class Settler:
             self._check_no_link_above(path)
         if stat.S_ISDIR(status.st_mode):
             raise BadLayer("a hard link to a directory", target)
-        if self._hidden(canonical, itself=False):
-            raise missing
         return canonical, status
 
     def _check_no_link_above(self, path: bytes) -> None:
@@ -156,8 +158,8 @@ class Settler:
         except OSError:
             raise NeedsParents(path) from None
 
-    def _bring_up(self, canonical: bytes, status: os.stat_result, inode: int, names: list[bytes]) -> None:
-        """One lower file under its own names and as the links that stand for it."""
+    def _bring_up(self, canonical: bytes, status: os.stat_result, links: list[tuple[bytes, int]]) -> None:
+        """One lower file under the names it still has there, and as the links to it: (name, inode of its placeholder) each."""
         assert self._lower is not None
         self._touch(b"")
         root = self._upper.root_fd
@@ -168,17 +170,16 @@ class Settler:
         finally:
             os.close(source)
         self.size += rounded(status.st_size, self._unit) if stat.S_ISREG(status.st_mode) else 0
-        own = self._lower_names(canonical, status)
-        for path in own:
+        for path in self._lower_names(canonical, status):
             self._place(path, None)
-        for path in names:
+        for path, inode in links:
             self._place(path, inode)
         os.unlink(_TEMPORARY, dir_fd=root)
 
     def _lower_names(self, canonical: bytes, status: os.stat_result) -> list[bytes]:
-        """All names of a lower file. Overlayfs would keep the others apart; a plain file system would not."""
+        """All names a lower file still has. Overlayfs would keep the others apart; a plain file system would not."""
         if status.st_nlink == 1:
-            return [canonical]
+            return [] if self._hidden(canonical) or self._whited_out(canonical) else [canonical]
         assert self._lower is not None
         names = []
         todo = [b""]
@@ -191,11 +192,19 @@ class Settler:
                         there = path + b"/" + os.fsencode(entry.name) if path else os.fsencode(entry.name)
                         if entry.is_dir(follow_symlinks=False):
                             todo.append(there)
-                        elif entry.inode() == status.st_ino and not self._hidden(there):
+                        elif entry.inode() == status.st_ino and not self._hidden(there) and not self._whited_out(there):
                             names.append(there)
             finally:
                 os.close(fd)
         return names
+
+    def _whited_out(self, path: bytes) -> bool:
+        """Whether this layer removes what lower layers have at `path`, after it has linked to it."""
+        while path:
+            if path in self._journal.whiteouts:
+                return True
+            path = path.rpartition(b"/")[0]
+        return False
 
     def _place(self, path: bytes, inode: int | None) -> None:
         """Link the copy to `path`: over its placeholder `inode`, or (None) where this layer has nothing of its own."""
@@ -340,4 +349,6 @@ def _copy_up(source: int, name: bytes, status: os.stat_result, root: int) -> Non
     else:
         os.mknod(_TEMPORARY, status.st_mode, status.st_rdev, dir_fd=root)
     os.chown(_TEMPORARY, status.st_uid, status.st_gid, dir_fd=root, follow_symlinks=False)
+    if not stat.S_ISLNK(status.st_mode):
+        os.chmod(_TEMPORARY, stat.S_IMODE(status.st_mode), dir_fd=root)  # chown takes set-ID bits away
     os.utime(_TEMPORARY, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=root, follow_symlinks=False)

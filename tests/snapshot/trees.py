@@ -9,7 +9,7 @@ import shutil
 import stat
 import subprocess
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
 
 
-def read_tree(root: Path, *, unowned_times: frozenset[str] = frozenset()) -> dict[str, Any]:
+def read_tree(root: Path, *, unowned_times: Container[str] = frozenset()) -> dict[str, Any]:
     """Path → (type and mode, uid, gid, mtime, size, content or target or device, xattrs), and "" → the hard link groups.
 
     unowned_times: directories whose times nobody determined, because no layer had an entry for them.
