@@ -127,6 +127,7 @@ class Handler:
     container_annotations: tuple[str, ...] = ()
     privileged_without_host_devices: bool = False
     privileged_without_host_devices_all_devices_allowed: bool = False
+    cgroup_writable: bool = False  # on cgroup version 2, a container may divide its own cgroup
     base_runtime_spec: str = ""
     snapshotter: str = ""
     cni_conf_dir: str = ""

@@ -216,6 +216,7 @@ def _nested_runtimes(pattern: str) -> list[tuple[Path, Rule]]:
         "container_annotations": _runtime("container_annotations"),
         "privileged_without_host_devices": _runtime("privileged_without_host_devices"),
         "privileged_without_host_devices_all_devices_allowed": _runtime("privileged_without_host_devices_all_devices_allowed"),
+        "cgroup_writable": _runtime("cgroup_writable"),
         "base_runtime_spec": _runtime("base_runtime_spec"),
         "cni_conf_dir": _runtime("cni_conf_dir"),
         "cni_max_conf_num": _runtime("cni_max_conf_num"),

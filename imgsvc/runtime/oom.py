@@ -20,6 +20,7 @@ class OomLedger:
 
     def begin(self, group: Path) -> None:
         """A container runs in this cgroup from now on; what vanished before was not its doing."""
+        self._known = {pod: kills for pod, kills in self._known.items() if pod.is_dir()}  # others were removed since
         self._known.setdefault(group.parent, _vanished(group.parent))
 
     def ended(self, group: Path) -> bool:

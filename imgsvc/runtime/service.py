@@ -72,7 +72,11 @@ class RuntimeService(RuntimeServiceServicer):
         return pb.StatusResponse(
             status=pb.RuntimeStatus(conditions=conditions),
             runtime_handlers=handlers,
-            features=pb.RuntimeFeatures(supplemental_groups_policy=True, mount_options=True),
+            features=pb.RuntimeFeatures(
+                supplemental_groups_policy=True,
+                user_namespaces_host_network=any(h.features.user_namespaces for h in node.core.handlers.values()),
+                mount_options=True,
+            ),
             info={k: json.dumps(v) for k, v in node.describe().items()} if request.verbose else {},
         )
 

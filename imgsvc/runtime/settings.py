@@ -17,6 +17,7 @@ class HandlerSettings:
         path: the OCI CLI, or the shim binary; "" finds it: crun when its self-test passes, else runc.
         options: containerd's option names: BinaryName, Root, SystemdCgroup, NoNewKeyring, NoPivotRoot, ConfigPath, TypeUrl …
         pod_annotations, container_annotations: globs; annotations that match reach the OCI specification (C-C22).
+        cgroup_writable: on cgroup version 2, a container may divide its own cgroup.
         sandboxer: "shim" lets the shim make its pods; "" and "podsandbox" are pods made of namespaces.
     """
 
@@ -28,6 +29,7 @@ class HandlerSettings:
     container_annotations: tuple[str, ...] = ()
     privileged_without_host_devices: bool = False
     privileged_without_host_devices_all_devices_allowed: bool = False
+    cgroup_writable: bool = False
     base_runtime_spec: str = ""
     cni_conf_dir: str = ""
     cni_max_conf_num: int = 0

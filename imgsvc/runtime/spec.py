@@ -73,6 +73,7 @@ class ContainerPlan:
     hidden: Mapping[str, list[str]]
     root_propagation: str
     device_owner: User | None = None
+    cgroup_writable: bool = False
     restrict_oom_score_adj: bool = False
     tolerate_missing_hugetlb: bool = True
     annotation_globs: tuple[Sequence[str], Sequence[str]] = ((), ())
@@ -81,18 +82,29 @@ class ContainerPlan:
 
 def build(plan: ContainerPlan) -> dict[str, Any]:
     """The content of config.json. Raises: InvalidArgument, FailedPrecondition."""
+    mounts = _mounts(plan)
+    base_linux = dict(plan.base.get("linux", {}))
+    if plan.config.security.privileged:
+        for hidden in ("maskedPaths", "readonlyPaths"):
+            base_linux.pop(hidden, None)
     spec: dict[str, Any] = {
         **plan.base,
         "ociVersion": plan.base.get("ociVersion", OCI_VERSION),
         "process": {**plan.base.get("process", {}), **_process(plan)},
         "root": {"path": str(plan.rootfs), "readonly": plan.config.security.readonly_rootfs},
-        "mounts": _mounts(plan),
+        "mounts": in_mount_order([*mounts, *_base_mounts(plan, mounts)]),
         "annotations": {**plan.base.get("annotations", {}), **allowed_annotations(plan)},
-        "linux": {**plan.base.get("linux", {}), **_linux(plan)},
+        "linux": {**base_linux, **_linux(plan)},
     }
     if plan.namespaces.get("uts") == "":
         spec["hostname"] = plan.pod.hostname
     return spec
+
+
+def _base_mounts(plan: ContainerPlan, ours: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the handler's base specification mounts beyond that."""
+    taken = {m["destination"].rstrip("/") for m in ours}
+    return [dict(m) for m in plan.base.get("mounts", ()) if m["destination"].rstrip("/") not in taken]
 
 
 def command_line(config: ContainerConfig, image: ImageConfig) -> list[str]:
@@ -103,8 +115,10 @@ def command_line(config: ContainerConfig, image: ImageConfig) -> list[str]:
     return argv
 
 
-def environment(envs: Sequence[KeyValue], image: ImageConfig, *, hostname: str = "", tty: bool = False) -> list[str]:
-    """Image first, pod over it; the last of a name wins and keeps its first place."""
+def environment(
+    envs: Sequence[KeyValue], image: ImageConfig, *, hostname: str = "", tty: bool = False, base: Sequence[str] = ()
+) -> list[str]:
+    """The handler's base first, image and pod over it; the last of a name wins and keeps its first place."""
     merged: dict[str, str] = {}
     key, _, value = DEFAULT_PATH.partition("=")
     merged[key] = value
@@ -112,7 +126,7 @@ def environment(envs: Sequence[KeyValue], image: ImageConfig, *, hostname: str =
         merged["HOSTNAME"] = hostname
     if tty:
         merged["TERM"] = "xterm"
-    for text in image.env:
+    for text in (*base, *image.env):
         key, separator, value = text.partition("=")
         if key and separator and "\0" not in text:
             merged[key] = value
@@ -138,7 +152,9 @@ def _process(plan: ContainerPlan) -> dict[str, Any]:
         "terminal": plan.config.tty,
         "user": {"uid": plan.user.uid, "gid": plan.user.gid, "additionalGids": list(plan.user.groups)},
         "args": command_line(plan.config, plan.image),
-        "env": environment(plan.config.envs, plan.image, hostname=plan.pod.hostname, tty=plan.config.tty),
+        "env": environment(
+            plan.config.envs, plan.image, hostname=plan.pod.hostname, tty=plan.config.tty, base=plan.base.get("process", {}).get("env", ())
+        ),
         "cwd": working_dir(plan.config, plan.image),
         "capabilities": process_capabilities(plan.granted, plan.ambient),
         "noNewPrivileges": security.no_new_privs,
@@ -172,6 +188,8 @@ def _mounts(plan: ContainerPlan) -> list[dict[str, Any]]:
 def _standard_mounts(plan: ContainerPlan) -> list[dict[str, Any]]:
     privileged = plan.config.security.privileged
     access = "rw" if privileged else "ro"
+    # Without a cgroup namespace, writable would mean those of others, too.
+    cgroups = "rw" if plan.cgroup_writable and "cgroup" in plan.namespaces else access
     kernel_views = ["nosuid", "noexec", "nodev"]
     mounts: list[dict[str, Any]] = [
         {"destination": "/proc", "type": "proc", "source": "proc", "options": kernel_views},
@@ -179,7 +197,7 @@ def _standard_mounts(plan: ContainerPlan) -> list[dict[str, Any]]:
         {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": _devpts(plan)},
         {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": kernel_views},
         _sysfs(plan, [*kernel_views, access]),
-        {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": [*kernel_views, "relatime", access]},
+        {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": [*kernel_views, "relatime", cgroups]},
     ]
     if plan.namespaces.get("ipc") is None and plan.user_namespace:
         mounts[3] = {"destination": "/dev/mqueue", "type": "bind", "source": "/dev/mqueue", "options": ["rbind", *kernel_views]}
@@ -323,8 +341,11 @@ def _matches(key: str, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(key, glob) for glob in globs)
 
 
-def namespaces(config: ContainerConfig, pod: PodSandboxConfig, pins: Path, pid_path: str) -> dict[str, str]:
-    """Namespace types of a container and what to join. pins: the pod's; pid_path: of the pause or the target container."""
+def namespaces(config: ContainerConfig, pod: PodSandboxConfig, pins: Path, pid_path: str, host: Host) -> dict[str, str]:
+    """Namespace types of a container and what to join. pins: the pod's; pid_path: of the pause or the target container.
+
+    On cgroup version 2 a container sees its own cgroup as the root of all, unless it is privileged.
+    """
     options = pod.namespaces
     found = {"mount": ""}
     if options.user:
@@ -332,6 +353,8 @@ def namespaces(config: ContainerConfig, pod: PodSandboxConfig, pins: Path, pid_p
     for kind, name, mode in (("network", "net", options.network), ("uts", "uts", options.network), ("ipc", "ipc", options.ipc)):
         if mode != NamespaceMode.NODE:
             found[kind] = str(pins / name)
+    if host.unified and not config.security.privileged:
+        found["cgroup"] = ""
     own = config.security.namespace_options.pid
     if own == NamespaceMode.CONTAINER:
         found["pid"] = ""

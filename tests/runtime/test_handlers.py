@@ -43,11 +43,20 @@ def test_cgroup_version_2(make_node: MakeNode) -> None:
     time.sleep(1.2)
     stats = node.cri.ContainerStats(pb.ContainerStatsRequest(container_id=container)).stats
     assert stats.cpu.usage_core_nano_seconds.value > 10**8
+    assert node.output(pod, "grep ^0:: /proc/self/cgroup; mkdir /sys/fs/cgroup/x 2>/dev/null || echo refused") == ["0::/", "refused"]
     directory = Path("/sys/fs/cgroup/unified") / node.cgroup_parent[1:] / "pod" / container
     assert str(int((directory / "cgroup.procs").read_text().split()[0])).isdigit()
     node.remove_all()
     assert not directory.exists()
     assert_clean(node)
+
+
+def test_a_container_may_divide_its_cgroup_where_the_handler_lets_it(make_node: MakeNode) -> None:
+    if not Path("/sys/fs/cgroup/unified").is_dir():
+        pytest.skip("needs a cgroup version 2 mount of the test's own")
+    node = make_node({"handlers": {"default": {"path": "runc", "cgroup_writable": True}}}, bridge="rtcgw", cgroups="v2")
+    pod = node.run_pod("pod")
+    assert node.output(pod, "mkdir /sys/fs/cgroup/x && cat /sys/fs/cgroup/x/cgroup.type; rmdir /sys/fs/cgroup/x") == ["domain"]
 
 
 def test_a_pod_from_its_beginning_to_its_end(handler: Daemon) -> None:
@@ -173,6 +182,20 @@ def test_a_user_namespace(handler: Daemon) -> None:
     script = "cat /proc/self/uid_map; stat -c %u /bin/busybox; touch /new && stat -c %u /new"
     lines = handler.output(pod, script, security=security)
     assert [line.split() for line in lines] == [["0", "300000", "65536"], ["0"], ["0"]]
+
+
+def test_a_user_namespace_in_the_hosts_network(handler: Daemon) -> None:
+    mapping = [pb.IDMapping(host_id=300000, container_id=0, length=65536)]
+    options = pb.NamespaceOption(
+        network=pb.NODE, pid=pb.CONTAINER, userns_options=pb.UserNamespace(mode=pb.POD, uids=mapping, gids=mapping)
+    )
+    pod = handler.run_pod("pod", namespaces=options)
+    security = pb.LinuxContainerSecurityContext(namespace_options=options)
+    lines = handler.output(pod, "cat /proc/self/uid_map; readlink /proc/self/ns/net; ls /sys/class/net", security=security)
+    assert lines[0].split() == ["0", "300000", "65536"]
+    assert lines[1] == os.readlink("/proc/self/ns/net")
+    assert "lo" in lines
+    assert handler.cri.Status(pb.StatusRequest()).features.user_namespaces_host_network
 
 
 def test_a_program_that_is_missing_is_named(handler: Daemon) -> None:

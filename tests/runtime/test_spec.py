@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -394,3 +395,34 @@ def test_selinux_labels_are_those_of_processes_and_of_files() -> None:
     made = spec.build(plan(config=privileged, selinux="u:r:t:s0", file_label="u:object_r:f:s0"))
     assert "selinuxLabel" not in made["process"]
     assert made["linux"]["mountLabel"] == "u:object_r:f:s0"
+
+
+def test_what_a_base_specification_has_stays_where_nothing_else_is_said() -> None:
+    base: dict[str, Any] = {
+        "process": {"rlimits": [{"type": "RLIMIT_NOFILE", "soft": 9, "hard": 9}], "env": ["BASE=1", "K=base"]},
+        "mounts": [{"destination": "/proc", "type": "tmpfs"}, {"destination": "/extra", "type": "tmpfs", "source": "tmpfs"}],
+        "linux": {"maskedPaths": ["/proc/kcore"], "intelRdt": {"closID": "x"}},
+        "hooks": {"prestart": [{"path": "/hook"}]},
+    }
+    made = spec.build(plan(base=base, config=container(envs=(KeyValue("K", b"pod"),))))
+    assert made["hooks"] == base["hooks"]
+    assert made["process"]["rlimits"] == base["process"]["rlimits"]
+    assert {"BASE=1", "K=pod"} <= set(made["process"]["env"])
+    assert [m["type"] for m in made["mounts"] if m["destination"] in ("/proc", "/extra")] == ["proc", "tmpfs"]
+    assert (made["linux"]["maskedPaths"], made["linux"]["intelRdt"]) == (["/proc/kcore"], {"closID": "x"})
+    privileged = LinuxContainerConfig(security_context=LinuxContainerSecurityContext(privileged=True))
+    assert "maskedPaths" not in spec.build(plan(base=base, config=container(linux=privileged)))["linux"]
+
+
+def test_on_cgroup_version_2_a_container_sees_its_own_cgroup_only() -> None:
+    unified = dataclasses.replace(HOST, unified=True)
+    assert spec.namespaces(container(), pod(), Path("/pins"), "", unified)["cgroup"] == ""
+    assert "cgroup" not in spec.namespaces(container(), pod(), Path("/pins"), "", dataclasses.replace(HOST, unified=False))
+    privileged = container(linux=LinuxContainerConfig(security_context=LinuxContainerSecurityContext(privileged=True)))
+    assert "cgroup" not in spec.namespaces(privileged, pod(), Path("/pins"), "", unified)
+
+
+@pytest.mark.parametrize("writable, namespace, expected", [(True, True, "rw"), (True, False, "ro"), (False, True, "ro")])
+def test_cgroups_are_writable_in_a_namespace_of_their_own(*, writable: bool, namespace: bool, expected: str) -> None:
+    made = spec.build(plan(cgroup_writable=writable, namespaces={"mount": "", **({"cgroup": ""} if namespace else {})}))
+    assert next(m for m in made["mounts"] if m["destination"] == "/sys/fs/cgroup")["options"][-1] == expected
