@@ -7,7 +7,7 @@
     verbs   resolver, documents, download, push
 
 A request passes client → failover → endpoint → auth/transport. Policy is decided in pure code and carried out above.
-Decisions: httpcore instead of httpx (transport.py); HTTP/1.1 only; "same site" for token services means the same name or
-a listed one (hosts.trusted_token_hosts); a host configured by `http://` outside loopback gets no credential unless
-`insecure_credentials = true`.
+Decisions: httpcore instead of httpx, and HTTP/2 only where a server has nothing else (transport.py); "same site" for token
+services means the same name or a listed one (hosts.trusted_token_hosts); a host configured by `http://` outside loopback
+gets no credential unless `insecure_credentials = true`.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterable
@@ -23,6 +24,8 @@ from imgsvc.registry.netguard import Reach, reach_of
 READ_SIZE: Final = 256 * 1024  # [bytes] at most per read; larger ones bring no more speed and hold the loop longer
 _NEXT_ADDRESS_AFTER_S: Final = 0.3
 
+_SSL_FRAME: Final = re.compile(r"^\[\w+(?:: \w+)?\] | \(_ssl\.c:\d+\)$", re.ASCII)
+
 SocketOption = tuple[int, int, int] | tuple[int, int, bytes | bytearray] | tuple[int, int, None, int]
 
 
@@ -35,11 +38,12 @@ class AddressRefused(httpcore.ConnectError):
 
 
 class TlsFailed(httpcore.ConnectError):
-    """No TLS session. plain: the peer evidently speaks no TLS."""
+    """No TLS session. plain: the peer evidently speaks no TLS. no_protocol: it has none of those that we offered."""
 
-    def __init__(self, text: str, *, plain: bool) -> None:
+    def __init__(self, text: str, *, plain: bool, no_protocol: bool = False) -> None:
         super().__init__(text)
         self.plain = plain
+        self.no_protocol = no_protocol
 
 
 class Backend(httpcore.AsyncNetworkBackend):
@@ -242,7 +246,8 @@ class TlsStream(httpcore.AsyncNetworkStream):
         except TimeoutError as error:
             raise TlsFailed(f"no TLS session within {timeout:g} s", plain=False) from error
         except ssl.SSLError as error:
-            raise TlsFailed(_tls_reason(error), plain=_is_plain(error)) from error
+            reason = _tls_reason(error)
+            raise TlsFailed(reason, plain=_is_plain(error), no_protocol="no application protocol" in reason) from error
         except (httpcore.ReadError, httpcore.WriteError) as error:
             raise TlsFailed(f"connection lost during the TLS handshake: {error}", plain=False) from error
 
@@ -370,4 +375,5 @@ def _tls_reason(error: ssl.SSLError) -> str:
         return f"certificate not trusted: {error.verify_message}"
     if _is_plain(error):
         return "the server answered plain HTTP on a TLS port"
-    return (error.reason or str(error)).lower().replace("_", " ")
+    # Python has no name for some of OpenSSL's reasons: "[SSL] tlsv1 alert no application protocol (_ssl.c:1006)".
+    return (error.reason or _SSL_FRAME.sub("", str(error))).lower().replace("_", " ")

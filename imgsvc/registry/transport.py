@@ -1,8 +1,12 @@
 """One HTTP request to one place: connection pools, TLS settings, deadlines. No authentication, no redirects, no retries.
 
 httpcore is used without httpx around it: a registry client decides itself about redirects, cookies (there are none),
-proxies and timeouts, and httpcore's pool is the layer that accepts our network backend. HTTP/1.1 only: one blob is one
-stream of bytes, and several connections beat several streams of one connection where it matters.
+proxies and timeouts, and httpcore's pool is the layer that accepts our network backend.
+
+HTTP/1.1 is what we ask for: one blob is one stream of bytes, and several connections beat several streams of one, the
+more so as HTTP/2 frames are taken apart in Python. A server that has only HTTP/2 (it refuses http/1.1 in the TLS handshake,
+or answers what is none) is spoken to so after that, one connection for each request: httpcore does not tell a server
+that a stream was given up, so what shares a connection could not be closed early.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Final, Self
 from urllib.parse import unquote, urlsplit
 
 import httpcore
+from h2.exceptions import H2Error
 
 from imgsvc.errors import ImgsvcError, InvalidArgument, ResourceExhausted, printable
 from imgsvc.registry.hosts import Tls
@@ -31,6 +36,7 @@ _KEEP_IDLE_S: Final = 30.0
 _MAX_HEADER_VALUE: Final = 64 * 1024  # [characters] h11 bounds the whole head to about 100 KiB
 
 Body = bytes | AsyncIterable[bytes]
+_HTTP_ERRORS: Final = (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError, H2Error)
 
 
 class RequestFailed(ImgsvcError):
@@ -104,8 +110,12 @@ class Headers:
 class Response:
     """An answer whose body is still to come. Close it; closing early closes the connection."""
 
-    def __init__(self, raw: httpcore.Response, url: str, phase: str, through_proxy: bool) -> None:
+    def __init__(
+        self, raw: httpcore.Response, url: str, phase: str, through_proxy: bool, pool: httpcore.AsyncConnectionPool | None = None
+    ) -> None:
+        """pool: for this answer only, closed with it."""
         self._raw = raw
+        self._pool = pool
         self.status = raw.status
         self.headers = Headers(raw.headers)
         self.url = url
@@ -130,7 +140,7 @@ class Response:
         try:
             async for chunk in self._raw.aiter_stream():
                 yield chunk
-        except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
+        except _HTTP_ERRORS as error:
             raise _mapped(error, self.url, self.phase) from error
 
     async def read(self, limit: int) -> bytes:
@@ -166,6 +176,8 @@ class Response:
     async def close(self) -> None:
         """Idempotent."""
         await self._raw.aclose()
+        if self._pool:
+            await self._pool.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -180,6 +192,8 @@ class Transport:
     def __init__(self, timeouts: Timeouts) -> None:
         self._timeouts = timeouts
         self._pools: dict[tuple[object, ...], httpcore.AsyncConnectionPool] = {}
+        self._contexts: dict[tuple[object, ...], ssl.SSLContext] = {}
+        self._only_h2: dict[str, None] = {}  # scheme and authority of servers without HTTP/1.1
 
     async def send(
         self,
@@ -197,7 +211,6 @@ class Transport:
         Raises: RequestFailed; InvalidArgument when TLS files cannot be used.
         """
         _check_literal_address(url, route, phase)
-        pool = await self._pool(route)
         connect = self._timeouts.connect if route.connect_timeout is None else route.connect_timeout
         request = httpcore.Request(
             method,
@@ -210,13 +223,42 @@ class Transport:
         limit = None if method in ("PUT", "PATCH", "POST") else connect + self._timeouts.headers
         try:
             async with asyncio.timeout(limit):
-                raw = await pool.handle_async_request(request)
+                return await self._exchange(request, url, route, phase, can_repeat=isinstance(body, bytes))
         except TimeoutError as error:
             what = f"no complete answer within {limit:g} s"
             raise RequestFailed(what, code="DEADLINE_EXCEEDED", failure=Failure.BROKEN, phase=phase, where=shown_url(url)) from error
-        except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError) as error:
-            raise _mapped(error, url, phase) from error
+        except _HTTP_ERRORS as error:
+            if not isinstance(error, httpcore.RemoteProtocolError) or not _is_no_http1(error):
+                raise _mapped(error, url, phase) from error
+            what, hint = f"the answer is not HTTP: {printable(str(error), 160)}", "is this the registry's port, and does it want https://?"
+            raise RequestFailed(what, code="UNAVAILABLE", failure=Failure.DEFINITE, phase=phase, where=shown_url(url), hint=hint) from error
+
+    async def _exchange(self, request: httpcore.Request, url: str, route: Route, phase: str, *, can_repeat: bool) -> Response:
+        """In the protocol that the server has. Raises: _HTTP_ERRORS."""
+        server = "/".join(urlsplit(url)[:2])
+        if server in self._only_h2:
+            return await self._exchange_h2(request, url, route, phase)
+        try:
+            raw = await (await self._pool(route)).handle_async_request(request)
+        except (TlsFailed, httpcore.RemoteProtocolError) as error:
+            if not can_repeat or not _is_no_http1(error):
+                raise
+            try:
+                response = await self._exchange_h2(request, url, route, phase)
+            except _HTTP_ERRORS:
+                raise error from None  # it has neither
+            self._only_h2[server] = None
+            return response
         return Response(raw, url, phase, bool(route.proxy))
+
+    async def _exchange_h2(self, request: httpcore.Request, url: str, route: Route, phase: str) -> Response:
+        pool = _new_pool(route, await self._context(route, is_h2=True), is_h2=True)
+        try:
+            raw = await pool.handle_async_request(request)
+        except BaseException:
+            await pool.aclose()
+            raise
+        return Response(raw, url, phase, bool(route.proxy), pool)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -225,17 +267,23 @@ class Transport:
             await pool.aclose()
 
     async def _pool(self, route: Route) -> httpcore.AsyncConnectionPool:
-        stamps = tuple(_stamp(name) for name in (*route.tls.ca, *(n for pair in route.tls.client for n in pair if n)))
-        key = (route.tls, route.proxy, route.reachable, stamps)
+        key = (route.tls, route.proxy, route.reachable, _stamps(route.tls))
         if key not in self._pools:
-            # Reading the system's CAs takes tens of milliseconds.
-            context = await asyncio.to_thread(_tls_context, route.tls)
+            context = await self._context(route)
             if key not in self._pools:
                 self._pools[key] = _new_pool(route, context)
         return self._pools[key]
 
+    async def _context(self, route: Route, *, is_h2: bool = False) -> ssl.SSLContext:
+        """One for each protocol: httpcore writes into it what is offered in the handshake."""
+        key = (route.tls, _stamps(route.tls), is_h2)
+        if key not in self._contexts:
+            # Reading the system's CAs takes tens of milliseconds.
+            self._contexts[key] = await asyncio.to_thread(_tls_context, route.tls)
+        return self._contexts[key]
 
-def _new_pool(route: Route, context: ssl.SSLContext) -> httpcore.AsyncConnectionPool:
+
+def _new_pool(route: Route, context: ssl.SSLContext, *, is_h2: bool = False) -> httpcore.AsyncConnectionPool:
     proxy = None
     if route.proxy:
         parts = urlsplit(route.proxy)
@@ -245,11 +293,20 @@ def _new_pool(route: Route, context: ssl.SSLContext) -> httpcore.AsyncConnection
     return httpcore.AsyncConnectionPool(
         ssl_context=context,
         proxy=proxy,
+        http1=not is_h2,
+        http2=is_h2,
         max_connections=None,  # the callers' limits bound it
         max_keepalive_connections=_KEEP_IDLE,
         keepalive_expiry=_KEEP_IDLE_S,
         network_backend=Backend(ANYWHERE if route.proxy else route.reachable),
     )
+
+
+def _is_no_http1(error: Exception) -> bool:
+    """What a server without HTTP/1.1 does: an alert in the TLS handshake, or frames where a status line should be."""
+    if isinstance(error, TlsFailed):
+        return error.no_protocol
+    return "disconnected" not in str(error)
 
 
 def _tls_context(tls: Tls) -> ssl.SSLContext:
@@ -268,6 +325,11 @@ def _tls_context(tls: Tls) -> ssl.SSLContext:
         reason = error.strerror or str(error)
         raise InvalidArgument(f"certificate cannot be used: {printable(reason, 160)}", where=name, hint="a PEM file is expected") from error
     return context
+
+
+def _stamps(tls: Tls) -> tuple[tuple[int, int, int], ...]:
+    """What tells whether the files were replaced."""
+    return tuple(_stamp(name) for name in (*tls.ca, *(n for pair in tls.client for n in pair if n)))
 
 
 def _stamp(name: str) -> tuple[int, int, int]:

@@ -56,7 +56,7 @@ def running(argv: list[str], log: Path, address: str) -> Iterator[None]:
     import socket
 
     host, _, port = address.rpartition(":")
-    with log.open("wb") as output, subprocess.Popen(argv, stdout=output, stderr=output) as process:
+    with log.open("wb") as output, subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=output, stderr=output) as process:
         try:
             deadline = time.monotonic() + 20
             while True:
@@ -164,8 +164,11 @@ def token_registry(directory: Path) -> Iterator[tuple[str, TokenServer]]:
 
 
 @contextmanager
-def nginx_registry(directory: Path) -> Iterator[str]:
-    """TLS by nginx, which lets only clients with a certificate of the test CA in. Yields "127.0.0.1:PORT"."""
+def nginx_registry(directory: Path, *, only_h2: bool = False) -> Iterator[str]:
+    """TLS by nginx, which lets only clients with a certificate of the test CA in. Yields "127.0.0.1:PORT".
+
+    only_h2: HTTP/2 without TLS and nothing else instead; TLS of nginx always allows HTTP/1.1, too.
+    """
     program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/sbin")
     if program is None:
         pytest.skip("nginx is not installed")
@@ -173,6 +176,10 @@ def nginx_registry(directory: Path) -> Iterator[str]:
         certificate, key = authority().issue().write(directory, "server")
         (directory / "ca.pem").write_bytes(authority().pem)
         port = free_port()
+        tls = f"""
+                    listen 127.0.0.1:{port} ssl;
+                    ssl_certificate {certificate}; ssl_certificate_key {key};
+                    ssl_client_certificate {directory}/ca.pem; ssl_verify_client on;"""
         (directory / "nginx.conf").write_text(f"""
             daemon off; worker_processes 1; pid {directory}/nginx.pid; error_log stderr;
             events {{ worker_connections 64; }}
@@ -180,13 +187,11 @@ def nginx_registry(directory: Path) -> Iterator[str]:
                 access_log off; client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy;
                 fastcgi_temp_path {directory}/f; uwsgi_temp_path {directory}/u; scgi_temp_path {directory}/s;
                 server {{
-                    listen 127.0.0.1:{port} ssl;
-                    ssl_certificate {certificate}; ssl_certificate_key {key};
-                    ssl_client_certificate {directory}/ca.pem; ssl_verify_client on;
+                    {f"listen 127.0.0.1:{port} http2;" if only_h2 else tls}
                     client_max_body_size 0; proxy_max_temp_file_size 0; chunked_transfer_encoding on;
                     location / {{
                         proxy_pass http://{upstream}; proxy_request_buffering off;
-                        proxy_set_header Host $http_host; proxy_set_header X-Forwarded-Proto https;
+                        proxy_set_header Host $http_host; proxy_set_header X-Forwarded-Proto {"http" if only_h2 else "https"};
                     }}
                 }}
             }}""")

@@ -18,6 +18,7 @@ from imgsvc.reference import Reference
 from imgsvc.registry.check import check, render
 from imgsvc.registry.client import RegistryClient
 from imgsvc.registry.interfaces import Credential, PullFailed, Repository
+from imgsvc.registry.transport import Timeouts
 from tests.registry.certs import authority
 from tests.registry.real import (
     PASSWORD,
@@ -27,10 +28,12 @@ from tests.registry.real import (
     docker_registry,
     htpasswd_registry,
     nginx_registry,
+    running,
     token_registry,
 )
 from tests.registry.support import Bytes, MemorySink, blob, client_for, fails, hosts_d, image_of, noise, pull, run
 from tests.support.images import BuiltDocument, descriptor
+from tests.support.registries import free_port
 
 pytestmark = pytest.mark.compat
 ROBOT = Credential("CRI request", USER, PASSWORD)
@@ -292,6 +295,33 @@ def test_nginx_with_the_other_forms_of_client(tmp_path: Path, nginx: str, form: 
             await client.repository(Reference.parse(f"{nginx}/a")).has_blob(Digest.of(b""))
 
     run(main())
+
+
+def test_a_registry_that_has_only_http2(tmp_path: Path) -> None:
+    async def main() -> None:
+        with nginx_registry(tmp_path, only_h2=True) as address:
+            hosts_d(tmp_path / "hosts", {address: f'server = "http://{address}"\n'})
+            async with client_for(tmp_path / "hosts", timeouts=PATIENT) as client:
+                await full_round(client, address, None)
+
+    run(main())
+
+
+def test_a_server_that_refuses_http1_in_the_tls_handshake_is_offered_http2(tmp_path: Path) -> None:
+    certificate, key = authority().issue().write(tmp_path, "server")
+    (tmp_path / "ca.pem").write_bytes(authority().pem)
+    address, log = f"127.0.0.1:{free_port()}", tmp_path / "log"
+    server = ["openssl", "s_server", "-accept", address, "-cert", str(certificate), "-key", str(key), "-alpn", "h2"]
+
+    async def main() -> None:
+        hosts_d(tmp_path / "hosts", {address: f'server = "https://{address}"\nca = "{tmp_path}/ca.pem"\n'})
+        async with client_for(tmp_path / "hosts", timeouts=Timeouts(connect=5, headers=1, stall=1)) as client:
+            with pytest.raises(PullFailed):
+                await client.resolve(Reference.parse(f"{address}/app"))  # openssl takes the request, and answers nothing
+
+    with running(server, log, address):
+        run(main())
+    assert b"ALPN protocols selected: h2" in log.read_bytes()
 
 
 def test_nginx_by_dockers_certificate_directory(tmp_path: Path, nginx: str) -> None:

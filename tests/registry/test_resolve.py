@@ -123,6 +123,25 @@ def test_a4_4_the_words_to_a_refused_head_are_asked_for_when_all_is_lost_and_onl
     run(main())
 
 
+def test_a_server_that_speaks_something_else_is_named_so(tmp_path: Path) -> None:
+    async def main() -> None:
+        async def alert(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            """As OpenSSL does to HTTP on its port."""
+            await reader.read(1)
+            writer.write(b"\x15\x03\x01\x00\x02\x02\x46")
+            writer.close()
+
+        async with await asyncio.start_server(alert, "127.0.0.1") as server, client_for(tmp_path) as client:
+            port = server.sockets[0].getsockname()[1]
+            hosts_d(tmp_path, {"r.test": f'server = "http://127.0.0.1:{port}"\n'})
+            with pytest.raises(PullFailed, match="not HTTP") as caught:
+                await client.resolve(Reference.parse("r.test/app"))
+        assert "https://" in caught.value.hint
+        assert len(caught.value.attempts) == 1
+
+    run(main())
+
+
 def test_a5_1_a_rate_limited_head_is_not_followed_by_a_get(tmp_path: Path) -> None:
     async def main() -> None:
         with FakeRegistry() as own:
