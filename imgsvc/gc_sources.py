@@ -62,7 +62,7 @@ class Images:
         return nodes
 
     def _root(self, image: Image) -> Root:
-        return Root(Node(IMAGE, image.image_id), f"image {' '.join(image.names) or image.image_id}", self.needs(image))
+        return Root(Node(IMAGE, image.image_id), f"image {next(iter(image.names), image.image_id)}", self.needs(image))
 
 
 def _unpacked_blobs(images: Sequence[Image], content: Manager) -> Iterator[Cached]:

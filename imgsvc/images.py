@@ -21,11 +21,10 @@ from imgsvc.errors import InvalidArgument, NotFound, printable
 from imgsvc.failpoints import afailpoint
 from imgsvc.metadb import MetaDB, Record, WriteTxn
 from imgsvc.oci import Descriptor, Digest, ImageConfig, Manifest, config_from_json
-from imgsvc.reference import Reference
+from imgsvc.reference import Reference, is_id, may_be_id
 
 TABLE: Final = "images"
 RECORD_VERSION: Final = 1
-MIN_SHORT_ID: Final = 4  # [hex digits] of an ID that we accept as an abbreviation
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +128,7 @@ class ImageStore:
         if text in self._images:
             return self._images[text]
         bare = text.removeprefix("sha256:")
-        if text.startswith("sha256:") or (len(bare) >= MIN_SHORT_ID and set(bare) <= set("0123456789abcdef")):
+        if text.startswith("sha256:") or may_be_id(text):
             matches = [image_id for image_id in self._images if image_id.startswith(f"sha256:{bare}")]
             if len(matches) > 1:
                 raise InvalidArgument(f'image ID "{printable(text, 80)}" is ambiguous', hint="give more digits")
@@ -137,9 +136,10 @@ class ImageStore:
                 return self._images[matches[0]]
             if text.startswith("sha256:") or len(bare) == 64:
                 return None
-        return self._by_name(Reference.parse(text))
+        return self.named(Reference.parse(text))
 
-    def _by_name(self, reference: Reference) -> Image | None:
+    def named(self, reference: Reference) -> Image | None:
+        """The image that has this name."""
         # With a digest the tag is decoration: the digest alone decides (needs.md B5, tag@digest).
         name = str(reference.with_digest(reference.digest)) if reference.digest else reference.tagged
         return self._images.get(self._names.get(name, ""))
@@ -154,11 +154,12 @@ class ImageStore:
 
     def pin(self, patterns: Iterable[str], *, owner: str = "configuration") -> None:
         """Say anew what is pinned by one owner. Raises: InvalidArgument for what is neither a name nor a pattern."""
-        self._pinned[owner] = tuple(_pin_pattern(pattern) for pattern in patterns)
+        self._pinned[owner] = pin_patterns(patterns)
 
     def pinned(self, image: Image) -> bool:
-        """Whether somebody asks to keep this image: exact name, glob with `*` at the ends, or `*keyword*`."""
-        return any(fnmatch.fnmatchcase(name, pattern) for name in image.names for patterns in self._pinned.values() for pattern in patterns)
+        """Whether somebody asks to keep this image: exact name, ID, glob with `*` at the ends, or `*keyword*`."""
+        called = (*image.names, image.image_id)
+        return any(fnmatch.fnmatchcase(name, pattern) for name in called for patterns in self._pinned.values() for pattern in patterns)
 
     async def add(self, image: Image, tag: str, repo_digest: str) -> Image:
         """Make a complete image visible under its names; either name may be "". Moves a tag that stood elsewhere.
@@ -205,7 +206,7 @@ class ImageStore:
     async def untag(self, name: str) -> Image | None:
         """Remove one name; an image without names is removed. Returns the image that had it, None when none had."""
         reference = Reference.parse(name)
-        image = self._by_name(reference)
+        image = self.named(reference)
         if image is None:
             return None
         gone = str(reference.with_digest(reference.digest)) if reference.digest else reference.tagged
@@ -257,9 +258,14 @@ def _without(image: Image, name: str) -> Image:
     )
 
 
+def pin_patterns(texts: Iterable[str]) -> tuple[str, ...]:
+    """What ImageStore.pin matches with. Raises: InvalidArgument for what is neither a name nor a pattern."""
+    return tuple(_pin_pattern(text) for text in texts)
+
+
 def _pin_pattern(text: str) -> str:
-    """Exact names are normalised so that they match as the kubelet's do; patterns stay as they are."""
-    return text if "*" in text else str(Reference.parse(text)).replace("[", "[[]")
+    """Exact names are normalised so that they match as the kubelet's do; patterns and image IDs stay as they are."""
+    return text if "*" in text or is_id(text) else str(Reference.parse(text)).replace("[", "[[]")
 
 
 def _encode(image: Image) -> Record:

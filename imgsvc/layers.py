@@ -30,7 +30,7 @@ from imgsvc.snapshot.interfaces import Applied, Key, LayerInput, Mount, Name, Sn
 
 log = logging.getLogger(__name__)
 
-LAYER_STATES: Final = ("downloading", "unpacking", "done", "exists")
+LAYER_STATES: Final = ("waiting", "downloading", "unpacking", "done", "exists")
 
 
 class PullReporter(Protocol):
@@ -164,6 +164,9 @@ class Layers:
         Raises: as _ensure.
         """
         here = await self._threads.run(lambda: [plan.snapshotter.stat(name) is not None for name in plan.names])
+        for layer, there in zip(plan.layers, here, strict=True):
+            if not there:
+                plan.report(layer, 0, "waiting")  # all at once, so that whoever watches knows how much there is to come
         for position in range(len(here)):
             if not here[position] and any(here[position:]):
                 await self._ensure(plan, position)

@@ -249,6 +249,8 @@ class Puller:
             raw = await self._document(fetcher, document.config)
             met.append((document.config, raw))
             config = _no_config(request.platform) if document.is_artifact else parse_config(raw, f"{where}: config")
+            if len(met) == 2 and not document.is_artifact:
+                _check_platform(request.platform, config.platform, where)
             if config.diff_ids and len(config.diff_ids) != len(document.layers):
                 raise InvalidArgument(f"{len(document.layers)} layers but {len(config.diff_ids)} diff IDs in the config", where=where)
             if document.layers and not config.diff_ids and not document.is_artifact:
@@ -306,6 +308,15 @@ def _bytes_from(sources: Iterable[BlobSource]) -> dict[str, int]:
 def _credentials(attempts: Sequence[Attempt]) -> list[str]:
     """Names of the credentials without which the image may not have been had; who else may have it depends on them."""
     return sorted({a.credential for a in attempts if a.credential not in ("", "none") and not a.credential.startswith("withheld")})
+
+
+def _check_platform(wanted: Platform, offered: Platform, where: str) -> None:
+    """An image without an index is taken as this node's, whatever it says, as everywhere. One that was asked for has to fit.
+
+    Raises: NotFound.
+    """
+    if wanted != Platform.host() and (wanted.os, wanted.architecture) != (offered.os, offered.architecture):
+        raise NotFound(f"there is no image for {wanted}, only one for {offered}", where=where, hint="leave out the platform to have that")
 
 
 def _no_config(platform: Platform) -> ImageConfig:

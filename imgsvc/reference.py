@@ -14,6 +14,7 @@ from imgsvc.oci import Digest
 
 DEFAULT_HOST: Final = "docker.io"
 DEFAULT_TAG: Final = "latest"
+MIN_SHORT_ID: Final = 4  # [hex digits] of an image ID that we accept as an abbreviation
 _OFFICIAL: Final = "library/"
 _LEGACY_HOST: Final = "index.docker.io"
 _MAX_REPOSITORY: Final = 255  # [characters] host and repository together, as the distribution grammar has it
@@ -100,6 +101,17 @@ class Reference:
 def is_repository(text: str) -> bool:
     """Whether it can be a repository's name, or the start of one that ends before a slash."""
     return all(_COMPONENT.fullmatch(part) for part in text.split("/"))
+
+
+def is_id(text: str) -> bool:
+    """Whether this is a whole image ID with its algorithm."""
+    return text.startswith("sha256:") and _IMAGE_ID.fullmatch(text) is not None
+
+
+def may_be_id(text: str) -> bool:
+    """Whether this can be an image ID or the beginning of one, with or without its algorithm. "cafe" can be a name as well."""
+    bare = text.removeprefix("sha256:")
+    return len(bare) >= MIN_SHORT_ID and set(bare) <= set("0123456789abcdef")
 
 
 def _split_host(text: str) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from imgsvc.content.interfaces import Store, Writer
-from imgsvc.errors import InvalidArgument, ResourceExhausted, printable
+from imgsvc.errors import DataLoss, InvalidArgument, ResourceExhausted, printable
 from imgsvc.oci import (
     DOCKER_CONFIG,
     DOCKER_MANIFEST,
@@ -37,6 +37,7 @@ IMAGE_NAME: Final = "io.containerd.image.name"  # a whole reference
 REF_NAME: Final = "org.opencontainers.image.ref.name"  # a tag by the specification, a whole reference by habit
 _FILE, _LINK, _SYMLINK, _DIRECTORY = ord("0"), ord("1"), ord("2"), ord("5")
 _DOCKER_LAYER: Final = "application/vnd.docker.image.rootfs.diff.tar"
+_HINT: Final = "import OCI layouts or Docker archives, as `imgsvc export`, `docker save` and `skopeo copy` write them"
 _MAGIC: Final = ((b"\x1f\x8b", ".gzip"), (b"\x28\xb5\x2f\xfd", ".zstd"))
 
 
@@ -128,10 +129,13 @@ class ArchiveReader:
         except InvalidArgument as error:
             # The tar reader was written for layers and says so.
             raise InvalidArgument(error.what.removeprefix("bad layer: "), where=error.where or name, hint=error.hint) from error
+        except DataLoss as error:
+            what = error.what.replace("the layer's tar stream", "the archive")
+            raise DataLoss(what, where=error.where or name, hint=error.hint or "it is cut short or damaged; write it again") from error
 
     def _walk(self, tar: TarReader) -> None:
         count = 0
-        while (entry := tar.next_entry()) is not None:
+        while (entry := _next(tar, first=not count)) is not None:
             count += 1
             if count > MAX_ENTRIES:
                 raise ResourceExhausted(f"an archive of more than {MAX_ENTRIES} members")
@@ -211,10 +215,7 @@ class ArchiveReader:
             return self._from_layout(members.json["index.json"])
         if "manifest.json" in members.json:
             return self._from_docker(members.json["manifest.json"])
-        raise InvalidArgument(
-            "neither index.json nor manifest.json is in it",
-            hint="import OCI layouts or Docker archives, as `imgsvc export`, `docker save` and `skopeo copy` write them",
-        )
+        raise InvalidArgument("neither index.json nor manifest.json is in it", hint=_HINT)
 
     def _from_layout(self, raw: bytes) -> list[Named]:
         document = parse_document(raw, OCI_INDEX, "index.json")
@@ -229,7 +230,7 @@ class ArchiveReader:
         # The strict parser takes objects only.
         entries = load_json_object(b'{"images":' + raw + b"}", "manifest.json", limit=MAX_JSON)["images"]
         if not isinstance(entries, list) or not entries:
-            raise InvalidArgument("manifest.json lists no images")
+            raise InvalidArgument("manifest.json lists no images", hint=_HINT)
         for entry in entries:
             if not isinstance(entry, dict):
                 raise InvalidArgument("an entry of manifest.json is not an object")
@@ -253,6 +254,15 @@ class ArchiveReader:
             "layers": [Descriptor(_layer_type(layer.head), layer.digest, layer.size).to_json() for layer in layers],
         }
         return self._store_document(document)
+
+
+def _next(tar: TarReader, *, first: bool) -> Entry | None:
+    try:
+        return tar.next_entry()
+    except (DataLoss, InvalidArgument) as error:
+        if not first:
+            raise
+        raise InvalidArgument("not a tar archive", hint=_HINT) from error
 
 
 def _data(tar: TarReader) -> Iterator[bytes | memoryview]:

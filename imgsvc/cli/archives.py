@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from imgsvc.cli import usage
 from imgsvc.cli.client import Daemon, add_address, connect
 from imgsvc.cli.output import print_json
-from imgsvc.errors import InvalidArgument, from_os_error
-from imgsvc.oci import MIB
-from imgsvc.reference import Reference
+from imgsvc.errors import from_os_error
 
 if TYPE_CHECKING:
     from imgsvc.api import imagetools_pb2
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 def add_commands(commands: Any) -> None:
     """Add this module's commands."""
     export = commands.add_parser("export", help="write images to a file that imgsvc, Docker, Podman, containerd and skopeo read")
-    export.add_argument("references", nargs="+", metavar="REF")
+    export.add_argument("references", nargs="+", metavar="REF", type=usage.image)
     export.add_argument("-o", "--output", default="-", metavar="FILE", help="file to write; - is standard output")
     export.set_defaults(run=run_export)
-    load = commands.add_parser("import", help="read images from an OCI layout or a Docker archive, both as tar")
-    load.add_argument("file", metavar="FILE", help="file to read; - is standard input")
-    load.add_argument("--name", default="", metavar="REPOSITORY", help="for images the archive does not name")
-    load.add_argument("--platform", default="", help="os/architecture[/variant]; default: this node's")
+    load = commands.add_parser("import", help="read images from an OCI layout or a Docker archive")
+    load.add_argument("file", metavar="FILE", help="a tar file, compressed or not, or the directory of a layout; - is standard input")
+    load.add_argument("--name", default=None, metavar="REPOSITORY", type=usage.repository, help="for images the archive does not name")
+    load.add_argument("--platform", default="", type=usage.platform, help="os/architecture[/variant]; default: this node's")
     load.add_argument("--snapshotter", default="", help="unpack into this snapshotter")
     load.add_argument("--json", action="store_true")
     load.set_defaults(run=run_import)
@@ -40,7 +40,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     """`imgsvc export`: the file is there whole or not at all."""
     if arguments.output == "-":
         if sys.stdout.isatty():
-            raise InvalidArgument("an archive is not for a terminal", hint="give -o FILE, or redirect")
+            raise usage.WrongUsage("an archive is not for a terminal", hint="give -o FILE, or redirect")
         with connect(arguments) as daemon:
             _receive(daemon, arguments.references, sys.stdout.buffer)
         return 0
@@ -68,11 +68,11 @@ def _receive(daemon: Daemon, references: list[str], stream: IO[bytes]) -> None:
 
 def run_import(arguments: argparse.Namespace) -> int:
     """`imgsvc import`."""
-    if arguments.name:
-        Reference.parse(arguments.name)
+    from imgsvc.cli.archivefile import open_archive
+
     try:
-        with open(sys.stdin.fileno() if arguments.file == "-" else arguments.file, "rb") as stream, connect(arguments) as daemon:
-            reply = daemon.tools.Import(_requests(arguments, stream))
+        with connect(arguments) as daemon, open_archive(arguments.file) as chunks:
+            reply = _send(daemon, _requests(arguments, chunks))
     except OSError as error:
         raise from_os_error(error, "reading the archive", where=arguments.file) from error
     if arguments.json:
@@ -83,12 +83,35 @@ def run_import(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _requests(arguments: argparse.Namespace, stream: IO[bytes]) -> Iterator[imagetools_pb2.ImportRequest]:
+def _send(daemon: Daemon, requests: Iterable[imagetools_pb2.ImportRequest]) -> imagetools_pb2.ImportReply:
+    """Raises: what `requests` raises, which gRPC would keep to itself (and its log)."""
+    import grpc
+
+    failed: list[Exception] = []
+
+    def watched() -> Iterator[imagetools_pb2.ImportRequest]:
+        try:
+            yield from requests
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    logging.getLogger("grpc").setLevel(logging.CRITICAL)
+    try:
+        reply: imagetools_pb2.ImportReply = daemon.tools.Import(watched())
+    except grpc.RpcError:
+        if failed:
+            raise failed[0] from None
+        raise
+    return reply
+
+
+def _requests(arguments: argparse.Namespace, chunks: Iterable[bytes]) -> Iterator[imagetools_pb2.ImportRequest]:
     from imgsvc.api import imagetools_pb2
 
     options = imagetools_pb2.ImportOptions(
-        name=arguments.file, repository=arguments.name, platform=arguments.platform, snapshotter=arguments.snapshotter
+        name=arguments.file, repository=arguments.name or "", platform=arguments.platform, snapshotter=arguments.snapshotter
     )
     yield imagetools_pb2.ImportRequest(options=options)
-    while data := stream.read(MIB):
+    for data in chunks:
         yield imagetools_pb2.ImportRequest(data=data)

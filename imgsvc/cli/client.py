@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from imgsvc import errors
+from imgsvc.cli.usage import WrongUsage
 from imgsvc.config import default_address
 
 if TYPE_CHECKING:
-    from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
+    import grpc
 
 # Some commands answer only when all work is done; a stuck daemon is noticed by the connection, not by the clock.
-CONNECT_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S: Final = 5.0
+_HINT: Final = "start it with `imgsvc serve`, or name its socket with --address"
+_NOT_OURS: Final = ("Method not found!", "unknown service imgsvc")  # what gRPC servers in C and in Go say
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:
@@ -24,20 +28,42 @@ def add_address(parser: argparse.ArgumentParser) -> None:
 
 
 def address(arguments: argparse.Namespace) -> str:
-    """--address, else $IMGSVC_ADDRESS, else $CONTAINER_RUNTIME_ENDPOINT, else the default socket."""
-    found = arguments.address or os.environ.get("IMGSVC_ADDRESS") or os.environ.get("CONTAINER_RUNTIME_ENDPOINT") or default_address()
-    return f"unix://{found}" if found.startswith("/") else str(found)
+    """--address, else $IMGSVC_ADDRESS, else $CONTAINER_RUNTIME_ENDPOINT, else the default socket, as unix:///….
+
+    Raises: WrongUsage naming which of these is not a Unix socket.
+    """
+    given = {"--address": arguments.address} | {
+        f"${name}": os.environ.get(name) for name in ("IMGSVC_ADDRESS", "CONTAINER_RUNTIME_ENDPOINT")
+    }
+    for source, text in given.items():
+        if text:
+            path = text.removeprefix("unix://") if text.startswith("unix:///") else text
+            if not path.startswith("/"):
+                raise WrongUsage(
+                    f'{source}: "{errors.printable(text, 120)}" is not a Unix socket', hint="write unix:///path/to/imgsvc.sock"
+                )
+            return f"unix://{path}"
+    return default_address()
 
 
 class Daemon:
     """Stubs on one channel; create with `connect`."""
 
-    def __init__(
-        self, images: cri_pb2_grpc.ImageServiceStub, admin: admin_pb2_grpc.AdminStub, tools: imagetools_pb2_grpc.ImageToolsStub
-    ) -> None:
-        self.images = images
-        self.admin = admin
-        self.tools = tools
+    def __init__(self, channel: grpc.Channel, target: str) -> None:
+        from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
+
+        self.images = cri_pb2_grpc.ImageServiceStub(channel)
+        self.admin = admin_pb2_grpc.AdminStub(channel)
+        self.tools = imagetools_pb2_grpc.ImageToolsStub(channel)
+        self._target = target
+
+    def error(self, failed: grpc.RpcError) -> RemoteError:
+        """What the daemon said; or that it is not ours."""
+        call = cast("grpc.Call", failed)  # every RpcError a call raises is that call
+        text = str(call.details())
+        if text.startswith(_NOT_OURS):
+            text = f"{self._target}: what answers there is not this version of imgsvc; name imgsvc's socket with --address"
+        return RemoteError(call.code().name, text)
 
 
 class RemoteError(errors.ImgsvcError):
@@ -52,25 +78,36 @@ class RemoteError(errors.ImgsvcError):
 def connect(arguments: argparse.Namespace) -> Iterator[Daemon]:
     """A connection for a `with` block; gRPC failures inside it become our errors.
 
-    Raises: Unavailable when nobody answers there; RemoteError for what the daemon said.
+    Raises: WrongUsage, Unavailable and PermissionDenied when nobody answers there; RemoteError for what the daemon said.
     """
     import grpc
 
-    from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
-
     target = address(arguments)
+    _knock(target)
     limit = 64 * 1024 * 1024
     options = [("grpc.max_receive_message_length", limit), ("grpc.enable_http_proxy", 0)]
     with grpc.insecure_channel(target, options=options) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
         except grpc.FutureTimeoutError as error:
-            hint = "start it with `imgsvc serve`, or name its socket with --address"
-            raise errors.Unavailable("no imgsvc daemon answers", where=target, hint=hint) from error
+            raise errors.Unavailable("somebody listens there, but gives no answer", where=target, hint=_HINT) from error
+        daemon = Daemon(channel, target)
         try:
-            yield Daemon(
-                cri_pb2_grpc.ImageServiceStub(channel), admin_pb2_grpc.AdminStub(channel), imagetools_pb2_grpc.ImageToolsStub(channel)
-            )
+            yield daemon
         except grpc.RpcError as error:
-            call = cast("grpc.Call", error)  # every RpcError a call raises is that call
-            raise RemoteError(call.code().name, str(call.details())) from error
+            raise daemon.error(error) from error
+
+
+def _knock(target: str) -> None:
+    """Say at once, and exactly, why nobody answers; gRPC would go on trying."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(CONNECT_TIMEOUT_S)
+        try:
+            probe.connect(target.removeprefix("unix://"))
+        except FileNotFoundError as error:
+            raise errors.Unavailable("no imgsvc daemon answers: no such socket", where=target, hint=_HINT) from error
+        except PermissionError as error:
+            hint = "run this as root, or have the daemon's [grpc] gid name a group of yours"
+            raise errors.PermissionDenied("this user may not use the daemon's socket", where=target, hint=hint) from error
+        except OSError as error:
+            raise errors.Unavailable(f"no imgsvc daemon answers: {error.strerror or error}", where=target, hint=_HINT) from error

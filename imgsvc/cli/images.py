@@ -6,45 +6,49 @@ import argparse
 import json
 import os
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+from imgsvc.cli import usage
 from imgsvc.cli.client import Daemon, add_address, connect
-from imgsvc.cli.output import PullDisplay, human_size, plural, print_json, print_table, print_timings, warn
-from imgsvc.errors import NotFound
+from imgsvc.cli.output import human_size, plural, print_json, print_table, print_timings, warn
+from imgsvc.cli.progress import PullDisplay
+from imgsvc.errors import ImgsvcError, NotFound
 from imgsvc.reference import Reference
 
+T = TypeVar("T")
 Commands = Any  # argparse's subparser collection has no public type
 
 
 def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
     pull = commands.add_parser("pull", help="pull and unpack images")
-    pull.add_argument("references", nargs="+", metavar="REF")
-    pull.add_argument("--platform", default="", help="os/architecture[/variant]; default: this node's")
-    pull.add_argument("--creds", default="", metavar="USER:PASSWORD", help="credentials for the registry")
+    pull.add_argument("references", nargs="+", metavar="REF", type=usage.reference)
+    pull.add_argument("--platform", default="", type=usage.platform, help="os/architecture[/variant]; default: this node's")
+    pull.add_argument("--creds", default=("", ""), type=usage.credentials, metavar="USER:PASSWORD", help="credentials for the registry")
     pull.add_argument("--snapshotter", default="", help="unpack into this snapshotter")
     pull.add_argument("--timings", action="store_true", help="print seconds by phase")
     pull.set_defaults(run=run_pull)
     push = commands.add_parser("push", help="upload an image under one of its names")
-    push.add_argument("reference", metavar="REF")
-    push.add_argument("--creds", default="", metavar="USER:PASSWORD", help="credentials for the registry")
+    push.add_argument("reference", metavar="REF", type=usage.reference)
+    push.add_argument("--creds", default=("", ""), type=usage.credentials, metavar="USER:PASSWORD", help="credentials for the registry")
     push.set_defaults(run=run_push)
     listing = commands.add_parser("images", help="list images")
     listing.add_argument("--json", action="store_true")
     listing.set_defaults(run=run_images)
     inspect = commands.add_parser("inspect", help="show everything known of an image, as JSON")
-    inspect.add_argument("reference", metavar="REF")
+    inspect.add_argument("reference", metavar="REF", type=usage.image)
     inspect.add_argument("--json", action="store_true", help="the only format; accepted for uniformity")
     inspect.set_defaults(run=run_inspect)
     remove = commands.add_parser("rmi", help="remove images")
-    remove.add_argument("references", nargs="+", metavar="REF", help="a name removes that name, an ID the whole image")
+    remove.add_argument("references", nargs="+", metavar="REF", type=usage.image, help="a name removes that name, an ID the whole image")
     remove.set_defaults(run=run_remove)
     tag = commands.add_parser("tag", help="give an image one more name")
-    tag.add_argument("source", metavar="SRC")
-    tag.add_argument("target", metavar="DST")
+    tag.add_argument("source", metavar="SRC", type=usage.image)
+    tag.add_argument("target", metavar="DST", type=usage.reference)
     tag.set_defaults(run=run_tag)
     mount = commands.add_parser("mount", help="show an image's files, read-only, in an empty directory")
-    mount.add_argument("reference", metavar="REF")
+    mount.add_argument("reference", metavar="REF", type=usage.image)
     mount.add_argument("directory", metavar="DIR")
     mount.set_defaults(run=run_mount)
     unmount = commands.add_parser("unmount", help="end such a mount")
@@ -56,29 +60,31 @@ def add_commands(commands: Commands) -> None:
 
 def run_pull(arguments: argparse.Namespace) -> int:
     """`imgsvc pull`: every reference is tried; 1 when any failed."""
-    failed = 0
     with connect(arguments) as daemon:
-        for text in arguments.references:
+        return _each(daemon, arguments.references, lambda reference: _pull(daemon, arguments, reference))
+
+
+def _each(daemon: Daemon, items: Sequence[T], work: Callable[[T], None]) -> int:
+    """Do something to each, whatever becomes of the others. Returns the exit code: 1 when any failed."""
+    import grpc
+
+    failed = 0
+    for item in items:
+        try:
             try:
-                _pull(daemon, arguments, text)
-            except Exception as error:
-                if len(arguments.references) == 1:
-                    raise
-                failed = 1
-                print(f"imgsvc: {text}: {_line(error)}", file=sys.stderr)
+                work(item)
+            except grpc.RpcError as error:
+                raise daemon.error(error) from error
+        except ImgsvcError as error:
+            failed = 1
+            warn(f"{error}" if len(items) == 1 or str(item) in str(error) else f"{item}: {error}")
     return failed
 
 
-def _line(error: Exception) -> str:
-    details = getattr(error, "details", None)
-    return str(details()) if callable(details) else str(error)
-
-
-def _pull(daemon: Daemon, arguments: argparse.Namespace, text: str) -> None:
+def _pull(daemon: Daemon, arguments: argparse.Namespace, reference: Reference) -> None:
     from imgsvc.api import admin_pb2
 
-    reference = Reference.parse(text)
-    username, _, password = arguments.creds.partition(":")
+    username, password = arguments.creds
     request = admin_pb2.PullRequest(
         reference=str(reference),
         platform=arguments.platform,
@@ -105,8 +111,8 @@ def run_push(arguments: argparse.Namespace) -> int:
     """`imgsvc push`: prints the digest that the name has in the registry now."""
     from imgsvc.api import admin_pb2
 
-    reference = Reference.parse(arguments.reference)
-    username, _, password = arguments.creds.partition(":")
+    reference = arguments.reference
+    username, password = arguments.creds
     display = PullDisplay(str(reference), sys.stderr)
     with connect(arguments) as daemon:
         for event in daemon.admin.Push(admin_pb2.PushRequest(reference=str(reference), username=username, password=password)):
@@ -138,12 +144,16 @@ def run_images(arguments: argparse.Namespace) -> int:
     rows = [
         (name, image.id[7:19], human_size(image.size), "yes" if image.pinned else "")
         for image in images
-        for name in (
-            list(image.repo_tags) or [digest.partition("@")[0] + "@" + image.id[:19] for digest in image.repo_digests] or ["<none>"]
-        )
+        for name in (list(image.repo_tags) or [_short(digest) for digest in image.repo_digests] or ["<none>"])
     ]
     print_table(("IMAGE", "ID", "SIZE", "PINNED"), rows)
     return 0
+
+
+def _short(repo_digest: str) -> str:
+    """A name by digest, so that it fits into a table."""
+    name, _, digest = repo_digest.partition("@")
+    return f"{name}@{digest[: len('sha256:') + 12]}"
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
@@ -160,16 +170,14 @@ def run_remove(arguments: argparse.Namespace) -> int:
     """`imgsvc rmi`: every reference is tried; an absent image is an error here, unlike in CRI."""
     from imgsvc.api import admin_pb2
 
-    absent: list[str] = []
     with connect(arguments) as daemon:
-        for text in arguments.references:
-            if daemon.admin.Untag(admin_pb2.UntagRequest(image=text)).found:
-                print(text)
-            else:
-                absent.append(text)
-    if absent:
-        raise NotFound(f"no such image: {', '.join(absent)}", hint="see `imgsvc images`")
-    return 0
+
+        def remove(text: str) -> None:
+            if not daemon.admin.Untag(admin_pb2.UntagRequest(image=text)).found:
+                raise NotFound(f"no such image: {text}", hint="see `imgsvc images`")
+            print(text)
+
+        return _each(daemon, arguments.references, remove)
 
 
 def run_tag(arguments: argparse.Namespace) -> int:
@@ -177,7 +185,7 @@ def run_tag(arguments: argparse.Namespace) -> int:
     from imgsvc.api import admin_pb2
 
     with connect(arguments) as daemon:
-        print(daemon.admin.Tag(admin_pb2.TagRequest(source=arguments.source, target=arguments.target)).image_id)
+        print(daemon.admin.Tag(admin_pb2.TagRequest(source=arguments.source, target=str(arguments.target))).image_id)
     return 0
 
 

@@ -10,24 +10,26 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final
 
+from imgsvc.cli import usage
 from imgsvc.cli.client import Daemon, add_address, connect
 from imgsvc.cli.output import print_json, print_table
-from imgsvc.errors import InvalidArgument
 from imgsvc.oci import Platform
-from imgsvc.reference import Reference
 
-RETRY_PAUSE_S = 2.0  # before the first retry; doubled with every further one
+RETRY_PAUSE_S: Final = 2.0  # before the first retry; doubled with every further one
+_FINAL: Final = ("INVALID_ARGUMENT", "PERMISSION_DENIED", "UNIMPLEMENTED")  # trying again changes nothing
 
 
 def add_commands(commands: Any) -> None:
     """Add this module's commands."""
     prepull = commands.add_parser("prepull", help="have many images here; with --status, how far the daemon's pre-pull files are")
-    prepull.add_argument("references", nargs="*", metavar="REF")
+    prepull.add_argument("references", nargs="*", metavar="REF", type=usage.reference)
     prepull.add_argument("-f", "--file", type=Path, metavar="FILE", help="a pre-pull file; its images are pulled now, whatever its windows")
-    prepull.add_argument("--concurrent", type=int, default=0, metavar="N", help="pulls at a time (default: the file's, else 2)")
-    prepull.add_argument("--retries", type=int, default=2, metavar="N", help="further tries of an image that failed (default: 2)")
+    prepull.add_argument("--concurrent", type=usage.count(1), default=0, metavar="N", help="pulls at a time (default: the file's, else 2)")
+    prepull.add_argument(
+        "--retries", type=usage.count(0), default=2, metavar="N", help="further tries of an image that failed (default: 2)"
+    )
     prepull.add_argument("--status", action="store_true", help="show the daemon's pre-pull files instead")
     prepull.add_argument("--now", action="store_true", help="have the daemon try all of its files' images at once")
     prepull.add_argument("--json", action="store_true")
@@ -56,19 +58,19 @@ def run_prepull(arguments: argparse.Namespace) -> int:
     """`imgsvc prepull`: every image is tried; 1 when any failed."""
     if arguments.status or arguments.now:
         if arguments.references or arguments.file:
-            raise InvalidArgument("--status and --now are about the daemon's own files", hint="leave out REF and --file")
+            raise usage.WrongUsage("--status and --now are about the daemon's own files", hint="leave out REF and --file")
         return _show_status(arguments)
     jobs, concurrent = _jobs(arguments)
     if not jobs:
-        raise InvalidArgument("no images", hint="name some, or give a file with -f")
-    with connect(arguments) as daemon, ThreadPoolExecutor(max(1, arguments.concurrent or concurrent)) as pool:
-        results = list(pool.map(lambda job: _pull(daemon, job, max(0, arguments.retries)), jobs))
+        raise usage.WrongUsage("no images", hint="name some, or give a file with -f")
+    with connect(arguments) as daemon, ThreadPoolExecutor(arguments.concurrent or concurrent) as pool:
+        results = list(pool.map(lambda job: _pull(daemon, job, arguments.retries), jobs))
     _report(results, as_json=arguments.json)
     return 1 if any(result.error for result in results) else 0
 
 
 def _jobs(arguments: argparse.Namespace) -> tuple[list[_Job], int]:
-    jobs = [_Job(str(Reference.parse(text))) for text in arguments.references]
+    jobs = [_Job(str(reference)) for reference in arguments.references]
     if not arguments.file:
         return jobs, 2
     from imgsvc.prepull.plan import load_plan
@@ -95,10 +97,10 @@ def _pull(daemon: Daemon, job: _Job, retries: int) -> _Result:
             image_id = next((event.done.image_id for event in daemon.admin.Pull(request) if event.WhichOneof("event") == "done"), "")
             return _Result(job.reference, image_id, time.monotonic() - began, tries, "")
         except grpc.RpcError as error:
-            call = cast("grpc.Call", error)  # every RpcError a call raises is that call
-            if tries > retries or call.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED):
-                return _Result(job.reference, "", time.monotonic() - began, tries, str(call.details()))
-            print(f"imgsvc: {job.reference}: {call.details()}; trying again", file=sys.stderr)
+            failed = daemon.error(error)
+            if tries > retries or failed.code in _FINAL:
+                return _Result(job.reference, "", time.monotonic() - began, tries, str(failed))
+            print(f"imgsvc: {job.reference}: {failed}; trying again", file=sys.stderr)
             time.sleep(RETRY_PAUSE_S * 2.0 ** (tries - 1))
 
 
@@ -127,7 +129,7 @@ def _show_status(arguments: argparse.Namespace) -> int:
         print_json(status)
         return 1 if broken else 0
     rows = [
-        (image["reference"], image["state"], "yes" if image["pin"] else "", entry["file"], _when(image["nextTry"]))
+        (image["reference"], _state(image), "yes" if image["pin"] else "", entry["file"], _when(image["nextTry"]))
         for entry in status["files"]
         for image in entry["images"]
     ]
@@ -139,6 +141,10 @@ def _show_status(arguments: argparse.Namespace) -> int:
     for entry in broken:
         print(f"imgsvc: {entry['error']}", file=sys.stderr)
     return 1 if broken else 0
+
+
+def _state(image: dict[str, Any]) -> str:
+    return f"{image['state']}: {image['waitsFor']}" if image["waitsFor"] else str(image["state"])
 
 
 def _when(at: float | None) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from imgsvc import config
+from imgsvc.cli import usage
 from imgsvc.cli.output import print_json
-from imgsvc.reference import Reference
 
 
 def add_commands(commands: Any) -> None:
@@ -18,10 +18,10 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser("hosts", help="registries and their mirrors")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     explain = actions.add_parser("explain", help="print the endpoints of an image in order, and why; asks nobody")
-    explain.add_argument("reference", metavar="REF")
+    explain.add_argument("reference", metavar="REF", type=usage.reference)
     explain.set_defaults(run=run_explain)
     check = actions.add_parser("check", help="really ask each endpoint; without REF, those of every configured registry")
-    check.add_argument("reference", nargs="?", metavar="REF")
+    check.add_argument("reference", nargs="?", metavar="REF", type=usage.reference)
     check.set_defaults(run=run_check)
     for action in (explain, check):
         action.add_argument("--config", type=Path, metavar="FILE", help="the daemon's configuration file, if not the usual one")
@@ -34,7 +34,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
     from imgsvc.registry.explain import explain, render
 
     registries = open_registries(config.load(arguments.config))
-    explanation = explain(registries.client.directories, registries.credentials, Reference.parse(arguments.reference), os.environ)
+    explanation = explain(registries.client.directories, registries.credentials, arguments.reference, os.environ)
     if arguments.json:
         print_json({**explanation.to_json(), "deprecations": list(registries.warnings)})
     else:
@@ -55,7 +55,7 @@ async def _check(arguments: argparse.Namespace) -> int:
     results = []
     try:
         if arguments.reference:
-            results = await check(registries.client, Reference.parse(arguments.reference))
+            results = await check(registries.client, arguments.reference)
         else:
             for namespace, prefix in registries.client.directories.namespaces():
                 results += await check_namespace(registries.client, namespace, prefix)

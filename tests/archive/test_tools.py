@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import shutil
 import subprocess
 import tarfile
@@ -10,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from tests.support import images
 from tests.support.daemon import Daemon
@@ -116,6 +120,45 @@ def test_layers_that_were_dropped_after_unpacking_are_fetched_again(make_daemon:
 
     with tarfile.open(file) as archive:
         assert f"blobs/sha256/{layer.hex}" in archive.getnames()
+
+
+@pytest.mark.parametrize("form", ["gz", "xz", "bz2", "zst", "directory"])
+def test_compressed_archives_and_directories_are_read_as_well(image_daemon: Daemon, pulled: str, form: str) -> None:
+    plain = exported(image_daemon, NAME)
+    assert image_daemon.cli("rmi", pulled).returncode == 0
+    file = image_daemon.directory / f"archive.{form}"
+    if form == "directory":
+        with tarfile.open(plain) as archive:
+            archive.extractall(file, filter="data")
+    else:
+        shut: dict[str, Callable[[bytes], bytes]] = {
+            "gz": gzip.compress,
+            "xz": lzma.compress,
+            "bz2": bz2.compress,
+            "zst": zstandard.ZstdCompressor().compress,
+        }
+        file.write_bytes(shut[form](plain.read_bytes()))
+
+    assert imported(image_daemon, file) == [{"reference": NAME, "id": pulled}]
+
+
+@pytest.mark.parametrize("spoil", ["cut", "flipped", "empty directory"])
+def test_what_cannot_be_read_to_its_end_is_one_line(image_daemon: Daemon, pulled: str, spoil: str) -> None:
+    file = image_daemon.directory / "spoiled"
+    data = bytearray(gzip.compress(exported(image_daemon, NAME).read_bytes()))
+    if spoil == "empty directory":
+        file.mkdir()
+    else:
+        data[len(data) // 2] ^= 0xFF
+        file.write_bytes(data if spoil == "flipped" else data[: len(data) // 2])
+    assert image_daemon.cli("rmi", pulled).returncode == 0
+
+    refused = image_daemon.cli("import", str(file))
+
+    assert refused.returncode == 1
+    (line,) = refused.stderr.splitlines()
+    assert str(file) in line
+    assert json.loads(image_daemon.cli("images", "--json").stdout) == []
 
 
 @pytest.mark.compat

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from imgsvc.cli.output import PHASES, Speed, print_timings
+from imgsvc.cli.output import PHASES, print_timings
+from imgsvc.cli.progress import Speed
 from tests.fakes.registry import FakeRegistry
 from tests.support import images
 from tests.support.daemon import Daemon
@@ -36,10 +37,10 @@ def slow(image_daemon: Daemon) -> Iterator[Daemon]:
         yield image_daemon
 
 
-def on_a_terminal(daemon: Daemon, *arguments: str, rows: int = 24) -> str:
-    """What the command writes when its output is a terminal of 80 columns."""
+def on_a_terminal(daemon: Daemon, *arguments: str, rows: int = 24, columns: int = 80) -> str:
+    """What the command writes when its output is a terminal."""
     ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 80, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
     command = [sys.executable, "-m", "imgsvc.cli", *arguments, "--address", daemon.address]
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
@@ -74,6 +75,18 @@ def test_more_layers_than_rows_do_not_smear_the_screen(image_daemon: Daemon, reg
     shown = on_a_terminal(image_daemon, "pull", "docker.io/shown/many:1", rows=6)
 
     assert all(int(up) <= 5 for up in re.findall(r"\x1b\[(\d+)A", shown))
+
+
+def test_what_is_to_come_is_counted_from_the_start_and_fits_a_narrow_terminal(image_daemon: Daemon, registry: RealRegistry) -> None:
+    registry.push(images.image([images.layer([Entry(f"f{n}", os.urandom(50_000))]) for n in range(12)]), "shown/all", "1")
+
+    shown = on_a_terminal(image_daemon, "pull", "docker.io/shown/all:1", columns=50)
+
+    totals = re.findall(r"total +\S+ \S+ of (\S+ \S+),", shown)
+    assert len(set(totals)) == 1, totals
+    lines = re.sub(r"\x1b\[[0-9;]*[A-Z]", "", shown).replace("\r", "").splitlines()[1:]
+    assert max(len(line) for line in lines if not line.startswith("sha256:")) < 50
+    assert any(re.fullmatch(r"[0-9a-f]{12} [█·]+ [█·]+ \w+", line) for line in lines)
 
 
 def test_a_pipe_gets_plain_lines_and_each_state_once(slow: Daemon) -> None:

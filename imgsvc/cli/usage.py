@@ -1,0 +1,78 @@
+"""What is typed: arguments are checked before anything is done with them. What cannot be right is exit code 2, in one line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from imgsvc.errors import InvalidArgument, printable
+from imgsvc.oci import Platform
+from imgsvc.reference import Reference, may_be_id
+
+T = TypeVar("T")
+
+
+class WrongUsage(InvalidArgument):
+    """Arguments that do not go together, or cannot be meant. Exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """See ArgumentParser."""
+        self.exit(2, f"imgsvc: {message}; see `{self.prog} --help`\n")
+
+
+def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """An argparse type whose complaint is that of `parse`."""
+
+    def read(text: str) -> T:
+        try:
+            return parse(text)
+        except InvalidArgument as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+def _image(text: str) -> str:
+    if not may_be_id(text):
+        Reference.parse(text)
+    return text
+
+
+def _repository(text: str) -> str:
+    """Normalised, and without the tag that nobody typed."""
+    reference = Reference.parse(text)
+    return str(reference) if reference.digest or text.rpartition("/")[2].count(":") else reference.name
+
+
+def _platform(text: str) -> str:
+    return str(Platform.parse(text)) if text else ""  # the default
+
+
+def _credentials(text: str) -> tuple[str, str]:
+    username, colon, password = text.partition(":")
+    if not username or not colon:
+        raise InvalidArgument("credentials are USER:PASSWORD")
+    return username, password
+
+
+def count(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `least`."""
+
+    def read(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text[:9]) < least:
+            raise argparse.ArgumentTypeError(f'"{printable(text, 40)}" is not a number of at least {least}')
+        return int(text[:9])
+
+    return read
+
+
+reference = _checked(Reference.parse)  # an image's name, normalised
+image = _checked(_image)  # a name, or an ID or its beginning, as it was typed
+repository = _checked(_repository)  # a repository, normalised; or a whole name
+platform = _checked(_platform)
+credentials = _checked(_credentials)
