@@ -1,21 +1,26 @@
 """The table: what each key of containerd means here. Pure.
 
-A pattern is a key path without the `plugins."io.containerd.…"` part of CRI sections, which is shortened to "cri"; `*`
-stands for one part, a final `**` for whatever follows. The first pattern that fits decides.
+A pattern is a key path without the `plugins."io.containerd.…"` part; that of CRI sections is shortened to "cri", that of
+version 4's servers to the table's older name. `*` stands for one part, a final `**` for whatever follows. The first pattern
+that fits decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from imgsvc.tomlfile import Document
+from imgsvc.tomlfile import Document, dotted
 
 Path = tuple[str, ...]
 _CRI_SECTIONS: Final = ("io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime")
+_SERVER: Final = "io.containerd.server.v1."  # since version 4, what were the tables grpc, ttrpc, debug and metrics are plugins
 RUNC: Final = ("io.containerd.runc.v1", "io.containerd.runc.v2", "io.containerd.runtime.v1.linux")
+
+
+CheckTables = Callable[[Mapping[str, Any]], object]  # raises InvalidArgument
 
 
 class Outcome(StrEnum):
@@ -38,11 +43,12 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key as a rule sees it. keys: its path in the file."""
+    """One key as a rule sees it. keys: its path in the file. registry: refuses registry tables that cannot be honoured."""
 
     keys: Path
     value: Any
     document: Document
+    registry: CheckTables
 
     def sibling(self, *steps: str, up: int = 1) -> Any:
         """A value near it: `up` parts are cut from the end of its path first."""
@@ -57,16 +63,17 @@ class Key:
 Rule = Callable[[Key], Verdict]
 
 
-def judge(keys: Path, value: Any, document: Document) -> Verdict:
-    """What becomes of one key."""
+def judge(keys: Path, value: Any, document: Document, registry: CheckTables) -> Verdict:
+    """What becomes of one key. Raises: InvalidArgument, the reason to refuse it."""
     short = keys
     if len(keys) > 1 and keys[0] == "plugins":
-        short = ("cri", *keys[2:]) if keys[1] in _CRI_SECTIONS else (keys[1].removeprefix("io.containerd."), *keys[2:])
+        name = "cri" if keys[1] in _CRI_SECTIONS else keys[1].removeprefix(_SERVER).removeprefix("io.containerd.")
+        short = (name, *keys[2:])
     if value == {}:
         return Verdict(Outcome.NOT_APPLICABLE, "an empty table sets nothing")
     for pattern, rule in RULES:
         if _fits(pattern, short):
-            return rule(Key(keys, value, document))
+            return rule(Key(keys, value, document, registry))
     return _refuse("a key imgsvc does not know", "check its spelling, or drop it")
 
 
@@ -78,7 +85,7 @@ def _fits(pattern: Sequence[str], keys: Sequence[str]) -> bool:
 
 def _carry(target: str | Path, value: Any, *, extends: bool = False) -> Verdict:
     path = tuple(target.split(".")) if isinstance(target, str) else target
-    return Verdict(Outcome.CARRIED, ".".join(path), ((path, value),), extends)
+    return Verdict(Outcome.CARRIED, dotted(path), ((path, value),), extends)
 
 
 def _na(reason: str) -> Verdict:
@@ -114,9 +121,17 @@ def _snapshotter(target: str) -> Rule:
     def rule(key: Key) -> Verdict:
         if key.value in ("overlayfs", "native", ""):
             return to(target)(key)
-        return _refuse(f'no snapshotter "{key.value}"', "imgsvc has overlayfs and native")
+        return _no_snapshotter(key.value)
 
     return rule
+
+
+def _no_snapshotter(name: str) -> Verdict:
+    return _refuse(f'no snapshotter "{name}"', "imgsvc has overlayfs and native")
+
+
+def _runtime_snapshotter(key: Key) -> Verdict:
+    return _runtime("snapshotter")(key) if key.value in ("overlayfs", "native", "") else _no_snapshotter(key.value)
 
 
 def _pinned(key: Key) -> Verdict:
@@ -124,11 +139,14 @@ def _pinned(key: Key) -> Verdict:
 
 
 def _inline_registry(key: Key) -> Verdict:
-    """mirrors, configs, auths, headers: whole, since their keys are the registry client's to check."""
-    if key.keys[-1] == "config_path":
-        return to("registry.config_path")(key)
-    start = key.keys.index("registry") + 1
-    return _carry(("registry", *key.keys[start:]), key.value)
+    """A key of mirrors, configs, auths or headers. Raises: InvalidArgument for a value the registry client would not take."""
+    path = key.keys[key.keys.index("registry") + 1 :]
+    table: Any = key.value
+    for step in reversed(path):
+        table = {step: table}
+    if path[0] != "auths" and path[-2] != "auth":  # what a credential needs of one another is for the whole to say
+        key.registry(table)
+    return _carry(("registry", *path), key.value)
 
 
 def _transfer(target: str, name: str) -> Rule:
@@ -145,7 +163,7 @@ def _transfer(target: str, name: str) -> Rule:
 
 
 def _runtime(field: str) -> Rule:
-    return lambda key: _carry(("runtime", "runtimes", key.table, field), key.value) if key.value not in ("", 0, []) else _na("empty")
+    return lambda key: _carry(("runtime", "runtimes", key.table, field), key.value) if key.value not in ("", 0, []) else _na("the default")
 
 
 def _runtime_type(key: Key) -> Verdict:
@@ -220,7 +238,7 @@ def _nested_runtimes(pattern: str) -> list[tuple[Path, Rule]]:
         "base_runtime_spec": _runtime("base_runtime_spec"),
         "cni_conf_dir": _runtime("cni_conf_dir"),
         "cni_max_conf_num": _runtime("cni_max_conf_num"),
-        "snapshotter": _runtime("snapshotter"),
+        "snapshotter": _runtime_snapshotter,
         "sandboxer": _sandboxer,
         "sandbox_mode": _sandboxer,
         "io_type": only(("", "fifo"), "standard streams are pipes", "drop it"),
@@ -236,8 +254,17 @@ def _one(value: str) -> list[str]:
 
 def _port(key: Key) -> Verdict:
     if not str(key.value).isascii() or not str(key.value).isdigit():
-        raise key.document.error("a port must be a number", *key.keys)
+        return _refuse("a port must be a number")
     return _carry("stream.port", int(key.value))
+
+
+def _downloads(key: Key) -> Verdict:
+    if key.value == 0:
+        return _refuse("downloads without a limit", "name a number: images.max_concurrent_downloads")
+    return _carry("images.max_concurrent_downloads", key.value)
+
+
+_LEVELS: Final = {"trace": "debug", "warn": "warning", "fatal": "error", "panic": "error"}
 
 
 def _host_platform(key: Key) -> Verdict:
@@ -266,6 +293,8 @@ _CRI_PASS: Final = [
     "drain_exec_sync_io_timeout",
 ]
 
+_AUTH: Final = ("username", "password", "auth", "identitytoken")
+
 _TABLE: Final[dict[str, Rule]] = {
     # the daemon
     "version": na("that of containerd's file"),
@@ -288,7 +317,9 @@ _TABLE: Final[dict[str, Rule]] = {
     "grpc.max_recv_message_size": to("grpc.max_recv_message_size"),
     "grpc.max_send_message_size": to("grpc.max_send_message_size"),
     "ttrpc.**": na("there is no ttrpc socket"),
-    "debug.**": na("there is no debug socket; the log goes to standard error"),
+    "debug.level": to("debug.level", lambda level: _LEVELS.get(level, level)),
+    "debug.format": to("debug.format"),
+    "debug.**": na("there is no debug socket"),
     "metrics.address": to("metrics.address"),
     "metrics.grpc_histogram": na("latency of calls is always measured"),
     "cgroup.path": only(("",), _SYSTEMD, "set Slice= there"),
@@ -302,7 +333,7 @@ _TABLE: Final[dict[str, Rule]] = {
     "cri.containerd.discard_unpacked_layers": to("images.discard_unpacked_layers"),
     "cri.disable_snapshot_annotations": na("only remote snapshotters read them"),
     "cri.containerd.disable_snapshot_annotations": na("only remote snapshotters read them"),
-    "cri.max_concurrent_downloads": to("images.max_concurrent_downloads"),
+    "cri.max_concurrent_downloads": _downloads,
     "cri.concurrent_layer_fetch_buffer": na("large layers are fetched in parallel ranges by themselves"),
     "cri.max_concurrent_unpacks": to("images.max_concurrent_unpacks"),
     "cri.image_pull_progress_timeout": to("images.image_pull_progress_timeout"),
@@ -313,7 +344,12 @@ _TABLE: Final[dict[str, Rule]] = {
     "cri.pinned_images.*": _pinned,
     "cri.sandbox_image": _pinned,
     "cri.runtime_platforms.**": lambda key: _refuse("a platform per runtime", "name the platform in the pull"),
-    "cri.registry.**": _inline_registry,
+    "cri.registry.config_path": to("registry.config_path"),
+    "cri.registry.mirrors.*.endpoint": _inline_registry,
+    **{f"cri.registry.configs.*.tls.{name}": _inline_registry for name in ("ca_file", "cert_file", "key_file", "insecure_skip_verify")},
+    **{f"cri.registry.configs.*.auth.{name}": _inline_registry for name in _AUTH},
+    **{f"cri.registry.auths.*.{name}": _inline_registry for name in _AUTH},
+    "cri.registry.headers.*": _inline_registry,
     # runtime
     **{f"cri.{name}": to(f"runtime.{name}") for name in _CRI_PASS},
     "cri.netns_mounts_under_state_dir": na("network namespaces are always kept below the state directory"),
@@ -380,7 +416,14 @@ _PLUGINS: Final[dict[str, dict[str, Rule]]] = {
         "blockio_config_file": only(("",), "block I/O classes are not used", "drop it"),
         "rdt_config_file": only(("",), "RDT classes are not used", "drop it"),
     },
-    "shim.v1.manager": {"env": only(([],), "shims get a clean environment", "put it into the shim's own configuration")},
+    "grpc-tcp": {
+        "address": only(("",), "CRI is served over a Unix socket only", "drop it"),
+        "**": na("it belongs to a TCP address, which there is none of"),
+    },
+    "shim.v1.manager": {
+        "socket_dir": na("sockets of shims are kept below the state directory"),
+        "env": only(([],), "shims get a clean environment", "put it into the shim's own configuration"),
+    },
     "snapshotter.v1.overlayfs": {
         "root_path": only(("",), "layers live below root", "set root"),
         "upperdir_label": na("only remote snapshotters read them"),

@@ -61,9 +61,13 @@ def for_namespace(config: HostsConfig, namespace: str) -> HostsConfig:
 
 
 def _mirror(namespace: str, entry: object, where: str, tls: Mapping[str, Tls], headers: tuple[tuple[str, str], ...]) -> HostsConfig:
-    endpoints = entry.get("endpoint") if isinstance(entry, dict) else None
+    if not isinstance(entry, dict):
+        raise InvalidArgument("not a table with endpoint", where=where)
+    endpoints = entry.get("endpoint")
     if not isinstance(endpoints, list) or not all(isinstance(endpoint, str) for endpoint in endpoints):
         raise InvalidArgument("endpoint must be a list of URLs", where=where)
+    if unknown := sorted(entry.keys() - {"endpoint"}):
+        raise InvalidArgument(f'unknown key "{printable(unknown[0], 80)}"', where=where, hint="only endpoint is known")
     hosts = []
     for endpoint in endpoints:
         parts = urlsplit(endpoint)

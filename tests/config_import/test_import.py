@@ -13,6 +13,7 @@ import pytest
 from imgsvc import config
 from imgsvc.config_import import Finding, Imported, Outcome, import_file
 from imgsvc.errors import InvalidArgument
+from imgsvc.registry.legacy import parse_legacy
 from imgsvc.tomlfile import dotted
 
 DEFAULTS = Path(__file__).with_name("containerd-2.3-keys.toml")
@@ -23,6 +24,13 @@ def convert(tmp_path: Path, text: str) -> Imported:
     source = tmp_path / "config.toml"
     source.write_text(text)
     return import_file(source)
+
+
+def import_with_registry(tmp_path: Path, text: str) -> Imported:
+    """As the command does it."""
+    source = tmp_path / "config.toml"
+    source.write_text(text)
+    return import_file(source, lambda tables: parse_legacy(tables, "registry"))
 
 
 def finding(result: Imported, ending: str) -> Finding:
@@ -153,11 +161,69 @@ def test_imports_are_imported_too(tmp_path: Path) -> None:
     assert config.parse(result.toml, "result").config.images.pinned_images == ("b/c:1",)
 
 
-def test_old_versions_and_bad_values_are_errors_with_a_position(tmp_path: Path) -> None:
+def test_old_versions_are_errors_with_a_position(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="config migrate") as old:
         convert(tmp_path, "[plugins.cri]\nx = 1\n")
     assert old.value.where == f"{tmp_path}/config.toml"
 
-    with pytest.raises(InvalidArgument) as bad:
-        convert(tmp_path, f'version = 2\n[{CRI}]\nmax_concurrent_downloads = "many"\n')
-    assert bad.value.where == f"{tmp_path}/config.toml:3:1"
+
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        (f'[{CRI}]\nmax_concurrent_downloads = "many"\n', "max_concurrent_downloads"),
+        (f"[{CRI}]\nmax_concurrent_downloads = 0\n", "max_concurrent_downloads"),
+        (f'[{CRI}]\nstream_server_port = "http"\n', "stream_server_port"),
+        (f'[{CRI}.containerd]\ndefault_runtime_name = "gone"\n', "default_runtime_name"),
+        (f'[{CRI}.containerd.runtimes.a]\nruntime_type = "io.containerd.kata.v2"\nsnapshotter = "devmapper"\n', "snapshotter"),
+        (f'[{CRI}.registry.mirrors."docker.io"]\nendpoint = ["ftp://x"]\n', "endpoint"),
+        (f'[{CRI}.registry.mirrors."docker.io"]\nendpoint = ["http://x"]\nrewrite = 1\n', "rewrite"),
+        ('[debug]\nlevel = "loud"\n', "level"),
+    ],
+)
+def test_a_value_that_is_not_possible_here_is_refused_and_the_rest_is_carried(tmp_path: Path, text: str, key: str) -> None:
+    result = import_with_registry(tmp_path, f"version = 2\n[grpc]\nuid = 7\n{text}")
+
+    assert [f.key.rpartition(".")[2] for f in result.refused] == [key]
+    assert result.refused[0].where.startswith(f"{tmp_path}/config.toml:")
+    assert config.parse(result.toml, "result").config.grpc.uid == 7
+
+
+def test_two_keys_for_one_of_ours_have_to_agree(tmp_path: Path) -> None:
+    runtimes = f"[{CRI}.containerd.runtimes"
+    options = 'runtime_type = "io.containerd.runc.v2"\noptions.SystemdCgroup ='
+    text = f"version = 2\n{runtimes}.a]\n{options} true\n{runtimes}.b]\n{options} false\n"
+
+    assert [f.key.partition("runtimes.")[2] for f in convert(tmp_path, text).refused] == ["b.options.SystemdCgroup"]
+    assert convert(tmp_path, text.replace("false", "true")).refused == []
+
+
+def test_a_drop_in_is_read_with_the_keys_beside_it_and_decides(tmp_path: Path) -> None:
+    (tmp_path / "conf.d").mkdir()
+    runtime = f"[{CRI}.containerd.runtimes.a"
+    (tmp_path / "conf.d" / "a.toml").write_text(f'version = 2\n{runtime}.options]\nBinaryName = "crun"\nSystemdCgroup = true\n')
+
+    result = convert(
+        tmp_path,
+        f'version = 2\nimports = ["conf.d/*.toml"]\n{runtime}]\nruntime_type = "io.containerd.runc.v2"\n'
+        f"{runtime}.options]\nSystemdCgroup = false\n",
+    )
+
+    loaded = config.parse(result.toml, "result").config
+    assert result.refused == []
+    assert (loaded.runtime.runtimes["a"].path, loaded.runtime.cgroup_driver) == ("crun", "systemd")
+    assert finding(result, "SystemdCgroup").where == f"{tmp_path}/conf.d/a.toml:4:1"
+
+
+def test_version_4_names_its_servers_as_plugins(tmp_path: Path) -> None:
+    server = '[plugins."io.containerd.server.v1.'
+    result = convert(
+        tmp_path,
+        f'version = 4\n{server}grpc"]\naddress = "/run/c.sock"\ngid = 12\n{server}ttrpc"]\nuid = 0\n{server}metrics"]\n'
+        f'address = "127.0.0.1:1338"\n{server}debug"]\naddress = ""\n{server}grpc-tcp"]\naddress = ""\ntls_ca = "x"\n',
+    )
+
+    loaded = config.parse(result.toml, "result").config
+    assert result.refused == []
+    assert (loaded.grpc.gid, loaded.metrics.address) == (12, "127.0.0.1:1338")
+    tcp = convert(tmp_path, f'version = 4\n{server}grpc-tcp"]\naddress = "0.0.0.0:1"\n')
+    assert [f.key.rpartition(".")[2] for f in tcp.refused] == ["address"]
