@@ -18,6 +18,7 @@ from imgsvc.errors import ImgsvcError
 from imgsvc.failpoints import afailpoint
 from imgsvc.images import ImageStore
 from imgsvc.metadb import MetaDB
+from imgsvc.oci import Platform
 from imgsvc.prepull.plan import Plan, Wanted, load_plan
 from imgsvc.prepull.throttle import Throttle, ThrottledRegistry
 from imgsvc.pull import Pulled, PullRequest
@@ -54,7 +55,7 @@ def next_try(wanted: Wanted, memory: Memory, *, present: bool) -> float | None:
 
 @dataclass(slots=True)
 class _Loaded:
-    """A file as it was read last. stamp: of the file then; plan: None when it is broken, and error says how."""
+    """A file as it was read last. stamp: of the file then; error: how it is broken; plan: the last good one, None when there was none."""
 
     stamp: tuple[int, int, int]
     plan: Plan | None
@@ -117,6 +118,11 @@ class Prepull:
             if self._running:
                 await asyncio.wait(self._running.values())
 
+    def watch(self, directory: Path) -> None:
+        """Go by the files of another directory from now on."""
+        self._directory = directory
+        self._wake.set()
+
     def now(self) -> None:
         """Try everything at once, whatever failed before or was looked at lately; windows stay closed."""
         self._memory = {key: replace(memory, failures=0, succeeded_at=0.0) for key, memory in self._memory.items()}
@@ -125,9 +131,11 @@ class Prepull:
     def status(self) -> dict[str, Any]:
         """What `imgsvc prepull --status` shows, as JSON."""
         files = [
-            {"file": name, "error": loaded.error, "images": [self._state(loaded.plan, wanted) for wanted in loaded.plan.images]}
-            if loaded.plan
-            else {"file": name, "error": loaded.error, "images": []}
+            {
+                "file": name,
+                "error": loaded.error,
+                "images": [self._state(loaded.plan, wanted) for wanted in loaded.plan.images] if loaded.plan else [],
+            }
             for name, loaded in sorted(self._files.items())
         ]
         return {"directory": str(self._directory), "files": files}
@@ -142,19 +150,23 @@ class Prepull:
 
     def _state(self, plan: Plan, wanted: Wanted) -> dict[str, Any]:
         memory = self._memory.get(wanted.key, Memory())
-        due = next_try(wanted, memory, present=self._is_here(memory))
+        due = next_try(wanted, memory, present=self._is_here(wanted, memory))
         if wanted.key in self._running:
             state = "pulling"
         elif memory.failures:
             state = "failed"
         else:
-            state = "present" if due is None or self._is_here(memory) else "waiting"
+            state = "present" if due is None or self._is_here(wanted, memory) else "waiting"
         opens = plan.windows.opens_in(self._local()).total_seconds()
+        why = ""
+        if state in ("waiting", "failed"):
+            why = "its window is closed" if opens else "" if self._has_room(plan) else "less than min_free is free"
         return {
             "reference": str(wanted.reference),
             "platform": str(wanted.platform),
             "pin": wanted.pin,
             "state": state,
+            "waitsFor": why,
             "imageID": memory.image_id,
             "lastTry": memory.tried_at,
             "lastSuccess": memory.succeeded_at,
@@ -178,13 +190,16 @@ class Prepull:
                 continue
             stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
             before = self._files.get(name)
-            seen[name] = before if before is not None and before.stamp == stamp else _read(path, stamp)
+            seen[name] = before if before is not None and before.stamp == stamp else _read(path, stamp, before)
         changed = seen != self._files
         self._files = seen
         return changed
 
     def _pin(self) -> None:
-        self._images.pin([str(w.reference) for w in self._wanted() if w.pin], owner="prepull")
+        """By name, and by ID: of one name's images for several platforms only one has the name."""
+        pinned = [wanted for wanted in self._wanted() if wanted.pin]
+        ids = [memory.image_id for wanted in pinned if (memory := self._memory.get(wanted.key)) and memory.image_id]
+        self._images.pin([*(str(wanted.reference) for wanted in pinned), *ids], owner="prepull")
 
     async def _forget(self) -> None:
         """Drop what is remembered of images that nobody wants any more, unless a file cannot be read."""
@@ -211,7 +226,7 @@ class Prepull:
             if free <= 0:
                 return
             memory = self._memory.get(wanted.key, Memory())
-            due = next_try(wanted, memory, present=self._is_here(memory))
+            due = next_try(wanted, memory, present=self._is_here(wanted, memory))
             if due is not None and due <= self._clock() and wanted.key not in self._running:
                 self._running[wanted.key] = asyncio.ensure_future(self._bring(wanted, left, throttle))
                 free -= 1
@@ -243,10 +258,16 @@ class Prepull:
 
     async def _keep(self, wanted: Wanted, memory: Memory) -> None:
         self._memory[wanted.key] = memory
+        if wanted.pin:
+            self._pin()
         record = asdict(memory)
         await self._db.awrite(lambda txn: txn.put(TABLE, wanted.key, record))
 
-    def _is_here(self, memory: Memory) -> bool:
+    def _is_here(self, wanted: Wanted, memory: Memory) -> bool:
+        """Whether the image is here, under its name; for another platform than the node's the name may be somebody else's."""
+        if wanted.platform == Platform.host():
+            found = self._images.named(wanted.reference)
+            return found is not None and found.image_id == memory.image_id
         return bool(memory.image_id) and self._images.get(memory.image_id) is not None
 
     def _has_room(self, plan: Plan) -> bool:
@@ -257,10 +278,10 @@ class Prepull:
         return datetime.fromtimestamp(self._clock()).astimezone()
 
 
-def _read(path: Path, stamp: tuple[int, int, int]) -> _Loaded:
+def _read(path: Path, stamp: tuple[int, int, int], before: _Loaded | None) -> _Loaded:
     try:
         plan = load_plan(path)
     except ImgsvcError as error:
         log.error("pre-pull file not used: %s", error)
-        return _Loaded(stamp, None, str(error), None)
+        return _Loaded(stamp, before.plan if before else None, str(error), before.throttle if before else None)
     return _Loaded(stamp, plan, "", Throttle(plan.bandwidth) if plan.bandwidth else None)

@@ -14,7 +14,7 @@ from imgsvc.concurrency import Threads
 from imgsvc.errors import Unavailable
 from imgsvc.images import ImageStore
 from imgsvc.metadb import MetaDB
-from imgsvc.oci import MIB
+from imgsvc.oci import MIB, Platform
 from imgsvc.prepull.plan import Wanted
 from imgsvc.prepull.service import FIRST_RETRY_S, LAST_RETRY_S, Memory, Prepull, next_try
 from imgsvc.prepull.throttle import Throttle
@@ -65,7 +65,8 @@ class Node:
             await self.hold.wait()
             if self.fail is not None:
                 raise self.fail
-            record = image(request.reference.repository)
+            other = "" if request.platform == Platform.host() else str(request.platform)
+            record = image(request.reference.repository + other)
             return Pulled(await self.images.add(record, request.reference.tagged, ""), {})
         finally:
             self.running -= 1
@@ -203,6 +204,42 @@ def test_files_are_watched_and_a_broken_one_is_said_and_changes_nothing(node: No
         lambda: node.states() == {A: "present", B: "present"},
     )
     assert sorted(node.pulls) == [A, B]
+
+
+def test_a_file_that_breaks_stays_in_force_as_it_was(node: Node) -> None:
+    node.write(wanted(A, extra="pin = true\n"))
+    node.run(lambda: node.images.find(A), lambda: node.write("nonsense = 1\n"), lambda: node.service.status()["files"][0]["error"])
+
+    image = node.images.find(A)
+    assert image is not None
+    assert node.images.pinned(image)
+    assert node.states() == {A: "present"}
+
+
+def test_a_name_that_somebody_removed_comes_back_though_the_image_has_another(node: Node) -> None:
+    async def rename() -> None:
+        await node.images.tag(A, Reference.parse(B))
+        await node.images.untag(A)
+
+    node.write(wanted(A))
+    node.run(lambda: node.states() == {A: "present"})
+    node.runner.run(rename())
+    node.run(lambda: node.images.find(A), lambda: len(node.pulls) == 2)
+
+
+def test_images_of_one_name_for_several_platforms_are_all_pinned(node: Node) -> None:
+    node.write(wanted(A, extra="pin = true\n") + wanted(A, extra='pin = true\nplatform = "linux/s390x"\n'))
+    node.run(lambda: len(node.pulls) == 2)
+
+    stored = node.images.all()
+    assert len(stored) == 2
+    assert all(node.images.pinned(image) for image in stored)
+
+
+def test_what_an_image_waits_for_is_said(node: Node) -> None:
+    node.write('min_free = "999999GiB"\n' + wanted(A))
+    node.run(lambda: node.states() == {A: "waiting"})
+    assert node.service.status()["files"][0]["images"][0]["waitsFor"] == "less than min_free is free"
 
 
 def test_pins_come_and_go_with_their_line_and_leave_others_alone(node: Node) -> None:
