@@ -48,7 +48,7 @@ class Counter:
         """See Metric."""
         yield from _head(self.name, self.text, "counter")
         for values, value in (self._values or ({} if self.labels else {(): 0})).items():
-            yield f"{self.name}{_shown(self.labels, values)} {value:g}"
+            yield f"{self.name}{_shown(self.labels, values)} {_number(value)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Gauge:
         """See Metric."""
         yield from _head(self.name, self.text, "gauge")
         for values, value in self.read().items():
-            yield f"{self.name}{_shown(self.labels, values)} {value:g}"
+            yield f"{self.name}{_shown(self.labels, values)} {_number(value)}"
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ class Histogram:
             for bound, count in zip([*map("{:g}".format, self.buckets), "+Inf"], counts, strict=True):
                 seen += count
                 yield f"{self.name}_bucket{_shown((*self.labels, 'le'), (*values, bound))} {seen}"
-            yield f"{self.name}_sum{_shown(self.labels, values)} {total[0]:g}"
+            yield f"{self.name}_sum{_shown(self.labels, values)} {_number(total[0])}"
             yield f"{self.name}_count{_shown(self.labels, values)} {seen}"
 
 
@@ -146,6 +146,11 @@ def _bounded(values: Labels, known: Mapping[Labels, object]) -> Labels:
 def _head(name: str, text: str, kind: str) -> Iterator[str]:
     yield f"# HELP {name} {text}"
     yield f"# TYPE {name} {kind}"
+
+
+def _number(value: float) -> str:
+    """Every digit: of a counter that is shown rounded, a rate is nonsense."""
+    return str(int(value)) if value == int(value) else repr(float(value))
 
 
 def _shown(labels: Labels, values: Labels) -> str:

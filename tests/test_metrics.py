@@ -39,3 +39,14 @@ def test_values_beyond_the_limit_are_other() -> None:
     bounded = Bounded(2)
 
     assert [bounded(value) for value in "abacb"] == ["a", "b", "a", "other", "b"]
+
+
+def test_large_counts_keep_every_digit() -> None:
+    counter, histogram = Counter("c", "x"), Histogram("h", "x")
+    for _ in range(2):
+        counter.add(by=123_456_789_012.5)
+        histogram.observe(1_234_567.25)
+
+    lines = Page([counter, histogram]).text().splitlines()
+    assert "c 246913578025" in lines
+    assert "h_sum 2469134.5" in lines
