@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 import grpc.aio
 
+from imgsvc import config
 from imgsvc.api import admin_pb2, admin_pb2_grpc
+from imgsvc.config import Loaded
 from imgsvc.errors import InvalidArgument, NotFound, printable
 from imgsvc.image_service import describe
 from imgsvc.images import ImageStore
@@ -51,7 +53,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         care: Care,
         *,
         snapshotter: str,
-        config_toml: str,
+        loaded: Callable[[], Loaded],
         on_removed: Callable[[], None],
     ) -> None:
         self._images = images
@@ -59,7 +61,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self._pusher = pusher
         self._care = care
         self._snapshotter = snapshotter
-        self._config_toml = config_toml
+        self._loaded = loaded
         self._on_removed = on_removed
 
     async def Pull(self, request: admin_pb2.PullRequest, context: Context) -> AsyncIterator[admin_pb2.PullEvent]:
@@ -111,7 +113,9 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     async def Config(self, request: admin_pb2.ConfigRequest, context: Context) -> admin_pb2.ConfigReply:
         """The configuration this daemon runs with."""
-        return admin_pb2.ConfigReply(toml=self._config_toml)
+        loaded = self._loaded()
+        toml, values = config.to_toml(loaded.config, loaded.origins), config.to_json(loaded.config, loaded.origins)
+        return admin_pb2.ConfigReply(toml=toml, json=json.dumps(values))
 
     async def DiskUsage(self, request: admin_pb2.DiskUsageRequest, context: Context) -> admin_pb2.JsonReply:
         """`imgsvc df`."""

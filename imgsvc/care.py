@@ -93,6 +93,11 @@ class StoreCare:
         task = asyncio.ensure_future(self._collector.run())
         stack.push_async_callback(_stopped, task)
 
+    def go_by(self, policy: Policy) -> None:
+        """Collect by this policy from now on."""
+        self._collector.policy = policy
+        self._collector.trigger("configuration reloaded")
+
     def trigger(self, reason: str) -> None:
         """Collect soon."""
         self._collector.trigger(reason)

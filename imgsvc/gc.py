@@ -256,7 +256,7 @@ class Collector:
         self._leases = leases
         self._threads = threads
         self._root = root
-        self._policy = policy
+        self.policy = policy  # may change at any time
         self._reasons: set[str] = set()
         self._triggered = asyncio.Event()
         self._one = asyncio.Lock()
@@ -268,7 +268,7 @@ class Collector:
 
     async def run(self) -> None:
         """Collect when triggered, when space is low, and every PERIOD. Runs until cancelled; failures are logged."""
-        await asyncio.sleep(self._policy.startup_delay)
+        await asyncio.sleep(self.policy.startup_delay)
         self.trigger("start")
         next_at = 0.0
         hopeless = False  # low on space, and the last collection found nothing to give
@@ -276,7 +276,7 @@ class Collector:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SPACE_INTERVAL):
                     await self._triggered.wait()
-            low = free_space(self._root) < self._policy.min_free
+            low = free_space(self._root) < self.policy.min_free
             hopeless &= low
             if time.monotonic() >= next_at:
                 self.trigger("period")
@@ -284,7 +284,7 @@ class Collector:
                 self.trigger("low space")
             if not self._triggered.is_set():
                 continue
-            await asyncio.sleep(self._policy.schedule_delay)
+            await asyncio.sleep(self.policy.schedule_delay)
             try:
                 report = await self.collect("")
                 hopeless = low and not report.sweep.removed
@@ -357,7 +357,7 @@ class Collector:
 
     def _evicted(self, cached: Iterable[Cached]) -> list[Node]:
         failpoint("gc.evict")
-        budget = 0 if free_space(self._root) < self._policy.min_free else self._policy.cache_budget
+        budget = 0 if free_space(self._root) < self.policy.min_free else self.policy.cache_budget
         return [] if budget < 0 else evict(cached, budget)
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import ssl
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from imgsvc.archive.service import Archives
 from imgsvc.concurrency import Threads
-from imgsvc.config import Config
+from imgsvc.config import Config, Loaded
 from imgsvc.content.interfaces import Store
 from imgsvc.events import EventBus
-from imgsvc.http1 import Handler, HttpServer, is_loopback, server_tls
+from imgsvc.http1 import Handler, HttpServer, server_tls
 from imgsvc.image_tools import ImageTools
 from imgsvc.images import ImageStore
 from imgsvc.leases import LeaseManager
@@ -28,13 +30,14 @@ from imgsvc.prepull.service import Prepull
 from imgsvc.pull import Puller
 from imgsvc.pullthrough import PullThrough
 from imgsvc.registry.interfaces import Registry
+from imgsvc.reload import Commit, Live
 from imgsvc.roots import ContainerRoots
 from imgsvc.runtime.interfaces import RootMount
 from imgsvc.snapshot import kernel
 from imgsvc.snapshot.interfaces import Mount
 from imgsvc.snapshot.mount import mount_all
 from imgsvc.snapshot.tarstream import TarStream
-from imgsvc.verification.policy import load_policy
+from imgsvc.verification.policy import Policy, load_policy
 from imgsvc.verification.programs import Programs
 from imgsvc.verification.service import Verification
 from imgsvc.verification.signatures import Signatures
@@ -61,18 +64,25 @@ class Watch:
 
 def open_verification(settings: Config, registry: Registry, db: MetaDB, threads: Threads) -> Verification:
     """[verify]. Raises: InvalidArgument, NotFound for a policy that cannot be used: a daemon without it would trust everybody."""
-    verify = settings.verify
-    policy = Path(verify.policy) if verify.policy else None
-    if policy is not None:
-        load_policy(policy)
+    policy, programs = _judges(settings, threads)
     return Verification(
-        policy=(lambda: load_policy(policy)) if policy is not None else None,
-        programs=Programs(Path(verify.bin_dir), verify.max_verifiers, verify.per_verifier_timeout, threads),
+        policy=policy,
+        programs=programs,
         signatures=Signatures(registry),
         db=db,
         threads=threads,
-        fail_closed=verify.fail_closed,
+        fail_closed=settings.verify.fail_closed,
     )
+
+
+def _judges(settings: Config, threads: Threads) -> tuple[Callable[[], Policy] | None, Programs]:
+    verify = settings.verify
+    programs = Programs(Path(verify.bin_dir), verify.max_verifiers, verify.per_verifier_timeout, threads)
+    if not verify.policy:
+        return None, programs
+    policy = Path(verify.policy)
+    load_policy(policy)
+    return partial(load_policy, policy), programs
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +102,11 @@ class Parts:
     snapshotter: str
 
 
-async def start_image_side(settings: Config, parts: Parts, watch: Watch, stack: AsyncExitStack) -> ImageTools:
-    """Start what is configured; `stack` gets what ends it. Raises: Unavailable (an address is taken), InvalidArgument."""
+async def start_image_side(settings: Config, parts: Parts, watch: Watch, stack: AsyncExitStack) -> tuple[ImageTools, list[Live]]:
+    """Start what is configured; `stack` gets what ends it. Returns what can change while it runs, too.
+
+    Raises: Unavailable (an address is taken), InvalidArgument.
+    """
     archives = Archives(
         content=parts.content,
         images=parts.images,
@@ -114,23 +127,30 @@ async def start_image_side(settings: Config, parts: Parts, watch: Watch, stack: 
     )
     watch.page.add(Gauge("imgsvc_prepull_images", "Images of pre-pull files by state.", ("state",), prepull.counts))
     await _listen("metrics", settings.metrics.address, watch.page.handle, stack)
-    await _start_mirror(settings, parts, watch, stack)
+    lives = await _start_mirror(settings, parts, watch, stack)
     life = asyncio.ensure_future(prepull.run())
     stack.push_async_callback(_stopped, life)
     mounts = ImageMounts(parts.images, parts.roots, parts.leases, parts.threads, parts.snapshotter, _mount_all, kernel.umount)
-    return ImageTools(archives, prepull, watch.bus, mounts, snapshotter=parts.snapshotter)
+
+    def verify(loaded: Loaded) -> Commit:
+        policy, programs = _judges(loaded.config, parts.threads)
+        return partial(parts.verification.go_by, policy, programs, fail_closed=loaded.config.verify.fail_closed)
+
+    lives += [
+        Live(("verify",), verify),
+        Live(("prepull",), lambda loaded: partial(prepull.watch, Path(loaded.config.prepull.directory))),
+    ]
+    return ImageTools(archives, prepull, watch.bus, mounts, snapshotter=parts.snapshotter), lives
 
 
 def _mount_all(mounts: Sequence[RootMount], target: str) -> None:
     mount_all([Mount(mount.type, mount.source, mount.options) for mount in mounts], target)
 
 
-async def _start_mirror(settings: Config, parts: Parts, watch: Watch, stack: AsyncExitStack) -> None:
+async def _start_mirror(settings: Config, parts: Parts, watch: Watch, stack: AsyncExitStack) -> list[Live]:
     mirror = settings.mirror
     if not mirror.address:
-        return
-    if not mirror.tls_cert_file and not is_loopback(mirror.address):
-        log.warning("mirror.address %s is reachable from outside and speaks plain HTTP; set mirror.tls_cert_file", mirror.address)
+        return []
     through = PullThrough(
         namespaces=mirror.pull_through,
         keep=timedelta(seconds=mirror.keep),
@@ -140,7 +160,9 @@ async def _start_mirror(settings: Config, parts: Parts, watch: Watch, stack: Asy
         leases=parts.leases,
         threads=parts.threads,
         verifier=parts.verification,
+        db=parts.db,
     )
+    await through.tidy()
     service = Mirror(
         parts.images,
         parts.content,
@@ -150,16 +172,32 @@ async def _start_mirror(settings: Config, parts: Parts, watch: Watch, stack: Asy
         through=through,
         served=watch.observer.served,
     )
-    await _listen("mirror", mirror.address, service.handle, stack, mirror.tls_cert_file, mirror.tls_key_file, mirror.client_ca_file)
+    tls = server_tls(mirror.tls_cert_file, mirror.tls_key_file, mirror.client_ca_file) if mirror.tls_cert_file else None
+    await _listen("mirror", mirror.address, service.handle, stack, tls)
+
+    def share(loaded: Loaded) -> Commit:
+        new = loaded.config.mirror
+        if tls is not None:
+            server_tls(mirror.tls_cert_file, mirror.tls_key_file, mirror.client_ca_file)  # to see whether the files are good
+
+        def commit() -> None:
+            service.share(private=new.private_images == "certificate")
+            through.fetch_for(new.pull_through, timedelta(seconds=new.keep))
+            if tls is not None:
+                tls.load_cert_chain(mirror.tls_cert_file, mirror.tls_key_file)  # OpenSSL takes what is loaded last
+
+        return commit
+
+    return [Live(("mirror.private_images", "mirror.pull_through", "mirror.keep"), share)]
 
 
-async def _listen(name: str, address: str, handler: Handler, stack: AsyncExitStack, cert: str = "", key: str = "", ca: str = "") -> None:
+async def _listen(name: str, address: str, handler: Handler, stack: AsyncExitStack, tls: ssl.SSLContext | None = None) -> None:
     if not address:
         return
     server = HttpServer(handler, name)
-    await server.start(address, server_tls(cert, key, ca) if cert else None)
+    await server.start(address, tls)
     stack.push_async_callback(server.close)
-    log.info("%s: listening on %s://%s, port %d", name, "https" if cert else "http", address, server.port)
+    log.info("%s: listening on %s://%s, port %d", name, "https" if tls else "http", address, server.port)
 
 
 async def _stopped(task: asyncio.Future[None]) -> None:

@@ -80,6 +80,10 @@ class Mirror:
         self._through = through
         self._served = served
 
+    def share(self, *, private: bool) -> None:
+        """Say anew whether clients with a certificate may have images that took credentials."""
+        self._private = private
+
     async def handle(self, request: Request) -> Response:
         """An http1.Handler."""
         if request.path in ("/v2", "/v2/"):
@@ -111,7 +115,7 @@ class Mirror:
             try:
                 return _document(*await self._through.manifest(wanted, private=self._trusts(request)))
             except PullFailed as error:
-                # The registry knows best where a tag stands; when it does not answer, what is here has to do.
+                # The registry knows best where a tag stands; when it has no answer, an image that is here has to do.
                 log.info("mirror: %s", error)
         try:
             digest = await self._manifest_here(wanted, request)

@@ -1,9 +1,11 @@
-"""Readiness for systemd. Source: sd_notify(3)."""
+"""Readiness and signs of life for systemd. Source: sd_notify(3), sd_watchdog_enabled(3)."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+from collections.abc import Awaitable, Callable
 
 
 class Notifier:
@@ -12,6 +14,16 @@ class Notifier:
     def __init__(self) -> None:
         """Takes $NOTIFY_SOCKET out of the environment: an OCI runtime that inherits it would speak in our name."""
         self._path = os.environ.pop("NOTIFY_SOCKET", "")
+        period, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
+        for_us = pid in ("", str(os.getpid())) and period.isascii() and period.isdigit()
+        self._watchdog_s = int(period) / 1e6 if for_us else 0.0
+
+    async def keep_alive(self, is_well: Callable[[], Awaitable[object]]) -> None:
+        """Tell systemd twice per period that we are well, as long as `is_well` returns; at once done where nobody watches."""
+        while self._watchdog_s:
+            await is_well()
+            self("WATCHDOG=1")
+            await asyncio.sleep(self._watchdog_s / 2)
 
     def __call__(self, message: str) -> None:
         """Send one message ("READY=1"). Never raises: readiness is a courtesy."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,8 +32,13 @@ class Pods:
     streams: StreamServer | None
 
 
-async def start_pods(settings: Config, state: Path, root: Path, db: MetaDB, images: Images, stack: AsyncExitStack) -> Pods:
-    """Start the runtime and recover its pods; `stack` gets what ends it. Without root or when switched off: images only."""
+async def start_pods(
+    settings: Config, state: Path, root: Path, db: MetaDB, images: Images, notes: Callable[[], Sequence[str]], stack: AsyncExitStack
+) -> Pods:
+    """Start the runtime and recover its pods; `stack` gets what ends it. Without root or when switched off: images only.
+
+    notes: what is not well with the configuration, for Status.
+    """
     reason = _off(settings)
     if reason:
         log.warning("the runtime service is off: %s", reason)
@@ -43,7 +48,7 @@ async def start_pods(settings: Config, state: Path, root: Path, db: MetaDB, imag
     stack.push_async_callback(streams.close)
     node = await RuntimeNode.start(runtime_settings(settings, state, root), db, images)
     stack.push_async_callback(node.close)
-    return Pods(RuntimeService(node, streams), node.root_keys, streams)
+    return Pods(RuntimeService(node, streams, notes), node.root_keys, streams)
 
 
 def _off(settings: Config) -> str:

@@ -1,7 +1,7 @@
 """The mirror endpoint as a cache: what is not here is fetched from the registry, and streamed on while it is stored.
 
 A tag is always asked of the registry, since only it knows where the tag stands; when it cannot be asked, what is here
-answers. Everything below a manifest is fetched by digest and only after somebody asked for that manifest here, so that
+answers: which manifest a tag stood for is kept in the metadata, so that a restart changes nothing. Everything below a manifest is fetched by digest and only after somebody asked for that manifest here, so that
 sizes are known and nobody can make this node fetch arbitrary blobs. What was asked for stays for `keep` after the last
 time, under a lease; nothing is unpacked.
 
@@ -9,15 +9,16 @@ Blobs are sent on before their digest is known to be right, but for the last HOL
 blob that is wrong. They need not wait until our copy is on disk, which is nothing to the client. Clients check digests themselves in any case.
 
 An image that takes this node's credentials is private (see mirror). Policies are asked about the manifest that a tag or
-a digest stands for, and what it refers to is allowed with it.
+a digest stands for, every time; what it refers to is allowed with it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,21 +32,26 @@ from imgsvc.content.verify import read_verified
 from imgsvc.errors import NotFound
 from imgsvc.http1 import FileBody, StreamBody
 from imgsvc.leases import LeaseManager
+from imgsvc.metadb import MetaDB, Record
 from imgsvc.oci import KIB, MAX_DOCUMENT, Descriptor, Digest, Index, parse_document
 from imgsvc.pull import Verifier
 from imgsvc.reference import Reference
-from imgsvc.registry.interfaces import Registry, Resolved
+from imgsvc.registry.interfaces import PullFailed, Registry, Resolved
 
+log = logging.getLogger(__name__)
+
+TABLE: Final = "mirror"
 MAX_KNOWN: Final = 100_000  # parts of manifests that were asked for here; some 300 bytes each
 HOLD_BACK: Final = 64 * KIB  # [bytes] sent only after the whole blob is verified
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A part of something that was asked for: by whose credentials it was found."""
+    """A part of something that was asked for. private: credentials were needed to find it; within: the manifest policies judge."""
 
     descriptor: Descriptor
     private: bool
+    within: Descriptor
 
 
 class PullThrough:
@@ -62,16 +68,33 @@ class PullThrough:
         leases: LeaseManager,
         threads: Threads,
         verifier: Verifier,
+        db: MetaDB,
     ) -> None:
-        self._namespaces = frozenset(namespaces)
-        self._keep = keep
+        self.fetch_for(namespaces, keep)
         self._registry = registry
         self._blobs = blobs
         self._content = content
         self._leases = leases
         self._threads = threads
         self._verifier = verifier
+        self._db = db
         self._known: OrderedDict[tuple[str, Digest], Known] = OrderedDict()
+        with db.read() as txn:
+            self._kept = {name: _decode(record) for name, record in txn.items(TABLE)}  # by tag and by digest, what was served
+
+    async def tidy(self) -> None:
+        """Forget what is no longer stored."""
+        stored = await self._threads.run(lambda: {n for n, known in self._kept.items() if self._content.info(known.descriptor.digest)})
+        gone = [name for name in self._kept if name not in stored]
+        for name in gone:
+            del self._kept[name]
+        if gone:
+            await self._db.awrite(lambda txn: [txn.delete(TABLE, name) for name in gone])
+
+    def fetch_for(self, namespaces: Iterable[str], keep: timedelta) -> None:
+        """Say anew which registries are fetched from, and for how long what is fetched stays."""
+        self._namespaces = frozenset(namespaces)
+        self._keep = keep
 
     def covers(self, name: Reference) -> bool:
         """Whether a repository's registry is one of ours."""
@@ -83,14 +106,39 @@ class PullThrough:
         Args: private: whether the client may have what takes credentials.
         Raises: NotFound, PullFailed, PermissionDenied (policy), InvalidArgument.
         """
-        known = self._known.get((reference.name, reference.digest)) if reference.digest else None
-        if known is None:
-            resolved = await self._registry.resolve(reference, None)
-            known = Known(resolved.descriptor, _took_credentials(resolved))
-            _allow(known, reference, private=private)
-            await self._verifier.verify(reference, resolved.descriptor, None)
+        known = await self._look_up(reference)
         _allow(known, reference, private=private)
-        return known.descriptor.digest, await self._bring(reference, known)
+        judged = reference if known.within == known.descriptor else reference.with_digest(known.within.digest)
+        await self._verifier.verify(judged, known.within, None)
+        data = await self._bring(reference, known)
+        await self._keep_name(str(reference), known)
+        return known.descriptor.digest, data
+
+    async def _look_up(self, reference: Reference) -> Known:
+        """By digest as it is known here, by tag as the registry says, or as it said last when it does not answer."""
+        if reference.digest and (known := self._known.get((reference.name, reference.digest)) or await self._still(reference)):
+            return known
+        try:
+            resolved = await self._registry.resolve(reference, None)
+        except PullFailed as error:
+            known = await self._still(reference) if error.retryable else None
+            if known is None:
+                raise
+            log.warning("mirror: what was fetched earlier answers: %s", error)
+            return known
+        return Known(resolved.descriptor, _took_credentials(resolved), resolved.descriptor)
+
+    async def _still(self, reference: Reference) -> Known | None:
+        """What was served under this name, if it is stored."""
+        known = self._kept.get(str(reference))
+        if known is None or await self._threads.run(self._content.info, known.descriptor.digest) is None:
+            return None
+        return known
+
+    async def _keep_name(self, name: str, known: Known) -> None:
+        if self._kept.get(name) != known:
+            self._kept[name] = known
+            await self._db.awrite(lambda txn: txn.put(TABLE, name, _encode(known)))
 
     async def _bring(self, reference: Reference, known: Known) -> bytes:
         """The document itself; what it refers to becomes known, and all of it is leased before anything is stored."""
@@ -108,7 +156,7 @@ class PullThrough:
             await self._leases.add(lease, [("content", part.digest) for part in parts])
         await self._leases.renew(lease, self._keep)
         for part in (known.descriptor, *parts):
-            self._remember(reference, Known(part, known.private))
+            self._remember(reference, Known(part, known.private, known.within))
         return data
 
     def _remember(self, reference: Reference, known: Known) -> None:
@@ -214,6 +262,14 @@ def _allow(known: Known, reference: Reference, *, private: bool) -> None:
 
 def _took_credentials(resolved: Resolved) -> bool:
     return any(a.credential not in ("", "none") and not a.credential.startswith("withheld") for a in resolved.attempts)
+
+
+def _encode(known: Known) -> Record:
+    return {"target": known.descriptor.to_json(), "private": known.private, "within": known.within.to_json()}
+
+
+def _decode(record: Record) -> Known:
+    return Known(Descriptor.from_json(record["target"]), record["private"], Descriptor.from_json(record["within"]))
 
 
 def _store(content: Store, digest: Digest, data: bytes) -> None:

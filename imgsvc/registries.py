@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Final
 
 from imgsvc.config import Loaded
 from imgsvc.registry.client import RegistryClient, RegistrySettings
@@ -13,8 +15,6 @@ from imgsvc.registry.hostdirs import split_config_path
 from imgsvc.registry.interfaces import RegistryObserver
 from imgsvc.registry.legacy import parse_legacy
 from imgsvc.registry.transport import Timeouts
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,28 @@ class Registries:
     warnings: tuple[str, ...]
 
 
+# Everything the client goes by; all of it can change while it runs.
+KEYS: Final = (
+    "registry",
+    "images.max_concurrent_downloads",
+    "images.max_concurrent_downloads_per_image",
+    "images.image_pull_progress_timeout",
+)
+
+
 def open_registries(loaded: Loaded, observer: RegistryObserver | None = None) -> Registries:
     """Build the client; no I/O with registries. observer: told what it does. Raises: InvalidArgument for legacy tables that cannot be honoured."""
+    settings, credentials, warnings = _settings(loaded)
+    return Registries(RegistryClient(settings, credentials, observer), credentials, warnings)
+
+
+def prepare(client: RegistryClient, loaded: Loaded) -> Callable[[], None]:
+    """What puts other settings in force. Raises: as open_registries."""
+    settings, credentials, _ = _settings(loaded)
+    return partial(client.reload, settings, credentials)
+
+
+def _settings(loaded: Loaded) -> tuple[RegistrySettings, NodeCredentials, tuple[str, ...]]:
     settings = loaded.config
     registry = settings.registry
     tables = {"mirrors": registry.mirrors, "configs": registry.configs, "auths": registry.auths, "headers": registry.headers}
@@ -48,18 +68,14 @@ def open_registries(loaded: Loaded, observer: RegistryObserver | None = None) ->
     )
     stall = settings.images.image_pull_progress_timeout
     timeouts = Timeouts()
-    client = RegistryClient(
-        RegistrySettings(
-            roots=split_config_path(registry.config_path),
-            inline=legacy.hosts,
-            timeouts=Timeouts(timeouts.connect, timeouts.headers, min(timeouts.stall, stall) if stall else timeouts.stall),
-            max_downloads=settings.images.max_concurrent_downloads,
-            max_downloads_per_image=settings.images.max_concurrent_downloads_per_image,
-            max_extra_connections=registry.max_extra_connections,
-            foreign_layer_hosts=registry.foreign_layer_hosts,
-            environ=dict(os.environ),
-        ),
-        credentials,
-        observer,
+    client = RegistrySettings(
+        roots=split_config_path(registry.config_path),
+        inline=legacy.hosts,
+        timeouts=Timeouts(timeouts.connect, timeouts.headers, min(timeouts.stall, stall) if stall else timeouts.stall),
+        max_downloads=settings.images.max_concurrent_downloads,
+        max_downloads_per_image=settings.images.max_concurrent_downloads_per_image,
+        max_extra_connections=registry.max_extra_connections,
+        foreign_layer_hosts=registry.foreign_layer_hosts,
+        environ=dict(os.environ),
     )
-    return Registries(client, credentials, legacy.warnings)
+    return client, credentials, legacy.warnings

@@ -12,14 +12,15 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc.aio
 
-from imgsvc import __version__, config, decryption
+from imgsvc import __version__, decryption, logs, registries
 from imgsvc.admin_service import AdminService
 from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
 from imgsvc.care import ContainerKeeper, StoreCare
@@ -34,15 +35,16 @@ from imgsvc.gc import Policy
 from imgsvc.image_service import ImageService
 from imgsvc.image_side import Parts, Watch, open_verification, start_image_side
 from imgsvc.image_tools import ImageTools
-from imgsvc.images import ImageStore
+from imgsvc.images import ImageStore, pin_patterns
 from imgsvc.leases import LeaseBook
 from imgsvc.metadb import MetaDB
 from imgsvc.notify import Notifier
 from imgsvc.observe import StoreSizes, store_gauges
 from imgsvc.pods import start_pods
+from imgsvc.preflight import Standing
 from imgsvc.pull import Puller
 from imgsvc.push import Pusher
-from imgsvc.registries import open_registries
+from imgsvc.reload import Commit, Live, Reloader
 from imgsvc.roots import ContainerRoots
 from imgsvc.rpc import ErrorInterceptor
 from imgsvc.runtime.streaming.server import StreamServer
@@ -81,9 +83,11 @@ async def _serve(loaded: Loaded, load: Callable[[], Loaded]) -> int:
         gc.freeze()
         gc.enable()
         server = await _listen(loaded.config, services)
-        loop.add_signal_handler(signal.SIGHUP, lambda: reloads.append(asyncio.ensure_future(_reload(services, loaded, load))))
+        loop.add_signal_handler(signal.SIGHUP, lambda: reloads.append(asyncio.ensure_future(_reload(services, load))))
         log.info("ready: imgsvc %s on %s after %.2f s", __version__, loaded.config.address, time.monotonic() - began)
         notify("READY=1")
+        alive = asyncio.ensure_future(notify.keep_alive(services.is_well))
+        stack.push_async_callback(_ended, alive)
         await stop.wait()
         notify("STOPPING=1")
         log.info("stopping; containers keep running")
@@ -102,7 +106,9 @@ class Services:
     runtime: cri_pb2_grpc.RuntimeServiceServicer
     tools: ImageTools
     streams: StreamServer | None
-    store: ImageStore
+    is_well: Callable[[], Awaitable[object]]  # returns when the loop, a thread and the metadata do their work
+    reloader: Reloader
+    standing: Standing
     watch: Watch
 
 
@@ -114,8 +120,6 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     settings = loaded.config
     root, state = private_dir(Path(settings.root)), _state_dir(settings)
     sync = settings.images.sync == "full"
-    if not sync:
-        log.warning('images.sync = "none": a power cut may lose images that were acknowledged')
     threads = Threads(IO_THREADS, "io")
     stack.callback(threads.close)
     db = MetaDB(root / "metadata", sync=sync)
@@ -128,10 +132,9 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     images = ImageStore(db, settings.images.pinned_images)
     leases = LeaseBook(db)
     watch = Watch.create(images)
-    registries = open_registries(loaded, watch.observer)
-    for warning in registries.warnings:
-        log.warning("%s", warning)
-    registry = registries.client
+    opened = registries.open_registries(loaded, watch.observer)
+    registry = opened.client
+    standing = Standing()
     stack.push_async_callback(registry.close)
     for directory in registry.directories.missing_roots():
         log.info("registry.config_path: %s is not there", directory)
@@ -158,10 +161,11 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     pusher = Pusher(registry=registry, content=content, images=images, leases=leases, threads=threads, bring_back=puller.bring_back)
     handlers = {name: handler.snapshotter or default for name, handler in settings.runtime.runtimes.items()}
     roots = ContainerRoots(images, snapshotters, decryptor, threads, default=default, check=verification.check)
-    pods = await start_pods(settings, state, root, db, roots, stack)
-    policy = Policy(settings.gc.startup_delay, settings.gc.schedule_delay, _cache_budget(settings), settings.gc.min_free)
+    pods = await start_pods(settings, state, root, db, roots, standing.notes, stack)
     keeper = ContainerKeeper(pods.container_ids, snapshotters)
-    care = StoreCare(images, content, snapshotters, puller.unpack_aside, leases, threads, root, policy, [keeper], watch.observer.collected)
+    care = StoreCare(
+        images, content, snapshotters, puller.unpack_aside, leases, threads, root, _policy(settings), [keeper], watch.observer.collected
+    )
     await care.start(stack)
     expiry = asyncio.ensure_future(leases.expire_forever(lambda: care.trigger("lease expired")))
     stack.push_async_callback(_ended, expiry)
@@ -171,7 +175,25 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
 
     watch.page.add(*store_gauges(images, db, StoreSizes(care.sizes, watch.page)))
     parts = Parts(root, registry, content, images, puller, leases, db, threads, verification, roots, default)
-    tools = await start_image_side(settings, parts, watch, stack)
+    tools, lives = await start_image_side(settings, parts, watch, stack)
+
+    def pins(new: Loaded) -> Commit:
+        pin_patterns(new.config.images.pinned_images)
+        return partial(images.pin, new.config.images.pinned_images)
+
+    lives += [
+        Live(("debug.level",), lambda new: partial(logs.set_level, new.config.debug.level)),
+        Live(("images.pinned_images",), pins),
+        Live(registries.KEYS, partial(registries.prepare, registry)),
+        Live(
+            ("images.max_concurrent_unpacks", "images.limits"),
+            lambda new: partial(unpacker.configure, new.config.images.max_concurrent_unpacks, _limits(new.config)),
+        ),
+        Live(("gc", "images.discard_unpacked_layers"), lambda new: partial(care.go_by, _policy(new.config))),
+    ]
+    reloader = Reloader(loaded, lives)
+    looking = asyncio.ensure_future(threads.run(standing.look, loaded))  # nobody need wait for it
+    stack.push_async_callback(_ended, looking)
     return Services(
         images=ImageService(images, puller, care, snapshotter=default, handlers=handlers, on_removed=on_removed),
         admin=AdminService(
@@ -180,13 +202,15 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
             pusher,
             care,
             snapshotter=default,
-            config_toml=config.to_toml(settings, loaded.origins),
+            loaded=lambda: reloader.loaded,
             on_removed=on_removed,
         ),
         runtime=pods.service,
         streams=pods.streams,
         tools=tools,
-        store=images,
+        is_well=lambda: threads.run(db.usage),
+        reloader=reloader,
+        standing=standing,
         watch=watch,
     )
 
@@ -208,8 +232,14 @@ def _state_dir(settings: Config) -> Path:
     return state
 
 
-def _cache_budget(settings: Config) -> int:
-    return 0 if settings.images.discard_unpacked_layers else settings.gc.blob_cache
+def _policy(settings: Config) -> Policy:
+    budget = 0 if settings.images.discard_unpacked_layers else settings.gc.blob_cache
+    return Policy(settings.gc.startup_delay, settings.gc.schedule_delay, budget, settings.gc.min_free)
+
+
+def _limits(settings: Config) -> Limits:
+    limits = settings.images.limits
+    return Limits(limits.unpacked_bytes, limits.entries, limits.ratio)
 
 
 async def _snapshotters(settings: Config, root: Path, db: MetaDB, threads: Threads, stack: AsyncExitStack) -> dict[str, CheckedSnapshotter]:
@@ -231,10 +261,9 @@ async def _snapshotters(settings: Config, root: Path, db: MetaDB, threads: Threa
 
 
 def _unpacker(settings: Config, queued: Callable[[float], None]) -> WorkerUnpacker:
-    limits = settings.images.limits
     return WorkerUnpacker(
         max_concurrent=settings.images.max_concurrent_unpacks,
-        limits=Limits(limits.unpacked_bytes, limits.entries, limits.ratio),
+        limits=_limits(settings),
         transform=TRANSFORM,
         queued=queued,
     )
@@ -268,21 +297,13 @@ async def _listen(settings: Config, services: Services) -> grpc.aio.Server:
     return server
 
 
-async def _reload(services: Services, loaded: Loaded, load: Callable[[], Loaded]) -> None:
-    """SIGHUP: what can change while running does, the rest is named. A bad file changes nothing."""
+async def _reload(services: Services, load: Callable[[], Loaded]) -> None:
+    """SIGHUP. A bad file changes nothing; hosts.toml, policy, key and pre-pull files are read as they are needed anyway."""
     try:
         new = await asyncio.to_thread(load)
         if services.streams is not None:
             await services.streams.reload_certificate()
+        services.reloader.reload(new)
+        await asyncio.to_thread(services.standing.look, services.reloader.loaded)
     except ImgsvcError as error:
         log.error("configuration not reloaded: %s", error)
-        return
-    services.store.pin(new.config.images.pinned_images)
-    old_values, new_values = dict(config.flatten(loaded.config)), dict(config.flatten(new.config))
-    waiting = sorted(key for key in old_values | new_values if old_values.get(key) != new_values.get(key) and key not in RELOADABLE)
-    log.info("configuration reloaded; hosts.toml files are read at every pull anyway")
-    if waiting:
-        log.warning("these changes need a restart: %s", ", ".join(waiting))
-
-
-RELOADABLE = frozenset({"images.pinned_images"})

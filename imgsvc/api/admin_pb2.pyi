@@ -376,15 +376,19 @@ class ConfigReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TOML_FIELD_NUMBER: _builtins.int
+    JSON_FIELD_NUMBER: _builtins.int
     toml: _builtins.str
+    json: _builtins.str
+    """dotted key → {"value", "origin"}"""
     def __init__(
         self,
         *,
         toml: _builtins.str = ...,
+        json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["toml", b"toml"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["json", b"json", "toml", b"toml"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

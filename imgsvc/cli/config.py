@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from imgsvc import config
 from imgsvc.cli.client import add_address, connect
-from imgsvc.cli.output import print_json
-from imgsvc.errors import InvalidArgument, from_os_error
+from imgsvc.cli.output import print_json, warn
+from imgsvc.cli.usage import WrongUsage
+from imgsvc.errors import from_os_error
 from imgsvc.fsutil import write_atomic
 
 
@@ -23,9 +25,10 @@ def add_commands(commands: Any) -> None:
     dump = actions.add_parser("dump", help="print what a daemon would run with, each value with its origin")
     dump.add_argument("file", nargs="?", type=Path, metavar="FILE", help="read this instead of the usual one")
     dump.add_argument("--running", action="store_true", help="ask the running daemon instead")
+    dump.add_argument("--json", action="store_true", help="keys with value and origin")
     add_address(dump)
     dump.set_defaults(run=run_dump)
-    check = actions.add_parser("check", help="say whether a configuration is good")
+    check = actions.add_parser("check", help="say whether a configuration is good, with the files it refers to")
     check.add_argument("file", nargs="?", type=Path, metavar="FILE", help="read this instead of the usual one")
     check.set_defaults(run=run_check)
     convert = actions.add_parser("import", help="turn a containerd configuration into ours, naming every key that is not carried over")
@@ -44,33 +47,47 @@ def run_default(arguments: argparse.Namespace) -> int:
 def run_dump(arguments: argparse.Namespace) -> int:
     """`imgsvc config dump`."""
     if arguments.running:
+        if arguments.file:
+            raise WrongUsage("--running is about the daemon's configuration", hint="leave out FILE")
         from imgsvc.api import admin_pb2
 
         with connect(arguments) as daemon:
-            print(daemon.admin.Config(admin_pb2.ConfigRequest()).toml, end="")
+            reply = daemon.admin.Config(admin_pb2.ConfigRequest())
+        if arguments.json:
+            print_json(json.loads(reply.json))
+        else:
+            print(reply.toml, end="")
         return 0
     loaded = config.load(arguments.file)
-    print(config.to_toml(loaded.config, loaded.origins), end="")
+    if arguments.json:
+        print_json(config.to_json(loaded.config, loaded.origins))
+    else:
+        print(config.to_toml(loaded.config, loaded.origins), end="")
     return 0
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    """`imgsvc config check`."""
-    from imgsvc import decryption
+    """`imgsvc config check`: with all files that the configuration refers to; 1 when something will not work."""
+    from imgsvc import preflight
 
-    loaded = decryption.check(config.load(arguments.file))
-    if problem := decryption.provider_problem(loaded.config):
-        raise InvalidArgument(problem)
-    files = sorted({origin.split(":")[0] for origin in loaded.origins.values() if origin != "flag"})
-    print(f"good: {', '.join(files)}" if files else "good: embedded defaults, no file")
+    loaded = config.load(arguments.file)
+    found = preflight.look(loaded)
+    for problem in found.problems:
+        warn(problem)
+    for warning in found.warnings:
+        warn(f"warning: {warning}")
+    if found.problems:
+        return 1
+    print(f"good: {', '.join(loaded.files)}" if loaded.files else "good: embedded defaults, no file")
     return 0
 
 
 def run_import(arguments: argparse.Namespace) -> int:
     """`imgsvc config import`: 1 when a key was refused; the result is written all the same."""
     from imgsvc.config_import import import_file
+    from imgsvc.registry.legacy import parse_legacy
 
-    imported = import_file(arguments.file)
+    imported = import_file(arguments.file, lambda tables: parse_legacy(tables, "registry"))
     if arguments.output:
         try:
             write_atomic(arguments.output, imported.toml.encode())

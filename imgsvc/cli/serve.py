@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,28 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--root", metavar="DIR", help="what must survive a reboot")
     parser.add_argument("--state", metavar="DIR", help="what dies with a reboot")
     parser.add_argument("--address", metavar="unix:///…", help="where to listen")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument("--log-level", choices=config.LOG_LEVELS, help="what is said at least; default: that of [debug], else info")
     parser.set_defaults(run=run_serve)
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
-    """`imgsvc serve`."""
-    from imgsvc import server
+    """`imgsvc serve`. Paths are made absolute, so that origins say where a file is, whoever asks."""
+    from imgsvc import logs, server
 
-    logging.basicConfig(stream=sys.stderr, level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # One line per HTTP request, with its URL (and so with signed queries), is not for our log.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("httpcore").setLevel(logging.WARNING)
     failpoints.arm(os.environ.get(failpoints.ENV, ""))
-    given = {"root": arguments.root, "state": arguments.state, "grpc.address": arguments.address}
-    flags = {key: value for key, value in given.items() if value}
-    return server.run(lambda: decryption.check(config.load(arguments.config, flags)))
+    address = arguments.address and (f"unix://{arguments.address}" if arguments.address.startswith("/") else arguments.address)
+    given = {
+        "root": ("--root", arguments.root and os.path.abspath(arguments.root)),
+        "state": ("--state", arguments.state and os.path.abspath(arguments.state)),
+        "grpc.address": ("--address", address),
+        "debug.level": ("--log-level", arguments.log_level),
+    }
+    flags = {key: (option, value) for key, (option, value) in given.items() if value}
+    path = arguments.config and arguments.config.absolute()
+
+    def load() -> config.Loaded:
+        return decryption.check(config.load(path, flags))
+
+    debug = load().config.debug
+    logs.start(debug.level, debug.format)
+    return server.run(load)

@@ -8,11 +8,12 @@ Order of weight: defaults, the file, its imports (drop-ins, in name order), flag
 """
 
 from imgsvc.config.reading import Loaded, default_address, directories, load, parse
-from imgsvc.config.schema import DEFAULT_PATH, VERSION, Config, Stream
-from imgsvc.config.writing import flatten, table_to_toml, to_toml
+from imgsvc.config.schema import DEFAULT_PATH, LOG_LEVELS, VERSION, Config, Stream
+from imgsvc.config.writing import flatten, table_to_toml, to_json, to_toml
 
 __all__ = [
     "DEFAULT_PATH",
+    "LOG_LEVELS",
     "VERSION",
     "Config",
     "Loaded",
@@ -23,5 +24,6 @@ __all__ = [
     "load",
     "parse",
     "table_to_toml",
+    "to_json",
     "to_toml",
 ]

@@ -12,54 +12,58 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from imgsvc import tomlfile
-from imgsvc.config.schema import DEFAULT_PATH, VERSION, Config, Duration, Raw
-from imgsvc.errors import InvalidArgument, printable
+from imgsvc.config.schema import DEFAULT_PATH, LOG_LEVELS, REFUSED, SNAPSHOTTERS, VERSION, Config, Duration, Raw
+from imgsvc.errors import InvalidArgument, NotFound, printable
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A configuration with the origin of every value that is not a default: "a.b.c" → "file:line:column" or "flag"."""
+    """A configuration with the origin of every value that is not a default: "a.b.c" → "file:line:column" or "--flag"."""
 
     config: Config
     origins: Mapping[str, str]
+    files: tuple[str, ...] = ()  # that were read, in order of weight, the heaviest last
 
     def origin(self, key: str) -> str:
         """Where the value of a dotted key came from."""
         return self.origins.get(key, "default")
 
 
-def load(path: Path | None, flags: Mapping[str, str] | None = None) -> Loaded:
+def load(path: Path | None, flags: Mapping[str, tuple[str, str]] | None = None) -> Loaded:
     """Read the configuration.
 
     Args:
         path: the file; None for DEFAULT_PATH, which alone may be absent.
-        flags: dotted keys set on the command line; they beat the files.
+        flags: dotted keys set on the command line, with the option's name and the value; they beat the files.
     Raises: InvalidArgument with file:line:column and the way out; NotFound when a named file does not exist.
     """
     values: Raw = {}
     origins: dict[str, str] = {}
+    files: list[str] = []
     source = path or DEFAULT_PATH
     if path is not None or source.exists():
         document = tomlfile.load(source)
+        files.append(str(source))
         _merge(values, document.data, document, (), origins)
     imports = values.get("imports", Config().imports)
     if not isinstance(imports, list | tuple) or not all(isinstance(i, str) for i in imports):
         raise InvalidArgument("imports must be a list of paths", where=origins.get("imports", str(source)))
-    for name in _imported(imports, source.parent):
+    for name in _imported(imports, source.parent, origins.get("imports", str(source))):
         document = tomlfile.load(name)
         if "imports" in document.data:
             raise InvalidArgument("a drop-in cannot import", where=document.where("imports"), hint="list it in the main file")
+        files.append(str(name))
         _merge(values, document.data, document, (), origins)
-    for key, text in (flags or {}).items():
+    for key, (option, text) in (flags or {}).items():
         _set(values, key.split("."), text)
-        origins[key] = "flag"
+        origins[key] = option
     if os.geteuid() != 0:
         for key, directory in zip(("root", "state"), directories(), strict=True):
             if values.setdefault(key, directory) is directory:
                 origins[key] = "default of a user other than root"
     config = _section(Config, values, (), origins)
     _check(config, origins)
-    return Loaded(config, origins)
+    return Loaded(config, origins, tuple(files))
 
 
 def directories() -> tuple[str, str]:
@@ -97,11 +101,17 @@ def parse_duration(value: object, where: str) -> float:
         raise InvalidArgument(error.what, where=where, hint=error.hint) from error
 
 
-def _imported(patterns: typing.Iterable[str], base: Path) -> list[Path]:
+def _imported(patterns: typing.Iterable[str], base: Path, where: str) -> list[Path]:
+    """Files in the order of the patterns, those of one pattern by name, each once. Raises: NotFound for a name that is no pattern."""
     found: list[Path] = []
     for pattern in patterns:
-        found += sorted(Path(name) for name in glob.glob(str(base / pattern)))
-    return found
+        names = sorted(Path(name) for name in glob.glob(str(base / pattern)))
+        if not names and not glob.has_magic(pattern):
+            raise NotFound(
+                f"imports: there is no {base / pattern}", where=where, hint="a pattern (*.toml) may match nothing, a name may not"
+            )
+        found += names
+    return list(dict.fromkeys(found))
 
 
 def _merge(into: Raw, new: Mapping[str, Any], document: tomlfile.Document, at: tuple[str, ...], origins: dict[str, str]) -> None:
@@ -134,6 +144,8 @@ def _section(kind: type[S], values: Mapping[str, Any], at: tuple[str, ...], orig
     for key, value in values.items():
         here = (*at, key)
         where = origins.get(".".join(here), "")
+        if not at and key in REFUSED:
+            raise InvalidArgument(f"[{key}] is not for imgsvc: {REFUSED[key]}", where=where, hint="drop the table")
         if key not in known:
             raise InvalidArgument(f'unknown key "{printable(".".join(here), 120)}"', where=where, hint=tomlfile.suggestion(key, known))
         out[key] = _value(known[key], value, here, where, origins)
@@ -187,7 +199,12 @@ def _check(config: Config, origins: Mapping[str, str]) -> None:
     need(config.state.startswith("/"), "state", "must be an absolute path")
     need(config.address.startswith("unix:///"), "grpc.address", "must be unix:///…; CRI is never served over TCP")
     need(config.images.sync in ("full", "none"), "images.sync", 'must be "full" or "none"')
-    need(config.images.snapshotter in ("auto", "overlayfs", "native"), "images.snapshotter", "must be auto, overlayfs or native")
+    need(config.debug.level in LOG_LEVELS, "debug.level", f"must be {', '.join(LOG_LEVELS)}")
+    need(config.debug.format in ("text", "json"), "debug.format", 'must be "text" or "json"')
+    need(config.images.snapshotter in ("auto", *SNAPSHOTTERS), "images.snapshotter", "must be auto, overlayfs or native")
+    for name, handler in config.runtime.runtimes.items():
+        key = f"runtime.runtimes.{name}.snapshotter"
+        need(handler.snapshotter in ("", *SNAPSHOTTERS), key, "must be overlayfs or native; without it, that of [images]")
     for key in ("max_concurrent_downloads", "max_concurrent_downloads_per_image", "max_concurrent_unpacks"):
         need(getattr(config.images, key) > 0, f"images.{key}", "must be at least 1")
     need(config.decrypt.key_model in ("node", ""), "decrypt.key_model", 'must be "node" or ""')

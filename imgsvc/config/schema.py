@@ -13,6 +13,13 @@ from imgsvc.oci import GIB, MIB
 
 VERSION: Final = 1
 DEFAULT_PATH: Final = Path("/etc/imgsvc/config.toml")
+SNAPSHOTTERS: Final = ("overlayfs", "native")
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+# Sections that people bring along from containerd, and why they are no use here.
+REFUSED: Final = {
+    "proxy_plugins": "snapshotters, content stores and differs in other processes are not used; imgsvc has overlayfs and native itself",
+    "plugins": "that is containerd's configuration; `imgsvc config import` turns it into ours",
+}
 
 Duration = Annotated[float, "duration"]  # [seconds]; written as Go does, "1m30s", or a number of seconds
 Raw = dict[str, Any]  # a table whose keys belong to somebody else (runtime options, legacy registry tables)
@@ -27,6 +34,14 @@ class Grpc:
     gid: int = 0
     max_recv_message_size: int = 16 * MIB
     max_send_message_size: int = 16 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Debug:
+    """[debug]: the log, on standard error. level: debug (with every request to a registry), info, warning, error; format: text, json."""
+
+    level: str = "info"
+    format: str = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +262,7 @@ class Config:
     state: str = "/run/imgsvc"
     imports: tuple[str, ...] = ("/etc/imgsvc/config.d/*.toml",)
     grpc: Grpc = field(default_factory=Grpc)
+    debug: Debug = field(default_factory=Debug)
     images: Images = field(default_factory=Images)
     registry: Registry = field(default_factory=Registry)
     decrypt: Decrypt = field(default_factory=Decrypt)

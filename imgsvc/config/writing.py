@@ -23,6 +23,11 @@ def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def to_json(config: Config, origins: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Dotted key → {"value", "origin"}; secrets in foreign tables are left out, durations are seconds."""
+    return {key: {"value": _redacted(key, value), "origin": origins.get(key, "default")} for key, value in flatten(config)}
+
+
 def table_to_toml(values: Raw, at: tuple[str, ...] = ()) -> str:
     """Nested tables as TOML, plain keys before tables, nothing redacted."""
     lines = [f"{_toml_key(key)} = {_toml_value(value)}\n" for key, value in values.items() if not isinstance(value, dict)]

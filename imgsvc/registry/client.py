@@ -69,6 +69,15 @@ class RegistryClient:
         self._downgraded: dict[str, None] = {}
         self._resolving: SingleFlight[Resolved] = SingleFlight()
 
+    def reload(self, settings: RegistrySettings, credentials: CredentialSource) -> None:
+        """Go by these from the next operation on; what runs goes on as it began."""
+        self._settings = settings
+        self._stored = credentials
+        self.directories = HostDirectories(settings.roots, settings.inline)
+        self._transport.timeouts = settings.timeouts
+        self.slots.resize(settings.max_downloads, settings.max_downloads_per_image)
+        self.extra.resize(settings.max_extra_connections)
+
     @property
     def pace(self) -> Pace:
         """The slowest connection tolerated."""

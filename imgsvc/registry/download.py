@@ -49,7 +49,12 @@ class ConnectionBudget:
     """Connections beyond the first of each blob, over the whole node."""
 
     def __init__(self, most: int) -> None:
-        self._free = most
+        self._most = self._free = most
+
+    def resize(self, most: int) -> None:
+        """Another limit from now on; what is taken stays taken."""
+        self._free += most - self._most
+        self._most = most
 
     def take(self) -> bool:
         """One more, if there is one."""

@@ -12,10 +12,16 @@ class FairSlots:
     """At most `per_node` holders, at most `per_group` of one group; groups that wait are served in turn."""
 
     def __init__(self, per_node: int, per_group: int) -> None:
-        self._free = per_node
+        self._per_node = self._free = per_node
         self._per_group = per_group
         self._held: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+
+    def resize(self, per_node: int, per_group: int) -> None:
+        """Other limits from now on. Who holds a slot keeps it, also beyond them."""
+        self._free += per_node - self._per_node
+        self._per_node, self._per_group = per_node, per_group
+        self._serve()
 
     @asynccontextmanager
     async def slot(self, group: str) -> AsyncIterator[None]:
@@ -48,7 +54,7 @@ class FairSlots:
 
     def _serve(self) -> None:
         for group in list(self._waiting):
-            if not self._free:
+            if self._free <= 0:
                 return
             turns = self._waiting[group]
             while turns and turns[0].done():
@@ -60,5 +66,5 @@ class FairSlots:
                 self._waiting.move_to_end(group)
             if not turns:
                 del self._waiting[group]
-        if self._free and any(turns and self._held[group] < self._per_group for group, turns in self._waiting.items()):
+        if self._free > 0 and any(turns and self._held[group] < self._per_group for group, turns in self._waiting.items()):
             self._serve()

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import ssl
+import time
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -30,6 +32,8 @@ from imgsvc.registry.netguard import ANYWHERE, Reach, reach_of
 from imgsvc.registry.netstream import AddressRefused, Backend, ConnectFailed, TlsFailed
 from imgsvc.registry.redact import shown_url
 from imgsvc.registry.retry import Failure
+
+log = logging.getLogger(__name__)
 
 _KEEP_IDLE: Final = 16  # connections per pool kept open after use
 _KEEP_IDLE_S: Final = 30.0
@@ -190,7 +194,7 @@ class Transport:
     """Connection pools by route. Belongs to one event loop."""
 
     def __init__(self, timeouts: Timeouts) -> None:
-        self._timeouts = timeouts
+        self.timeouts = timeouts
         self._pools: dict[tuple[object, ...], httpcore.AsyncConnectionPool] = {}
         self._contexts: dict[tuple[object, ...], ssl.SSLContext] = {}
         self._only_h2: dict[str, None] = {}  # scheme and authority of servers without HTTP/1.1
@@ -211,19 +215,20 @@ class Transport:
         Raises: RequestFailed; InvalidArgument when TLS files cannot be used.
         """
         _check_literal_address(url, route, phase)
-        connect = self._timeouts.connect if route.connect_timeout is None else route.connect_timeout
+        connect = self.timeouts.connect if route.connect_timeout is None else route.connect_timeout
         request = httpcore.Request(
             method,
             url,
             headers=_request_headers(url, headers, method, body, length),
             content=body,
-            extensions={"timeout": {"connect": connect, "read": self._timeouts.stall, "write": self._timeouts.stall, "pool": None}},
+            extensions={"timeout": {"connect": connect, "read": self.timeouts.stall, "write": self.timeouts.stall, "pool": None}},
         )
         # A streamed upload takes as long as it takes; its writes have their own stall clock.
-        limit = None if method in ("PUT", "PATCH", "POST") else connect + self._timeouts.headers
+        limit = None if method in ("PUT", "PATCH", "POST") else connect + self.timeouts.headers
+        began = time.monotonic()
         try:
             async with asyncio.timeout(limit):
-                return await self._exchange(request, url, route, phase, can_repeat=isinstance(body, bytes))
+                response = await self._exchange(request, url, route, phase, can_repeat=isinstance(body, bytes))
         except TimeoutError as error:
             what = f"no complete answer within {limit:g} s"
             raise RequestFailed(what, code="DEADLINE_EXCEEDED", failure=Failure.BROKEN, phase=phase, where=shown_url(url)) from error
@@ -232,6 +237,9 @@ class Transport:
                 raise _mapped(error, url, phase) from error
             what, hint = f"the answer is not HTTP: {printable(str(error), 160)}", "is this the registry's port, and does it want https://?"
             raise RequestFailed(what, code="UNAVAILABLE", failure=Failure.DEFINITE, phase=phase, where=shown_url(url), hint=hint) from error
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s %s: %s", method, shown_url(url), _told(response, headers, time.monotonic() - began))
+        return response
 
     async def _exchange(self, request: httpcore.Request, url: str, route: Route, phase: str, *, can_repeat: bool) -> Response:
         """In the protocol that the server has. Raises: _HTTP_ERRORS."""
@@ -363,6 +371,18 @@ def _request_headers(
     return [(name.encode("ascii"), value.encode("latin-1")) for name, value in sent]
 
 
+def _told(response: Response, sent: Sequence[tuple[str, str]], seconds: float) -> str:
+    """One exchange for the log: headers that explain something, and none that may hold a secret."""
+    asked = "".join(f", {name} {printable(value, 80)}" for name, value in sent if name in ("Range", "If-None-Match"))
+    told = "".join(f", {name} {printable(value, 120)}" for name in _TOLD if (value := response.headers.get(name)))
+    authorized = ", authorized" if any(name == "Authorization" for name, _ in sent) else ""
+    return f"{response.status} after {seconds:.3f} s{authorized}{asked};{told.removeprefix(',')}"
+
+
+_TOLD: Final = (
+    "Content-Type", "Content-Length", "Content-Range", "Docker-Content-Digest", "WWW-Authenticate", "Retry-After", "RateLimit-Remaining",
+    "Warning", "Age", "X-Cache",
+)  # fmt: skip
 _HINTS: Final[Mapping[str, str]] = {
     "plain": "write http:// in the [host] table if that is meant",
     "untrusted": 'add its CA with ca = "…" in hosts.toml',

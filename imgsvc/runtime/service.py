@@ -6,7 +6,7 @@ Errors are raised as imgsvc.errors; the edge's interceptor turns them into gRPC 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Final
 
 from imgsvc import __version__
@@ -31,11 +31,12 @@ _STREAM_BATCH: Final = 64  # items per message of the streaming list calls
 
 
 class RuntimeService(RuntimeServiceServicer):
-    """Served by the edge. `streams` is None when the streaming server is off."""
+    """Served by the edge. `streams` is None when the streaming server is off; `notes` tells what is not well with the configuration."""
 
-    def __init__(self, node: RuntimeNode, streams: StreamServer | None) -> None:
+    def __init__(self, node: RuntimeNode, streams: StreamServer | None, notes: Callable[[], Sequence[str]] = tuple) -> None:
         self._node = node
         self._streams = streams
+        self._notes = notes
 
     @property
     def _boot(self) -> str:
@@ -60,6 +61,7 @@ class RuntimeService(RuntimeServiceServicer):
                 reason="" if problem is None else "NetworkPluginNotReady",
                 message="" if problem is None else str(problem),
             ),
+            _configuration(self._notes()),
         ]
         handlers = []
         for name, handler in node.core.handlers.items():
@@ -332,3 +334,10 @@ def _read(cls: type[Any], message: Any) -> Any:
 def _batches(items: list[Any]) -> Iterable[list[Any]]:
     for start in range(0, len(items), _STREAM_BATCH):
         yield items[start : start + _STREAM_BATCH]
+
+
+def _configuration(notes: Sequence[str]) -> pb.RuntimeCondition:
+    """As containerd's condition on deprecations: the kubelet does not mind it, `crictl info` shows it."""
+    return pb.RuntimeCondition(
+        type="ConfigurationHasNoWarnings", status=not notes, reason="ConfigurationHasWarnings" if notes else "", message="\n".join(notes)
+    )

@@ -130,18 +130,20 @@ class WorkerJob:
         self.journal = os.memfd_create("imgsvc-journal", os.MFD_CLOEXEC)
         self.usage: Usage | None = None
         self._owner = owner
+        self._slots = owner.slots
         self._worker: _Worker | None = None
         self._available = 0
 
     async def begin(self) -> None:
         """Take a slot and a worker."""
         began = time.monotonic()
-        await self._owner.slots.acquire()
+        self._slots = self._owner.slots
+        await self._slots.acquire()
         self._owner.queued(time.monotonic() - began)
         try:
             self._worker = await self._owner.spawn(self.layer.digest, self.order, self.journal, self.source)
         except BaseException:
-            self._owner.slots.release()
+            self._slots.release()
             raise
         self._worker.advance(self._available)
 
@@ -193,7 +195,7 @@ class WorkerJob:
             try:
                 await worker.end()
             finally:
-                self._owner.slots.release()
+                self._slots.release()
 
 
 class WorkerUnpacker:
@@ -207,13 +209,17 @@ class WorkerUnpacker:
         queued: told how long each layer waited for its slot [s].
         """
         self.queued = queued
-        self.slots = asyncio.Semaphore(max_concurrent)
-        self._settling = asyncio.Semaphore(max_concurrent)  # short and last: not queued behind layers waiting for bytes
-        self._limits = {"unpacked_bytes": limits.unpacked_bytes, "entries": limits.entries, "ratio": limits.ratio}
+        self.configure(max_concurrent, limits)
         self._transform = transform
         self._server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._lock = asyncio.Lock()
+
+    def configure(self, max_concurrent: int, limits: Limits) -> None:
+        """Go by these from the next layer on; those that are being unpacked keep the slot they have."""
+        self.slots = asyncio.Semaphore(max_concurrent)
+        self._settling = asyncio.Semaphore(max_concurrent)  # short and last: not queued behind layers waiting for bytes
+        self._limits = {"unpacked_bytes": limits.unpacked_bytes, "entries": limits.entries, "ratio": limits.ratio}
 
     async def warm(self) -> None:
         """Start the worker server now, so that the first layer does not wait for it. Raises: OSError."""

@@ -64,13 +64,17 @@ class Verification:
         threads: Threads,
         fail_closed: bool,
     ) -> None:
-        self._policy = policy
-        self._programs = programs
+        self.go_by(policy, programs, fail_closed=fail_closed)
         self._signatures = signatures
         self._db = db
         self._threads = threads
-        self._fail_closed = fail_closed
         self._flights: SingleFlight[None] = SingleFlight()
+
+    def go_by(self, policy: Callable[[], Policy] | None, programs: Programs, *, fail_closed: bool) -> None:
+        """Ask these from the next question on. Verdicts are remembered by what was asked, so that old ones do not count."""
+        self._policy = policy
+        self._programs = programs
+        self._fail_closed = fail_closed
 
     async def verify(self, reference: Reference, target: Descriptor, credential: Credential | None) -> None:
         """See pull.Verifier. Raises: Refused; Unverifiable when signatures are needed and could not be looked for."""

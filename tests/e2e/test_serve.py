@@ -126,6 +126,45 @@ def test_hangup_reloads_and_keeps_serving(image_daemon: Daemon, registry: RealRe
     assert cri.pull(image_daemon.images(), BUSYBOX) == busybox
 
 
+def test_hangup_changes_what_can_change_and_dump_tells_the_truth(
+    make_daemon: Callable[..., Daemon], registry: RealRegistry, busybox: str
+) -> None:
+    daemon = make_daemon(settings="[gc]\nmin_free = 1\n")
+    plain = daemon.config.read_text()
+    daemon.start()
+    assert daemon.cli("pull", BUSYBOX).returncode == 1, "docker.io is reached nowhere yet"
+    other = daemon.directory / "other.d"
+    mirror = f'server = "http://127.0.0.1:9"\n[host."http://{registry.address}"]\n'
+    (other / "docker.io").mkdir(parents=True)
+    (other / "docker.io" / "hosts.toml").write_text(mirror)
+    changed = plain.replace(str(daemon.directory / "hosts.d"), str(other)).replace("min_free = 1", "min_free = 2")
+
+    def hang_up(text: str, said: str) -> None:
+        assert daemon.process
+        before = len(daemon.log)
+        daemon.config.write_text(text)
+        daemon.process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + START_TIMEOUT
+        while said not in daemon.log[before:]:
+            assert time.monotonic() < deadline, daemon.log[before:]
+            time.sleep(0.05)
+
+    hang_up(
+        changed + '[images]\npinned_images = ["*box*"]\n[debug]\nlevel = "debug"\n[mirror]\naddress = "127.0.0.1:0"\n',
+        "need a restart: mirror.address",
+    )
+    pulled = daemon.cli("pull", BUSYBOX)
+    assert pulled.stdout.split() == [busybox], pulled.stderr
+    assert json.loads(daemon.cli("inspect", BUSYBOX).stdout)["pinned"]
+    values = json.loads(daemon.cli("config", "dump", "--running", "--json").stdout)
+    assert (values["gc.min_free"]["value"], values["mirror.address"]["value"]) == (2, "")
+    assert values["registry.config_path"]["origin"].startswith(str(daemon.config))
+    assert "DEBUG imgsvc.registry.transport: GET http" in daemon.log, "every request is told of at this level"
+
+    hang_up(plain + '[verify]\npolicy = "/nowhere"\n', "configuration not reloaded: /nowhere")
+    assert json.loads(daemon.cli("config", "dump", "--running", "--json").stdout) == values
+
+
 @pytest.fixture
 def nobodys_directory() -> Iterator[Path]:
     """A directory that the user nobody owns."""

@@ -98,6 +98,31 @@ def test_a_tag_is_asked_of_the_registry_and_what_is_here_answers_when_that_is_go
     assert cache.get("manifests/1").content == new.data
 
 
+def test_what_was_fetched_answers_when_the_registry_is_gone_after_a_restart_too(
+    make_cache: Callable[..., Cache], scripted: ScriptedRegistry, tmp_path: Path
+) -> None:
+    made = large()
+    scripted.serve(made, "library/cached", "1")
+    policy = tmp_path / "policy.toml"
+    policy.write_text('version = 1\ndefault = "allow"\n')
+    cache = make_cache(scripted.address, extra=f'[verify]\npolicy = "{policy}"\n')
+    digest, data = layer_of(made)
+    assert cache.get("manifests/1").content == made.data
+    assert cache.get(f"blobs/{digest}").content == data
+
+    cache.daemon.map_host("docker.io", "127.0.0.1:9")  # nobody listens there
+    assert cache.get("manifests/1").content == made.data
+    assert cache.daemon.stop() == 0
+    cache.daemon.start()
+    for reference in ("1", made.digest):
+        assert cache.get(f"manifests/{reference}").content == made.data
+    assert cache.get(f"blobs/{digest}").content == data
+    assert cache.get("manifests/2").status_code != 200
+
+    policy.write_text('version = 1\ndefault = "deny"\n')
+    assert [cache.get(f"manifests/{reference}").status_code for reference in ("1", made.digest)] == [403, 403]
+
+
 def test_clients_that_come_together_share_one_download(make_cache: Callable[..., Cache], scripted: ScriptedRegistry) -> None:
     made = large()
     scripted.serve(made, "library/cached", "1")

@@ -1,0 +1,119 @@
+"""What a daemon would stumble over, found before it starts: everything a configuration refers to is read, and nobody is asked.
+
+For `imgsvc config check`, and for the daemon itself, which goes on with what is wrong here where it can, and says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from imgsvc import decryption, registries
+from imgsvc.config import Config, Loaded
+from imgsvc.errors import ImgsvcError, InvalidArgument
+from imgsvc.http1 import is_loopback, server_tls, split_address
+from imgsvc.images import pin_patterns
+from imgsvc.prepull.plan import load_plan
+from imgsvc.verification.policy import load_policy
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """problems: something will not work, or the daemon will not start. warnings: it will work, and somebody should know."""
+
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+class Standing:
+    """What was found when somebody looked last, for CRI's Status."""
+
+    def __init__(self) -> None:
+        self.found = Found((), ())
+
+    def look(self, loaded: Loaded) -> None:
+        """Look anew, and log what is not well. Blocking."""
+        self.found = look(loaded)
+        for problem in self.found.problems:
+            log.error("%s", problem)
+        for warning in self.found.warnings:
+            log.warning("%s", warning)
+
+    def notes(self) -> tuple[str, ...]:
+        """All of it."""
+        return self.found.problems + self.found.warnings
+
+
+def look(loaded: Loaded) -> Found:
+    """Read everything. Blocking."""
+    problems: list[str] = []
+    warnings: list[str] = list(_warnings(loaded.config))
+    for check in (_decryption, _pins, _policy, _listeners, _prepull):
+        try:
+            problems += check(loaded)
+        except ImgsvcError as error:
+            problems.append(str(error))
+    try:
+        opened = registries.open_registries(loaded)
+        warnings += opened.warnings
+        for namespace in opened.client.directories.namespaces():
+            try:
+                warnings += opened.client.directories.search(namespace)[0].warnings
+            except ImgsvcError as error:
+                problems.append(str(error))
+    except ImgsvcError as error:
+        problems.append(str(error))
+    return Found(tuple(problems), tuple(dict.fromkeys(warnings)))
+
+
+def _warnings(settings: Config) -> Iterator[str]:
+    if settings.images.sync == "none":
+        yield 'images.sync = "none": a power cut may lose images that were acknowledged'
+    if settings.mirror.address and not settings.mirror.tls_cert_file and not is_loopback(settings.mirror.address):
+        yield f"mirror.address {settings.mirror.address} is reachable from outside and speaks plain HTTP; set mirror.tls_cert_file"
+    if settings.mirror.pull_through and not settings.mirror.address:
+        yield "mirror.pull_through is set, but mirror.address is not: nothing is served"
+
+
+def _decryption(loaded: Loaded) -> Iterator[str]:
+    decryption.check(loaded)
+    if problem := decryption.provider_problem(loaded.config):
+        yield problem
+
+
+def _pins(loaded: Loaded) -> Iterator[str]:
+    for pattern in loaded.config.images.pinned_images:
+        try:
+            pin_patterns([pattern])
+        except InvalidArgument as error:
+            yield f"{loaded.origin('images.pinned_images')}: images.pinned_images: {error}"
+
+
+def _policy(loaded: Loaded) -> Iterable[str]:
+    if loaded.config.verify.policy:
+        load_policy(Path(loaded.config.verify.policy))
+    return ()
+
+
+def _listeners(loaded: Loaded) -> Iterable[str]:
+    mirror, metrics, stream = loaded.config.mirror, loaded.config.metrics, loaded.config.stream
+    for name, address in (("mirror", mirror.address), ("metrics", metrics.address)):
+        if address:
+            split_address(address, name)
+    if mirror.tls_cert_file:
+        server_tls(mirror.tls_cert_file, mirror.tls_key_file, mirror.client_ca_file)
+    if stream.tls_cert_file:
+        server_tls(stream.tls_cert_file, stream.tls_key_file)
+    return ()
+
+
+def _prepull(loaded: Loaded) -> Iterator[str]:
+    for path in sorted(Path(loaded.config.prepull.directory).glob("*.toml")):
+        try:
+            load_plan(path)
+        except ImgsvcError as error:
+            yield str(error)
