@@ -60,9 +60,9 @@ def look(loaded: Loaded) -> Found:
     try:
         opened = registries.open_registries(loaded)
         warnings += opened.warnings
-        for namespace in opened.client.directories.namespaces():
+        for namespace, prefix in opened.client.directories.namespaces():
             try:
-                warnings += opened.client.directories.search(namespace)[0].warnings
+                warnings += opened.client.directories.search(namespace, prefix)[0].warnings
             except ImgsvcError as error:
                 problems.append(str(error))
     except ImgsvcError as error:
