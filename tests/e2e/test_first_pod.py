@@ -78,7 +78,9 @@ def test_what_the_node_can_do_is_told(daemon: Daemon) -> None:
     version = runtime.Version(cri_pb2.VersionRequest(), timeout=RPC_TIMEOUT)
     assert (version.runtime_name, version.runtime_api_version) == ("imgsvc", "v1")
     status = runtime.Status(cri_pb2.StatusRequest(verbose=True), timeout=RPC_TIMEOUT)
-    assert {(c.type, c.status) for c in status.status.conditions} == {("RuntimeReady", True), ("NetworkReady", True)}
+    assert {(c.type, c.status) for c in status.status.conditions} == {
+        (kind, True) for kind in ("RuntimeReady", "NetworkReady", "ConfigurationHasNoWarnings")
+    }
     config = runtime.RuntimeConfig(cri_pb2.RuntimeConfigRequest(), timeout=RPC_TIMEOUT)
     assert config.linux.cgroup_driver == cri_pb2.CGROUPFS
     update = cri_pb2.RuntimeConfig(network_config=cri_pb2.NetworkConfig(pod_cidr="10.1.0.0/24"))

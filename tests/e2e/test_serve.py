@@ -117,7 +117,7 @@ def test_a_failed_pull_is_one_line_and_exit_code_1(image_daemon: Daemon) -> None
     assert failed.returncode == 1
     (line,) = failed.stderr.splitlines()
     assert "docker.io/e2e/never-pushed:1" in line
-    assert image_daemon.cli("pull", "BAD").returncode == 1
+    assert image_daemon.cli("pull", "BAD").returncode == 2
 
 
 def test_hangup_reloads_and_keeps_serving(image_daemon: Daemon, registry: RealRegistry, busybox: str) -> None:

@@ -148,7 +148,7 @@ def test_wrong_usage(imgsvc: Imgsvc, arguments: list[str]) -> None:
 @pytest.mark.parametrize("action", ["explain", "check"])
 def test_a_name_that_is_none_and_a_configuration_that_is_none(node: Path, imgsvc: Imgsvc, action: str) -> None:
     done = imgsvc(action, "UPPER CASE")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     configure(node, "config_pth = 1\n")
     done = imgsvc(action, "app")
