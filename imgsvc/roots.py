@@ -7,7 +7,7 @@ one the layer was decrypted with (facts/ocicrypt.md section 9; CVE-2022-24778).
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from imgsvc.concurrency import Threads
 from imgsvc.decrypt.interfaces import Decryptor
@@ -16,7 +16,7 @@ from imgsvc.images import Image, ImageStore
 from imgsvc.layers import layer_names, layer_secrets, unwrap_layers
 from imgsvc.oci import Digest
 from imgsvc.runtime.interfaces import RootMount, RunnableImage
-from imgsvc.snapshot.interfaces import Key, Name, Snapshotter
+from imgsvc.snapshot.interfaces import Key, Mount, Name, Snapshotter
 
 KEY_PREFIX = "container-"
 
@@ -62,16 +62,7 @@ class ContainerRoots:
         if self._check is not None:
             await self._check(image)
         await self._authorise(image)
-        if not await self._threads.run(is_unpacked, image, driver):
-            raise FailedPrecondition(
-                f"{_label(image)} is not completely unpacked for snapshotter {driver.name}",
-                hint="pull it again with the runtime handler that will run it",
-            )
-        if await self._threads.run(driver.stat, key) is None:
-            make = driver.view if readonly else driver.prepare
-            mounts = await self._threads.run(make, key, parent)
-        else:
-            mounts = await self._threads.run(driver.mounts, key)
+        mounts = await self._threads.run(_snapshot, image, driver, key, parent, readonly=readonly)
         return [RootMount(mount.type, mount.source, mount.options) for mount in mounts]
 
     async def remove_root(self, container_id: str) -> None:
@@ -95,6 +86,18 @@ class ContainerRoots:
             raise PermissionDenied(
                 f"{_label(image)} was decrypted with other keys than this node has now", hint="pull it again with the right keys"
             )
+
+
+def _snapshot(image: Image, driver: Snapshotter, key: Key, parent: Name | None, *, readonly: bool) -> Sequence[Mount]:
+    """The mounts of a snapshot that is made unless it is there. Blocking. Raises: FailedPrecondition (layers are missing)."""
+    if not is_unpacked(image, driver):
+        raise FailedPrecondition(
+            f"{_label(image)} is not completely unpacked for snapshotter {driver.name}",
+            hint="pull it again with the runtime handler that will run it",
+        )
+    if driver.stat(key) is not None:
+        return driver.mounts(key)
+    return driver.view(key, parent) if readonly else driver.prepare(key, parent)
 
 
 def is_unpacked(image: Image, snapshotter: Snapshotter) -> bool:

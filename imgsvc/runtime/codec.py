@@ -35,6 +35,12 @@ def _default(spec: Field[Any]) -> Any:
     return spec.default
 
 
+@cache
+def _members(cls: Hashable) -> tuple[tuple[str, Any], ...]:
+    """Names of a dataclass's members and what they are by default; to compare with, not to hand out."""
+    return tuple((spec.name, _default(spec)) for spec in fields(typing.cast("Any", cls)))
+
+
 def _inner(hint: Any) -> tuple[Any, bool]:
     """The type inside `T | None`, and whether None was allowed."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -45,8 +51,8 @@ def _inner(hint: Any) -> tuple[Any, bool]:
 def to_json(value: Any) -> Any:
     """A JSON value for a dataclass instance."""
     if is_dataclass(value):
-        named = ((f, getattr(value, f.name)) for f in fields(value))
-        return {f.name: to_json(v) for f, v in named if v != _default(f)}
+        named = ((name, getattr(value, name), default) for name, default in _members(typing.cast("Hashable", type(value))))
+        return {name: to_json(v) for name, v, default in named if v != default}
     if isinstance(value, bytes):
         return base64.b64encode(value).decode("ascii")
     if isinstance(value, Mapping):

@@ -144,7 +144,7 @@ class Containers:
         await afailpoint("container.created")
         made = replace(record, pid=pid, pid_start=start_time(pid), user=built.user, cgroup=built.cgroups_path, made_at=now_ns())
         await durable(written)
-        await durable(core.records.put_container(made))
+        core.records.advance_container(made, core.paths.bundle(record.id))
         self.watch(made)
         return made
 
@@ -204,7 +204,7 @@ class Containers:
             await core.handler(record.handler).start_task(record.id)
             await afailpoint("container.started")
             current = core.records.container(full_id)
-            await durable(core.records.put_container(replace(current, started_at=started_at)))
+            core.records.advance_container(replace(current, started_at=started_at), core.paths.bundle(full_id))
         except (ImgsvcError, OSError) as error:
             await self._start_failed(record, str(error))
             raise

@@ -62,6 +62,7 @@ class RuntimeNode:
         await asyncio.to_thread(_make_directories, paths)
         records = Records(database)
         records.load()
+        records.catch_up(paths.state / "sandboxes", paths.bundles)
         working, broken = await start_handlers(settings, MonitorPaths(paths.bundles, paths.exits, paths.sockets), reaper)
         facts = host.look(hugetlb=not settings.disable_hugetlb_controller)
         if settings.enable_selinux and not facts.selinux:

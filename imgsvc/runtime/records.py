@@ -1,17 +1,24 @@
 """Records of sandboxes and containers: versioned JSON in the metadata database, with a copy in memory to read from.
 
 A record says what is or was there; it never says a state. Writers replace the whole record.
+
+Steps forward of what dies with the node anyway, a pod that is ready, a container that was made or started, are noted in its
+directory in STATE, too: that is there at once, so that nobody waits for a disk, and what the database lacks after the
+daemon's sudden end is taken from there. After a power cut there is nothing that such a step could still be true of.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from imgsvc.errors import AlreadyExists, FailedPrecondition, NotFound, printable
+from imgsvc.fsutil import write_atomic
 from imgsvc.metadb import MetaDB, WriteTxn
 from imgsvc.runtime.codec import from_json, to_json
 from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, PodSandboxConfig, User
@@ -21,6 +28,7 @@ log = logging.getLogger(__name__)
 VERSION: Final = 1
 SANDBOXES: Final = "sandboxes"
 CONTAINERS: Final = "containers"
+_NOTE: Final = "record.json"
 
 R = TypeVar("R", "SandboxRecord", "ContainerRecord")
 
@@ -168,6 +176,31 @@ class Records:
         self._keep_container(record)
         return self._put(CONTAINERS, record.id, to_json(record))
 
+    def advance_sandbox(self, record: SandboxRecord, directory: Path) -> None:
+        """As put_sandbox, for a step of a pod whose directory in STATE this is. Survives the end of the process on return."""
+        value = to_json(record)
+        _note(directory, value)
+        self._keep_sandbox(record)
+        self._put(SANDBOXES, record.id, value).add_done_callback(_report)
+
+    def advance_container(self, record: ContainerRecord, bundle: Path) -> None:
+        """As put_container, for a step of a container in this bundle. Survives the end of the process on return."""
+        value = to_json(record)
+        _note(bundle, value)
+        self._keep_container(record)
+        self._put(CONTAINERS, record.id, value).add_done_callback(_report)
+
+    def catch_up(self, sandboxes: Path, bundles: Path) -> None:
+        """Take steps that were noted and did not reach the database from directories below these two. Blocking; after load()."""
+        for pod in list(self.sandboxes.values()):
+            noted = _noted(SandboxRecord, sandboxes / pod.id)
+            if noted and noted.boot_id == pod.boot_id and noted.started_at and not pod.started_at:
+                self.put_sandbox(noted)
+        for container in list(self.containers.values()):
+            step = _noted(ContainerRecord, bundles / container.id)
+            if step and step.boot_id == container.boot_id and _further(step, container):
+                self.put_container(step)
+
     def _put(self, table: str, key: str, value: dict[str, Any]) -> Future[None]:
         def change(txn: WriteTxn) -> None:
             txn.put(table, key, {"version": VERSION, **value})
@@ -206,6 +239,27 @@ def _resolve(records: dict[str, R], key: str, what: str) -> R:
     if len(found) != 1:
         raise NotFound(f'no {what} "{printable(key, 80)}"' if not found else f'"{key}" is the beginning of several {what} IDs')
     return records[found[0]]
+
+
+def _further(step: ContainerRecord, known: ContainerRecord) -> bool:
+    return not known.finished_at and (step.made_at > known.made_at or step.started_at > known.started_at)
+
+
+def _note(directory: Path, value: dict[str, Any]) -> None:
+    write_atomic(directory / _NOTE, json.dumps({"version": VERSION, **value}).encode(), sync=False)
+
+
+def _noted(cls: type[R], directory: Path) -> R | None:
+    try:
+        raw = json.loads((directory / _NOTE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return _decode(cls, directory.name, raw)
+
+
+def _report(write: Future[None]) -> None:
+    if not write.cancelled() and (error := write.exception()):
+        log.error("a record could not be stored: %s", error)
 
 
 def _decode(cls: type[R], key: str, raw: dict[str, Any]) -> R | None:

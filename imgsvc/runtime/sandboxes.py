@@ -110,7 +110,7 @@ class Sandboxes:
         held = await self._holders.start(record)
         await afailpoint("sandbox.pause")
         ready = replace(held, ips=ips, started_at=now_ns())
-        await durable(core.records.put_sandbox(ready))
+        core.records.advance_sandbox(ready, core.paths.sandbox(record.id))
         self._holders.watch(ready)
         return ready
 

@@ -136,6 +136,41 @@ def test_records_are_found_by_a_beginning_and_names_are_taken_once(tmp_path: Pat
     database.close()
 
 
+def test_a_step_that_did_not_reach_the_database_is_taken_from_its_note(tmp_path: Path) -> None:
+    database = MetaDB(tmp_path / "db")
+    pod = SandboxRecord("p", boot_id="b", created_at=1)
+    made = ContainerRecord("c", sandbox_id="p", boot_id="b", created_at=1, made_at=2)
+    ended = replace(made, id="e", started_at=3, finished_at=4, exit_code=9)
+    other_boot = replace(made, id="o", made_at=0)
+    records = Records(database)
+    for known in (made, ended, other_boot):
+        records.put_container(known).result()
+    records.put_sandbox(pod).result()
+    for name in ("pods/p", "bundles/c", "bundles/e", "bundles/o"):
+        (tmp_path / name).mkdir(parents=True)
+    # What was noted, but not stored: another database stands for the one that the daemon's end kept it from.
+    lost_db = MetaDB(tmp_path / "lost")
+    lost = Records(lost_db)
+    lost.advance_sandbox(replace(pod, started_at=5), tmp_path / "pods/p")
+    lost.advance_container(replace(made, started_at=6), tmp_path / "bundles/c")
+    lost.advance_container(replace(ended, finished_at=0, exit_code=0, started_at=7), tmp_path / "bundles/e")
+    lost.advance_container(replace(other_boot, boot_id="earlier", made_at=8), tmp_path / "bundles/o")
+    lost_db.close()
+    again = Records(database)
+    again.load()
+    again.catch_up(tmp_path / "pods", tmp_path / "bundles")
+    assert again.sandboxes["p"].started_at == 5
+    assert again.containers["c"].started_at == 6
+    assert again.containers["e"] == ended
+    assert again.containers["o"] == other_boot
+    database.close()
+    reopened = MetaDB(tmp_path / "db")
+    final = Records(reopened)
+    final.load()
+    assert final.containers["c"].started_at == 6
+    reopened.close()
+
+
 def test_a_broken_record_is_left_alone(tmp_path: Path) -> None:
     database = MetaDB(tmp_path / "db")
     database.write(lambda txn: txn.put("sandboxes", "bad", {"version": 1, "config": 5}))
