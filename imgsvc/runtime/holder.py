@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.errors import Unimplemented
+from imgsvc.errors import ImgsvcError, Unimplemented
 from imgsvc.runtime import cgroups, spec
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.exits import alive, process_gone, start_time
@@ -99,10 +99,13 @@ class Holders:
             self._watchers[record.id] = asyncio.create_task(self._watch(record), name=f"hold-{record.id[:12]}")
 
     async def _watch(self, record: SandboxRecord) -> None:
-        if pods := self._pods(record):
-            await pods.wait_pod(record.id)
-        else:
-            await process_gone(record.pause_pid, record.pause_start)
+        try:
+            if pods := self._pods(record):
+                await pods.wait_pod(record.id)
+            else:
+                await process_gone(record.pause_pid, record.pause_start)
+        except ImgsvcError as error:
+            log.error("what holds pod sandbox %s cannot be waited for, and counts as ended: %s", record.id, error)
         self._watchers.pop(record.id, None)
         await self._lost(record.id)
 

@@ -2,7 +2,7 @@
 
 As containerd's shims: `podshim [flags] start` leaves a server behind and prints its address, `delete` clears up after a dead
 one. STATE/shim.journal has one JSON line per call. Annotations of the pod: `test.podshim/fail: METHOD` refuses a call,
-`test.podshim/os` is what Platform answers. With PODSHIM_PLAIN=1 there is no sandbox API.
+`test.podshim/os` is what Platform answers. With PODSHIM_PLAIN=1 there is no sandbox API and no -info.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from google.protobuf import any_pb2, empty_pb2
 from google.protobuf.json_format import MessageToDict
 
-from imgsvc.api import cgroups_v2_pb2, cri_pb2, ttrpc_pb2
+from imgsvc.api import cgroups_v2_pb2, cri_pb2, ttrpc_pb2, types_pb2
 from imgsvc.api import sandbox_pb2 as api
 from imgsvc.api import task_v2_pb2 as task
 from imgsvc.errors import FailedPrecondition, ImgsvcError, NotFound, Unimplemented
@@ -253,13 +253,23 @@ def delete(state: Path, bundle: Path, name: str) -> None:
     sys.stdout.buffer.write(task.DeleteResponse(exit_status=137).SerializeToString())
 
 
+def info() -> int:
+    """What the runtime can do; a shim without a sandbox API is old and cannot say."""
+    if os.environ.get("PODSHIM_PLAIN"):
+        return 2
+    answer = types_pb2.RuntimeInfo(name="podshim")
+    answer.features.value = json.dumps({"mountOptions": ["rro"], "linux": {"namespaces": ["pid", "user"]}}).encode()
+    sys.stdout.buffer.write(answer.SerializeToString())
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     """Command line of a shim."""
     if arguments[0] == "serve":
         asyncio.run(serve(Path(arguments[1]), Path(arguments[2])))
         return 0
     if "-info" in arguments:
-        return 2
+        return info()
     flags = dict(zip(arguments[0:-1:2], arguments[1:-1:2], strict=True))
     state = Path(flags["-address"]).parent
     if arguments[-1] == "start":

@@ -59,9 +59,16 @@ def ready(node: Daemon, pod: str) -> bool:
     return node.cri.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod)).status.state == pb.SANDBOX_READY
 
 
+def features(node: Daemon) -> tuple[bool, bool]:
+    """Recursive read-only mounts and user namespaces, as the handler's shim says."""
+    found = next(h for h in node.cri.Status(pb.StatusRequest()).runtime_handlers if h.name == "default").features
+    return found.recursive_read_only_mounts, found.user_namespaces
+
+
 @root
 def test_a_pod_that_its_shim_makes(make_shim_node: Callable[..., Daemon]) -> None:
     node = make_shim_node(bridge="rtpods")
+    assert features(node) == (True, True)
     pod = node.run_pod("pod", annotations={"test.podshim/x": "y", "io.kata/secret": "no"})
     wait_for(lambda: methods(node) == ["CreateSandbox", "Platform", "StartSandbox", "PingSandbox", "WaitSandbox"])
     create = calls(node)[0]
@@ -158,6 +165,7 @@ def test_a_pod_is_shut_down_even_if_it_does_not_stop(make_shim_node: Callable[..
 @root
 def test_a_shim_without_a_sandbox_api_gets_a_sandbox_container(make_shim_node: Callable[..., Daemon]) -> None:
     node = make_shim_node(plain=True)
+    assert features(node) == (False, False)
     pod = node.run_pod("pod")
     assert node.output(pod, "echo plain") == ["plain"]
     assert [(call["id"] == pod) for call in calls(node) if call["method"] == "Create"] == [True, False]
