@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from imgsvc import gc_sources
-from imgsvc.concurrency import CancelToken, Threads
+from imgsvc.concurrency import CancelToken, Threads, to_the_end
 from imgsvc.content.interfaces import Scrubber, Store
 from imgsvc.df import disk_usage
-from imgsvc.errors import NotFound
-from imgsvc.fsck import Checker, ContentChecker, ImageChecker, LayerChecker, fsck
+from imgsvc.errors import DataLoss, NotFound
+from imgsvc.fsck import Checker, ContentChecker, ImageChecker, LayerChecker, Metadata, MetadataChecker, fsck
 from imgsvc.gc import CollectionReport, Collector, Keeper, Policy, Root
 from imgsvc.images import Image, ImageStore
 from imgsvc.leases import LeaseManager
@@ -60,6 +60,7 @@ class StoreCare:
         images: ImageStore,
         content: CheckedStore,
         snapshotters: Mapping[str, CheckedSnapshotter],
+        metadata: Metadata,
         unpack_aside: UnpackAside,
         leases: LeaseManager,
         threads: Threads,
@@ -69,7 +70,9 @@ class StoreCare:
         collected: Callable[[CollectionReport | None], None] = lambda report: None,
     ) -> None:
         """keepers: who needs things beside images and what is in progress. unpack_aside: Puller.unpack_aside. collected: see Collector."""
+        self._metadata = metadata
         self._unpack_aside = unpack_aside
+        self._leases = leases
         self._images = images
         self._content = content
         self._snapshotters = dict(snapshotters)
@@ -135,11 +138,13 @@ class StoreCare:
             if (snapshotter, name) not in layers:
                 raise NotFound("no image here names it")
             image, position = layers[snapshotter, name]
-            if self._content.info(image.layers[position].descriptor.digest) is None:
-                raise NotFound(f"{image.layers[position].descriptor.digest} is not here")
+            digest = image.layers[position].descriptor.digest
+            if fault := self._content.check(digest, deep=False):  # fetching it again would be a repair nobody asked for
+                raise DataLoss(f"blob {digest} is {fault}")
             return self._differs(image, position, self._snapshotters[snapshotter], loop, cancel)
 
         checkers: list[Checker] = [
+            MetadataChecker(self._metadata),
             ContentChecker(self._content),
             LayerChecker(snapshotters, compare),
             ImageChecker(images, self._content, snapshotters),
@@ -150,18 +155,27 @@ class StoreCare:
         finally:
             cancel.cancel()
             await asyncio.wait([work])
+            self._collector.trigger("checked")  # blobs that were fetched for comparing may be more than the cache may hold
 
     def _differs(
         self, image: Image, position: int, snapshotter: CheckedSnapshotter, loop: asyncio.AbstractEventLoop, cancel: CancelToken
     ) -> str:
-        """How an unpacked layer differs from its blob; unpacks it a second time. On a thread."""
+        """How an unpacked layer differs from its blob; unpacks it a second time, and fetches a blob that was given up. On a thread."""
         key = Key(f"fsck-{uuid.uuid4().hex}")
-        unpacking = asyncio.run_coroutine_threadsafe(self._unpack_aside(image, position, snapshotter.name, key), loop)
         try:
-            unpacking.result()
+            asyncio.run_coroutine_threadsafe(self._unpack_leased(image, position, snapshotter.name, key), loop).result()
             return snapshotter.difference(Name(image.layers[position].snapshot), key, cancel)
         finally:
             snapshotter.remove(key)
+
+    async def _unpack_leased(self, image: Image, position: int, snapshotter: str, key: Key) -> None:
+        layer = image.layers[position]
+        needs = [gc_sources.content_node(layer.descriptor.digest), gc_sources.snapshot_node(snapshotter, layer.snapshot)]
+        lease = await self._leases.hold(needs, purpose=f"fsck of layer {layer.snapshot}")
+        try:
+            await self._unpack_aside(image, position, snapshotter, key)
+        finally:
+            await to_the_end(self._leases.release(lease))
 
     async def is_whole(self, image: Image) -> bool:
         """Whether an image can be used: an artifact's blobs, or all layers in some snapshotter, are there."""

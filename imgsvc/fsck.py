@@ -1,7 +1,7 @@
 """Checking and repairing the store: after an unclean end, and when an administrator asks.
 
 Repairing means forgetting: a broken blob or layer loses its record, so that the next pull fetches it. Nothing is ever
-made up. Each part of the store is one Checker; this module has those for content and images, over their interfaces.
+made up. Each part of the store is one Checker, over its interface.
 """
 
 from __future__ import annotations
@@ -62,11 +62,30 @@ class Checker(Protocol):
     """Checks one part of the store."""
 
     def check(self, *, deep: bool, repair: bool, cancel: CancelToken) -> Iterable[Finding]:
-        """Blocking. deep: read everything. Raises: Cancelled, ImgsvcError."""
+        """Blocking. deep: read everything. Raises: Cancelled; ImgsvcError and OSError when it cannot go on."""
 
 
 class Blobs(Manager, Scrubber, Protocol):
     """What checking content needs of a store."""
+
+
+class Metadata(Protocol):
+    """What checking the metadata database needs of it."""
+
+    def scrub(self, *, repair: bool) -> list[str]:
+        """Names of the records that cannot be parsed. repair: forget them."""
+
+
+class MetadataChecker:
+    """Records that cannot be read. Run it first: what forgetting them leaves behind is for the others to find."""
+
+    def __init__(self, metadata: Metadata) -> None:
+        self._metadata = metadata
+
+    def check(self, *, deep: bool, repair: bool, cancel: CancelToken) -> Iterator[Finding]:
+        """See Checker."""
+        for name in self._metadata.scrub(repair=repair):
+            yield Finding("metadata", name, "the record cannot be parsed", "forgotten" if repair else "")
 
 
 class ContentChecker:
@@ -87,15 +106,27 @@ class ContentChecker:
             yield self._stray(digest, repair, cancel)
 
     def _broken(self, digest: Digest, fault: Fault, repair: bool) -> Finding:
-        if repair:
+        def mend() -> str:
             self._content.delete(digest)
-        return Finding("blob", digest, fault, "forgotten, the next pull fetches it" if repair else "")
+            return "forgotten, the next pull fetches it"
+
+        return _mended("blob", digest, fault, mend if repair else None)
 
     def _stray(self, digest: Digest, repair: bool, cancel: CancelToken) -> Finding:
-        done = ""
-        if repair:
-            done = "verified and recorded" if self._content.adopt(digest, cancel) else "deleted, its bytes are not what its name says"
-        return Finding("blob", digest, Fault.STRAY, done)
+        def mend() -> str:
+            return "verified and recorded" if self._content.adopt(digest, cancel) else "deleted, its bytes are not what its name says"
+
+        return _mended("blob", digest, Fault.STRAY, mend if repair else None)
+
+
+def _mended(kind: str, name: str, problem: str, mend: Callable[[], str] | None) -> Finding:
+    """A finding about what is broken, after `mend` did what it says. That failing is part of the finding, and ends nothing else."""
+    try:
+        return Finding(kind, name, problem, mend() if mend else "")
+    except (Cancelled, FailedPrecondition):
+        raise
+    except ImgsvcError as error:
+        return Finding(kind, name, f"{problem}; not repaired: {error}")
 
 
 Compare = Callable[[str, Name, CancelToken], str]  # (snapshotter, layer) → how its files differ from its blob, "" if they do not
@@ -129,19 +160,25 @@ class LayerChecker:
                 if problem:
                     yield self._broken(snapshotter, name, problem, repair)
             for directory in snapshotter.strays():
-                if repair:
-                    snapshotter.discard_stray(directory)
-                yield Finding("layer", f"{snapshotter.name}/{directory}", "a directory without a record", "deleted" if repair else "")
+                yield self._stray(snapshotter, directory, repair)
 
     def _broken(self, snapshotter: LayerCare, name: Name, problem: str, repair: bool) -> Finding:
-        done, label = "", f"{snapshotter.name}/{name}"
-        if repair:
-            try:
-                gone = snapshotter.forget(name)
-                done = "forgotten" + (f" with {len(gone) - 1} on top of it" if len(gone) > 1 else "") + ", the next pull unpacks it"
-            except FailedPrecondition as error:
-                problem = f"{problem}; it stays because {error.what}"
-        return Finding("layer", label, problem, done)
+        def mend() -> str:
+            gone = snapshotter.forget(name)
+            return "forgotten" + (f" with {len(gone) - 1} on top of it" if len(gone) > 1 else "") + ", the next pull unpacks it"
+
+        label = f"{snapshotter.name}/{name}"
+        try:
+            return _mended("layer", label, problem, mend if repair else None)
+        except FailedPrecondition as error:
+            return Finding("layer", label, f"{problem}; it stays because {error.what}")
+
+    def _stray(self, snapshotter: LayerCare, directory: str, repair: bool) -> Finding:
+        def mend() -> str:
+            snapshotter.discard_stray(directory)
+            return "deleted"
+
+        return _mended("layer", f"{snapshotter.name}/{directory}", "a directory without a record", mend if repair else None)
 
 
 def _parents_first(snapshots: Iterable[SnapshotInfo]) -> Iterator[tuple[Name, Name | None]]:
@@ -179,10 +216,20 @@ class ImageChecker:
 
 
 def fsck(checkers: Iterable[Checker], *, deep: bool, repair: bool, cancel: CancelToken) -> FsckReport:
-    """Run all. Blocking: as long as reading the store takes when deep. Raises: Cancelled, ImgsvcError."""
+    """Run all; what one cannot read keeps none of the others from running. Blocking: as long as reading the store takes when deep.
+
+    Raises: Cancelled.
+    """
     began = time.monotonic()
-    findings = tuple(finding for checker in checkers for finding in checker.check(deep=deep, repair=repair, cancel=cancel))
-    return FsckReport(findings, time.monotonic() - began)
+    findings: list[Finding] = []
+    for checker in checkers:
+        try:
+            findings.extend(checker.check(deep=deep, repair=repair, cancel=cancel))
+        except Cancelled:
+            raise
+        except (ImgsvcError, OSError) as error:
+            findings.append(Finding("store", "", f"not checked to the end: {error}"))
+    return FsckReport(tuple(findings), time.monotonic() - began)
 
 
 class RecoverableBlobs(Blobs, Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -58,6 +59,14 @@ def private_dir(path: Path, mode: int = 0o700) -> Path:
     except OSError as error:
         raise from_os_error(error, "making a private directory", where=str(path)) from error
     return path
+
+
+def remove_any(path: Path) -> None:
+    """Delete whatever has this name, a directory with all in it. Absent is a success. Raises: OSError."""
+    try:
+        path.unlink(missing_ok=True)
+    except IsADirectoryError:
+        shutil.rmtree(path)
 
 
 def lock_exclusive(path: Path, what: str) -> int:

@@ -13,7 +13,8 @@ Decisions, and what they cost:
   transactions, but never breaks the database; leaving out both could lose all of it.
 * LMDB writes new pages to delete something, so on a full disk nothing could be removed any more. The file therefore owns
   a few MiB of blocks beyond its end, which only a disk that is full already lets shrink.
-* LMDB keeps no checksums. A file cut short is noticed when opened; a flipped bit only when a record no longer parses.
+* LMDB keeps no checksums. Damaged pages are noticed when the file is opened (lmdbcheck), before LMDB stumbles over them;
+  damaged records when they no longer parse, and scrub() forgets those one by one.
 * Records carry a format number: a newer one is refused untouched, an older one is migrated in one transaction.
 """
 
@@ -36,7 +37,8 @@ from typing import Any, Final, TypeVar
 
 import lmdb
 
-from imgsvc.errors import DataLoss, FailedPrecondition, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error
+from imgsvc import lmdbcheck
+from imgsvc.errors import DataLoss, FailedPrecondition, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error, printable
 from imgsvc.failpoints import failpoint
 from imgsvc.fsutil import boot_id, free_space, lock_exclusive, private_dir, reserve_blocks
 from imgsvc.oci import GIB, MIB
@@ -96,9 +98,20 @@ class ReadTxn:
         with self._txn.cursor(db=self._tables[table]) as cursor:
             found = cursor.set_range(start) if start else cursor.first()
             while found and (raw := bytes(cursor.key())).startswith(beginning):
-                key = raw.decode()
+                key = _text(table, raw)
                 yield key, _parse(table, key, cursor.value())
                 found = cursor.next()
+
+    def broken(self, table: str) -> list[bytes]:
+        """Keys of records that cannot be parsed."""
+        found = []
+        with self._txn.cursor(db=self._tables[table]) as cursor:
+            for key, value in cursor:
+                try:
+                    _parse(table, _text(table, bytes(key)), value)
+                except DataLoss:
+                    found.append(bytes(key))
+        return found
 
     def count(self, table: str) -> int:
         """Number of records."""
@@ -118,6 +131,10 @@ class WriteTxn(ReadTxn):
     def delete(self, table: str, key: str) -> bool:
         """Remove a record; whether it was there."""
         return bool(self._txn.delete(_key(key), db=self._tables[table]))
+
+    def forget(self, table: str, key: bytes) -> None:
+        """Remove a record by whatever its key has become."""
+        self._txn.delete(key, db=self._tables[table])
 
 
 @dataclass(slots=True)
@@ -179,14 +196,13 @@ class MetaDB:
     def read(self) -> Iterator[ReadTxn]:
         """A consistent view for a `with` block. Takes microseconds; fine on the event loop for a few records.
 
-        Never wait for anything inside: an open view keeps replaced pages from being used again.
+        Never wait for anything inside: an open view keeps replaced pages from being used again. Raises: DataLoss, also within.
         """
         try:
-            txn = self._env.begin()
+            with self._env.begin() as txn:
+                yield ReadTxn(txn, self._tables)
         except lmdb.Error as error:
             raise self._failed("reading metadata", error) from error
-        with txn:
-            yield ReadTxn(txn, self._tables)
 
     def submit(self, change: Callable[[WriteTxn], T]) -> Future[T]:
         """Queue a change for the writer thread, where it runs once. `change` must be short and must not wait.
@@ -203,6 +219,22 @@ class MetaDB:
     def write(self, change: Callable[[WriteTxn], T]) -> T:
         """Run a change and wait until it is durable. Blocking: never call it on the event loop or in a change."""
         return self.submit(change).result()
+
+    def scrub(self, *, repair: bool) -> list[str]:
+        """Records that cannot be parsed, as "TABLE KEY". Blocking: reads them all. repair: forget them.
+
+        What a forgotten record stood for is found by who compares records with files (fsck).
+        """
+
+        def forget(txn: WriteTxn) -> None:
+            for table, key in broken:
+                txn.forget(table, key)
+
+        with self.read() as view:
+            broken = [(table, key) for table in self._schema.tables for key in view.broken(table)]
+        if repair and broken:
+            self.write(forget)
+        return [f"{table} {printable(key.decode('utf-8', 'replace'))}" for table, key in broken]
 
     async def awrite(self, change: Callable[[WriteTxn], T]) -> T:
         """As write, from the event loop. Cancelling the caller does not undo a change that has begun."""
@@ -371,15 +403,15 @@ def _lock(path: Path) -> int:
 
 
 def _open_env(path: Path, sync: bool, tables: int) -> lmdb.Environment:
+    try:
+        damage = lmdbcheck.damage(path / _DATA)
+    except OSError as error:
+        raise from_os_error(error, "reading the metadata database", where=str(path / _DATA)) from error
+    if damage:
+        raise _unreadable(path, damage)
     env = _map_env(path, sync, tables, _MAP_SIZE)
     # Slots of readers that were killed would keep old pages from being used again.
     env.reader_check()
-    # Reading beyond the end of a mapped file is SIGBUS, not an error: look before anything reads.
-    expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-    actual = os.stat(path / _DATA).st_size
-    if env.info()["last_txnid"] > 0 and actual < expected:
-        env.close()
-        raise _unreadable(path, f"it is cut short: {actual} bytes of {expected}")
     return env
 
 
@@ -410,11 +442,23 @@ def _key(key: str) -> bytes:
     return raw
 
 
+def _text(table: str, key: bytes) -> str:
+    try:
+        return key.decode()
+    except UnicodeDecodeError as error:
+        raise _broken(table, key.decode("utf-8", "replace")) from error
+
+
 def _parse(table: str, key: str, raw: Any) -> Record:
     try:
         record = json.loads(bytes(raw))
     except ValueError as error:
-        raise DataLoss(f'the record "{key}" of table {table} cannot be parsed', hint="run `imgsvc fsck --repair`") from error
+        raise _broken(table, key) from error
     if not isinstance(record, dict):
-        raise DataLoss(f'the record "{key}" of table {table} is no object', hint="run `imgsvc fsck --repair`")
+        raise _broken(table, key)
     return record
+
+
+def _broken(table: str, key: str) -> DataLoss:
+    hint = "run `imgsvc fsck --repair`, with --root where no daemon runs"
+    return DataLoss(f'the record "{printable(key, 120)}" of table {table} cannot be parsed', hint=hint)

@@ -1,7 +1,8 @@
 """`imgsvc fsck --root DIR`: checking a store on which no daemon runs, also one whose metadata cannot be read.
 
-Such a database is set aside when repairing. What it knew is lost: images have to be pulled again, but blobs that are
-what their name says are taken up again, so that little of that goes over the network.
+Records that cannot be parsed are forgotten when repairing, and a database that cannot be opened is set aside. What it knew
+is lost: images have to be pulled again, but blobs that are what their name says are taken up again, so that little of
+that goes over the network.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from imgsvc.concurrency import CancelToken
 from imgsvc.content.local import LocalStore
 from imgsvc.errors import DataLoss, NotFound, Unimplemented
-from imgsvc.fsck import Checker, ContentChecker, Finding, FsckReport, ImageChecker, LayerChecker, fsck, recover
+from imgsvc.fsck import Checker, ContentChecker, Finding, FsckReport, ImageChecker, LayerChecker, MetadataChecker, fsck, recover
 from imgsvc.images import Image, ImageStore
 from imgsvc.metadb import MetaDB, set_aside
 from imgsvc.snapshot import native, overlay
@@ -33,14 +34,18 @@ def check_offline(root: Path, *, deep: bool, repair: bool) -> FsckReport:
     lost: list[Finding] = []
     with ExitStack() as stack:
         try:
-            images, content, drivers, findings = _open(root, stack)
+            db = MetaDB(root / METADATA)
         except DataLoss as error:
             if not repair:
                 return FsckReport((Finding("metadata", str(root / METADATA), error.what),), 0.0)
-            stack.close()
             aside = set_aside(root / METADATA)
             lost.append(Finding("metadata", str(root / METADATA), error.what, f"set aside as {aside.name}; pull the images again"))
-            images, content, drivers, findings = _open(root, stack)
+            db = MetaDB(root / METADATA)
+        stack.callback(db.close)
+        lost += MetadataChecker(db).check(deep=deep, repair=repair, cancel=CancelToken())
+        if not all(finding.repaired for finding in lost):
+            return FsckReport(tuple(lost), 0.0)  # the rest is read record by record
+        images, content, drivers, findings = _open(root, db, stack)
         checkers: list[Checker] = [
             ContentChecker(content),
             LayerChecker(drivers, _cannot_compare),
@@ -50,10 +55,8 @@ def check_offline(root: Path, *, deep: bool, repair: bool) -> FsckReport:
     return FsckReport((*lost, *findings, *report.findings), report.seconds)
 
 
-def _open(root: Path, stack: ExitStack) -> tuple[list[Image], LocalStore, list[CheckedSnapshotter], Iterable[Finding]]:
-    """What a daemon would find, after the repair that every daemon's start does. Raises: DataLoss (unreadable)."""
-    db = MetaDB(root / METADATA)
-    stack.callback(db.close)
+def _open(root: Path, db: MetaDB, stack: ExitStack) -> tuple[list[Image], LocalStore, list[CheckedSnapshotter], Iterable[Finding]]:
+    """What a daemon would find, after the repair that every daemon's start does."""
     images = ImageStore(db).all()
     content = LocalStore(root, db, sync=True)
     findings = recover(content, db.last_end, budget=sys.float_info.max)

@@ -126,7 +126,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     stack.callback(db.close)
     content = LocalStore(root, db, sync=sync)
     for finding in await threads.run(recover, content, db.last_end):
-        log.warning("repaired after an unclean end: %s", finding)
+        log.warning("%s after an unclean end: %s", "repaired" if finding.repaired else "found", finding)
     snapshotters = await _snapshotters(settings, private_dir(root / "snapshots"), db, threads, stack)
     default = next(iter(snapshotters))
     images = ImageStore(db, settings.images.pinned_images)
@@ -164,7 +164,17 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     pods = await start_pods(settings, state, root, db, roots, standing.notes, stack)
     keeper = ContainerKeeper(pods.container_ids, snapshotters)
     care = StoreCare(
-        images, content, snapshotters, puller.unpack_aside, leases, threads, root, _policy(settings), [keeper], watch.observer.collected
+        images,
+        content,
+        snapshotters,
+        db,
+        puller.unpack_aside,
+        leases,
+        threads,
+        root,
+        _policy(settings),
+        [keeper],
+        watch.observer.collected,
     )
     await care.start(stack)
     expiry = asyncio.ensure_future(leases.expire_forever(lambda: care.trigger("lease expired")))

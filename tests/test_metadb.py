@@ -273,6 +273,19 @@ def test_c_d4_a_record_that_cannot_be_parsed_is_named(db: MetaDB) -> None:
                 txn.get("images", key)
 
 
+def test_c_d4_scrubbing_forgets_records_that_cannot_be_parsed(db: MetaDB) -> None:
+    def spoil(txn: WriteTxn) -> None:
+        txn._txn.put(b"x", b"{broken", db=txn._tables["images"])
+        txn._txn.put(b"\xffy", b"{}", db=txn._tables["content"])
+        txn.put("images", "z", {})
+
+    db.write(spoil)
+    for repair in (False, True):
+        assert db.scrub(repair=repair) == ["images x", "content \ufffdy"]
+    assert db.scrub(repair=False) == []
+    assert keys(db) == ["z"]
+
+
 def test_set_aside_is_refused_while_a_daemon_runs(db: MetaDB, tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition):
         set_aside(tmp_path / "meta")

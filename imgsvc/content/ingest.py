@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import struct
@@ -31,8 +32,10 @@ from imgsvc.content.ranges import RangeSet
 from imgsvc.content.verify import DigestMismatch, PrefixHash, SizeMismatch, digest_of
 from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, OutOfRange, Unavailable, from_os_error, printable
 from imgsvc.failpoints import failpoint
-from imgsvc.fsutil import boot_id, private_dir, require_space, write_atomic
+from imgsvc.fsutil import boot_id, private_dir, remove_any, require_space, write_atomic
 from imgsvc.oci import MAX_SIZE, MIB, Digest
+
+log = logging.getLogger(__name__)
 
 CATCH_UP: Final = 8 * MIB  # [bytes] hashed per write beyond the write's own, so that no single write waits long
 MAX_INGEST_REF: Final = 4096  # [characters]
@@ -363,7 +366,11 @@ class Ingests:
         for directory in self._directory.iterdir():
             record = IngestRecord.load(directory)
             if record is None or record.boot != self._boot:
-                self._drop(directory)
+                try:
+                    self._drop(directory)
+                except OSError as error:
+                    log.warning("ingest %s cannot be resumed, and not be removed: %s", directory, error.strerror)
+                    continue
                 removed.append(directory.name)
         return removed
 
@@ -372,9 +379,9 @@ class Ingests:
 
     def _drop(self, directory: Path) -> None:
         """Without its record first: half a removal leaves nothing to resume."""
-        (directory / "record").unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(directory)
+        with contextlib.suppress(NotADirectoryError):
+            (directory / "record").unlink(missing_ok=True)
+        remove_any(directory)
 
     def _load_status(self, directory: Path) -> IngestStatus | None:
         record = IngestRecord.load(directory)

@@ -155,6 +155,7 @@ class Fault(StrEnum):
     SIZE = "wrong size"
     ALTERED = "altered"
     UNREADABLE = "unreadable"
+    FOREIGN = "no regular file"
     STRAY = "without a record"
 
 
@@ -165,10 +166,13 @@ class Scrubber(Protocol):
         """Examine one recorded blob; None when sound. deep: hash it whole, else only if its file was touched."""
 
     def strays(self) -> list[Digest]:
-        """Files that have a blob's name but no record: left by a kill between renaming and recording."""
+        """What has a blob's name but no record: left by a kill between renaming and recording. Raises: OSError."""
 
     def adopt(self, digest: Digest, cancel: CancelToken | None = None) -> bool:
-        """Hash a stray: record it when it is what its name says (True), delete it otherwise (False)."""
+        """Hash a stray: record it when it is what its name says (True), delete it otherwise (False).
+
+        Raises: DataLoss when the disk cannot read it, and others of from_os_error; it is left alone then.
+        """
 
 
 class Store(Provider, Ingester, IngestManager, Manager, Protocol):

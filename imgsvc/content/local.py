@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -30,7 +31,7 @@ from imgsvc.content.interfaces import ContentReader, Fault, Info, IngestStatus, 
 from imgsvc.content.verify import digest_of
 from imgsvc.errors import DataLoss, InvalidArgument, NotFound, OutOfRange, from_os_error
 from imgsvc.failpoints import failpoint
-from imgsvc.fsutil import private_dir, sync_dir
+from imgsvc.fsutil import private_dir, remove_any, sync_dir
 from imgsvc.metadb import MetaDB, Record, WriteTxn
 from imgsvc.oci import MIB, Digest
 
@@ -198,7 +199,7 @@ class LocalStore:
             self._db.write(lambda txn: txn.delete(TABLE, digest))
             failpoint("content.delete.forgotten")
             try:
-                self._path(digest).unlink(missing_ok=True)
+                remove_any(self._path(digest))
             except OSError as error:
                 raise from_os_error(error, "deleting a blob", where=str(self._path(digest))) from error
         failpoint("content.delete.unlinked")
@@ -227,21 +228,27 @@ class LocalStore:
             if self._record(digest) is not None:  # stored meanwhile
                 return True
             try:
-                fd = self._open(digest)
-                try:
-                    sound = digest_of(fd, digest.algorithm, cancel) == digest
-                    if sound and self._sync:
-                        os.fsync(fd)
-                finally:
-                    os.close(fd)
-                if not sound:
-                    self._path(digest).unlink()
+                if not self._is_sound(digest, cancel):
+                    remove_any(self._path(digest))
                     return False
                 failpoint("content.adopt")
                 self._record_blob(digest, {})
             except OSError as error:
                 raise from_os_error(error, "adopting a blob", where=str(self._path(digest))) from error
         return True
+
+    def _is_sound(self, digest: Digest, cancel: CancelToken | None) -> bool:
+        """Whether a stray is what its name says; on disk, then."""
+        if not stat.S_ISREG(os.lstat(self._path(digest)).st_mode):
+            return False
+        fd = self._open(digest)
+        try:
+            sound = digest_of(fd, digest.algorithm, cancel) == digest
+            if sound and self._sync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        return sound
 
     def _publish(self, finished: Finished) -> Info:
         """Make a verified ingest a blob; replaces the file of a blob that exists, which heals a broken one."""
@@ -251,6 +258,8 @@ class LocalStore:
             os.fsync(finished.fd)
         failpoint("content.commit.synced")
         with self._lock(finished.digest):
+            if target.is_dir():  # rename replaces everything else
+                remove_any(target)
             os.rename(finished.path, target)
             try:
                 failpoint("content.commit.renamed")
@@ -265,16 +274,16 @@ class LocalStore:
 
     def _record_blob(self, digest: Digest, labels: Mapping[str, str]) -> Info:
         now = self._clock().isoformat()
-        stat = os.stat(self._path(digest))
+        file = os.stat(self._path(digest))
 
         def change(txn: WriteTxn) -> Record:
             old = txn.get(TABLE, digest) or {"created": now, "labels": {}}
             record = {
-                "size": stat.st_size,
+                "size": file.st_size,
                 "created": old["created"],
                 "updated": now,
                 "labels": {**old["labels"], **labels},
-                "stamp": _stamp(stat),
+                "stamp": _stamp(file),
             }
             txn.put(TABLE, digest, record)
             return record
@@ -283,10 +292,12 @@ class LocalStore:
 
     def _fault(self, digest: Digest, record: Record, *, deep: bool = False, cancel: CancelToken | None = None) -> Fault | None:
         try:
-            stat = os.stat(self._path(digest), follow_symlinks=False)
-            if stat.st_size != record["size"]:
-                return Fault.EMPTY if stat.st_size == 0 else Fault.SIZE
-            if not deep and _stamp(stat) == record["stamp"]:
+            found = os.lstat(self._path(digest))
+            if not stat.S_ISREG(found.st_mode):
+                return Fault.FOREIGN
+            if found.st_size != record["size"]:
+                return Fault.EMPTY if found.st_size == 0 else Fault.SIZE
+            if not deep and _stamp(found) == record["stamp"]:
                 return None
             fd = self._open(digest)
             try:
@@ -298,8 +309,8 @@ class LocalStore:
             return Fault.MISSING
         except OSError:
             return Fault.UNREADABLE
-        if _stamp(stat) != record["stamp"]:
-            self._restamp(digest, _stamp(stat))
+        if _stamp(found) != record["stamp"]:
+            self._restamp(digest, _stamp(found))
         return None
 
     def _restamp(self, digest: Digest, stamp: list[int]) -> None:
@@ -336,8 +347,8 @@ def as_scrubber(store: LocalStore) -> Scrubber:
     return store
 
 
-def _stamp(stat: os.stat_result) -> list[int]:
-    return [stat.st_mtime_ns, stat.st_ctime_ns]
+def _stamp(file: os.stat_result) -> list[int]:
+    return [file.st_mtime_ns, file.st_ctime_ns]
 
 
 def _info(digest: Digest, record: Record) -> Info:

@@ -59,6 +59,8 @@ class DirectoryDriver(ABC):
             return None if stored.extra.get("filled") or self._files(stored).is_dir() else LayerFault.MISSING
         except (FileNotFoundError, NotADirectoryError):
             return LayerFault.MISSING
+        except OSError:
+            return LayerFault.UNREADABLE
 
     def usage(self, key_or_name: str) -> Usage:
         """See Snapshotter."""

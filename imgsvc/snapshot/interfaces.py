@@ -146,6 +146,7 @@ class LayerFault(StrEnum):
 
     MISSING = "its directory is missing"
     EMPTY = "its directory is empty"
+    UNREADABLE = "its directory cannot be read"
 
 
 class LayerCare(Protocol):

@@ -6,6 +6,7 @@ total of committed usage. A record counts its children, so that nothing has to b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -91,7 +92,7 @@ class Records:
             self._must_be_free(txn, key)
             if parent is not None:
                 self._add_child(txn, parent, 1)
-            state = txn.get(_TABLE, self._state) or {"next": 1, "size": 0, "inodes": 0}
+            state = self._state_of(txn)
             record = _record(kind, parent, labels, state["next"])
             record["mapping"] = None if mapping is None else {"uids": mapping.uids, "gids": mapping.gids}
             record["extra"] = dict(extra or {})
@@ -178,9 +179,11 @@ class Records:
         """Forget records whose directory is not among `present` and on which nothing stands; how many.
 
         Others wait for a pull that brings their files back (commit): a container may be running on what is above.
+        Counts of children are those of what is there, also when a record was lost (MetaDB.scrub).
         """
 
         def change(txn: WriteTxn) -> int:
+            self._count_children(txn)
             records = [_stored(key.removeprefix(self._prefix), record) for key, record in txn.items(_TABLE, self._prefix)]
             broken = {stored.info.id: stored for stored in records if stored.number not in present}
             count = 0
@@ -191,6 +194,13 @@ class Records:
             return count
 
         return self._db.write(change)
+
+    def _count_children(self, txn: WriteTxn) -> None:
+        records = list(txn.items(_TABLE, self._prefix))
+        children = Counter(record["parent"] for _, record in records)
+        for key, record in records:
+            if record["children"] != children[key.removeprefix(self._prefix)]:
+                txn.put(_TABLE, key, {**record, "children": children[key.removeprefix(self._prefix)]})
 
     def _delete(self, txn: WriteTxn, stored: Stored) -> None:
         if stored.info.parent is not None and self._load(txn, stored.info.parent) is not None:
@@ -243,10 +253,22 @@ class Records:
         txn.put(_TABLE, self._prefix + parent, record)
 
     def _add_usage(self, txn: WriteTxn, size: int, inodes: int) -> None:
-        state = txn.get(_TABLE, self._state) or {"next": 1, "size": 0, "inodes": 0}
+        state = self._state_of(txn)
         state["size"] += size
         state["inodes"] += inodes
         txn.put(_TABLE, self._state, state)
+
+    def _state_of(self, txn: WriteTxn) -> dict[str, int]:
+        """The driver's own record; where there is none, what the others say."""
+        state = txn.get(_TABLE, self._state)
+        if state is not None:
+            return state
+        records = [record for _, record in txn.items(_TABLE, self._prefix)]
+        return {
+            "next": 1 + max((record["number"] for record in records), default=0),
+            "size": sum(record["size"] for record in records),
+            "inodes": sum(record["inodes"] for record in records),
+        }
 
 
 def _check_key(key: str) -> None:

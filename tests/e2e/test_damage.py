@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
+import lmdb
 import pytest
 
 from tests.e2e.conftest import BUSYBOX
 from tests.e2e.twoimages import APP, BASE, LAYERS, check, offer, pull
-from tests.fakes.registry import FakeRegistry
+from tests.fakes.registry import FakeRegistry, Reply
 from tests.support import cri
 from tests.support.daemon import Daemon
 from tests.support.disk import Disk, Expected
@@ -133,17 +134,57 @@ def test_c_d4_an_altered_layer_is_found_by_a_deep_check(node: Daemon, tmp_path: 
     assert check(node) == []
 
 
-def test_a_deep_check_says_which_layers_it_could_not_compare(node: Daemon) -> None:
+def give_up_blobs(node: Daemon) -> None:
+    """As the cache does it: file and record."""
     disk = Disk(node.root)
     for image in (BASE, APP):
         for layer in disk.images()[image]["layers"]:
             digest = layer["descriptor"]["digest"]
             (node.root / "content/blobs/sha256" / digest.removeprefix("sha256:")).unlink(missing_ok=True)
     check(node, deep=False, repair=True)
+
+
+def test_c_d4_a_deep_check_fetches_blobs_that_were_given_up(node: Daemon) -> None:
+    give_up_blobs(node)
+    disk = Disk(node.root)
+    name = disk.images()[APP]["layers"][-1]["snapshot"]
+    (disk.layer_directory(name) / "more").touch()
+    (found,) = check(node)
+    assert (found["id"], found["problem"]) == (f"overlayfs/{name}", "/more: is not in the layer")
+
+
+def test_a_deep_check_says_which_layers_it_could_not_compare(node: Daemon, source: FakeRegistry) -> None:
+    give_up_blobs(node)
+    source.rule(FakeRegistry.on("/blobs/", Reply(404)))
     notes = check(node)
     assert len(notes) == 4
     assert not any(note["broken"] for note in notes)
     assert node.cli("fsck", "--deep").returncode == 0
+
+
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "directory": Path.mkdir,
+    "link": lambda path: path.symlink_to("/etc/shadow"),
+    "pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_c_d4_what_is_no_blob_stops_neither_start_nor_check(node: Daemon, kind: str) -> None:
+    stray = node.root / "content/blobs/sha256" / ("ab" * 32)
+    layer = Disk(node.root).images()[APP]["layers"][-1]["descriptor"]["digest"].removeprefix("sha256:")
+    node.kill()
+    FOREIGN[kind](stray)
+    (node.root / "content/ingest/foreign").touch()
+    node.start()
+    assert not os.path.lexists(stray)
+    FOREIGN[kind](stray)
+    (stray.parent / layer).unlink()
+    FOREIGN[kind](stray.parent / layer)
+    assert [finding["problem"] for finding in check(node)[:2]] == ["no regular file", "without a record"]
+    assert all(finding["repaired"] for finding in check(node, repair=True))
+    pull(node, APP)
+    assert check(node) == []
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b""), flip, Path.unlink], ids=["zero-length", "bit-flip", "missing"])
@@ -185,6 +226,34 @@ def test_c_d4_a_truncated_database_is_set_aside_by_an_offline_repair(node: Daemo
     pull(node, APP)
     assert len(source.seen("/blobs/", "GET")) == downloads, "the blobs outlived the metadata"
     assert check(node) == []
+
+
+@pytest.mark.parametrize("table", ["images", "content", "snapshots"])
+def test_c_d4_a_record_that_cannot_be_parsed_is_forgotten_alone(node: Daemon, source: FakeRegistry, tmp_path: Path, table: str) -> None:
+    assert node.stop() == 0
+    disk = Disk(node.root)
+    images = disk.images()
+    keys = {"images": images[APP]["image_id"], "content": images[APP]["image_id"]}
+    key = keys.get(table, f"overlayfs/{images[APP]['layers'][-1]['snapshot']}")
+    spoil(node.root / "metadata", table, key)
+    assert node.cli("fsck", "--root", str(node.root)).stdout.startswith(f"metadata {table} {key}: the record cannot be parsed\n")
+    assert node.cli("fsck", "--repair", "--root", str(node.root)).stdout.startswith(
+        f"metadata {table} {key}: the record cannot be parsed; forgotten"
+    )
+    node.start()
+    assert cri.image_status(node.images(), BASE) is not None
+    downloads = len(source.seen("/blobs/", "GET"))
+    pull(node, APP)
+    assert len(source.seen("/blobs/", "GET")) == downloads
+    Expected(tmp_path / "app", LAYERS[APP]).check(disk, disk.images()[APP])
+    assert check(node) == []
+
+
+def spoil(metadata: Path, table: str, key: str) -> None:
+    with lmdb.open(str(metadata), max_dbs=20) as env, env.begin(write=True, db=env.open_db(table.encode())) as txn:
+        record = txn.get(key.encode())
+        assert record is not None
+        txn.put(key.encode(), b"\x7a" + bytes(record)[1:])
 
 
 def test_c_d5_images_are_whole_after_a_reboot_without_a_check(node: Daemon, tmp_path: Path) -> None:
