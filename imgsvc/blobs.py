@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -14,7 +16,7 @@ from imgsvc.content.interfaces import Store, Writer
 from imgsvc.content.verify import DigestMismatch, SizeMismatch
 from imgsvc.errors import DataLoss, Unavailable
 from imgsvc.failpoints import afailpoint
-from imgsvc.oci import Descriptor, Digest
+from imgsvc.oci import MIB, Descriptor, Digest
 from imgsvc.registry.interfaces import BlobSource, Fetcher, PullFailed
 
 log = logging.getLogger(__name__)
@@ -97,6 +99,66 @@ class GrowingBlob:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class Feed:
+    """A follower that passes a growing blob on through a pipe: who reads it sees the bytes as they come, then the end.
+
+    A thread moves them inside the kernel; it ends with the blob, with close(), and when nobody reads any more.
+    """
+
+    def __init__(self, blob: int, size: int) -> None:
+        """blob: descriptor of the growing file, not kept. size: of the whole blob [bytes]."""
+        self._blob = os.dup(blob)
+        self._size = size
+        self._available = 0
+        self._closed = False
+        self._changed = threading.Condition()
+        self.output, self._input = os.pipe()
+        with contextlib.suppress(OSError):  # unprivileged users have a budget
+            fcntl.fcntl(self._input, fcntl.F_SETPIPE_SZ, MIB)
+        threading.Thread(target=self._run, name="feed", daemon=True).start()
+
+    def advance(self, available: int) -> None:
+        """See Follower."""
+        with self._changed:
+            self._available = available
+            self._changed.notify()
+
+    def detach(self) -> None:
+        """Close our end: whoever should read has it now. Idempotent."""
+        if self.output >= 0:
+            os.close(self.output)
+            self.output = -1
+
+    def close(self) -> None:
+        """Pass on nothing more. Idempotent."""
+        self.detach()
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _run(self) -> None:
+        sent = 0
+        try:
+            while sent < self._size and (ready := self._wait(sent)):
+                moved = os.splice(self._blob, self._input, ready, offset_src=sent)
+                if not moved:
+                    break  # cut meanwhile: whoever writes the file says why
+                sent += moved
+        except BrokenPipeError:
+            pass  # the reader's verdict says why
+        except OSError as error:
+            log.warning("a blob could not be read while it came in: %s", error)
+        finally:
+            os.close(self._blob)
+            os.close(self._input)
+
+    def _wait(self, sent: int) -> int:
+        """How many more bytes there are; waits for some. 0 when closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._available > sent)
+            return 0 if self._closed else self._available - sent
 
 
 class _Sink:

@@ -13,24 +13,25 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Protocol
 
-from imgsvc.blobs import Blobs, GrowingBlob
+from imgsvc.blobs import Blobs, Feed, GrowingBlob
 from imgsvc.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both, to_the_end
 from imgsvc.decrypt.interfaces import ChainRun, Decryptor, LayerKey
-from imgsvc.errors import Aborted, DataLoss, ImgsvcError, Internal, InvalidArgument, NotFound, ResourceExhausted
+from imgsvc.errors import Aborted, DataLoss, FailedPrecondition, ImgsvcError, Internal, InvalidArgument, NotFound, ResourceExhausted
 from imgsvc.failpoints import afailpoint
 from imgsvc.oci import Descriptor, Digest
 from imgsvc.registry.interfaces import BlobSource, Fetcher
-from imgsvc.snapshot.interfaces import Applied, Key, LayerInput, Mount, Name, Snapshotter, Unpacker, UnpackJob, Usage
+from imgsvc.snapshot.interfaces import Key, LayerInput, Mount, Name, Snapshotter, Unpacker, UnpackJob, Usage
 
 log = logging.getLogger(__name__)
 
 LAYER_STATES: Final = ("waiting", "downloading", "unpacking", "done", "exists")
+MAX_CHAINS: Final = 6  # layers in stream processors at a time: a process each at least, whether its bytes have come or not
 
 
 class PullReporter(Protocol):
@@ -155,6 +156,7 @@ class Layers:
         self._decryptor = decryptor
         self._threads = threads
         self._flights: SingleFlight[None] = SingleFlight()
+        self._chains = asyncio.Semaphore(MAX_CHAINS)
         self._stages: Shared[_Stage] = Shared(_Stage)
         self._syncs = {name: _Sync(snapshotter, threads) for name, snapshotter in snapshotters.items()} if durable else {}
 
@@ -294,15 +296,13 @@ class Layers:
     async def _unpack(self, plan: LayerPlan, position: int, key: Key, parent: Name | None, jobs: AsyncExitStack) -> UnpackJob:
         """Unpack one layer into a new active snapshot, from its growing blob if need be. Returns the finished job.
 
-        A worker that fails on bytes nobody has verified yet proves nothing against the layer: the download is judged
-        first, and where another endpoint has the right bytes the layer is unpacked again from those.
+        A worker or stream processor that fails on bytes nobody has verified yet proves nothing against the layer: the
+        download is judged first, and the layer is unpacked again from the bytes that are right.
         """
         layer = plan.layers[position]
         mounts = await self._threads.run(plan.snapshotter.prepare, key, parent)
         await afailpoint("layer.prepared")
         rebase = parent is None and plan.snapshotter.parallel
-        if self._decryptor.processed(layer):
-            await self.bring(plan, layer)
         unverified = not await self._threads.run(self._blobs.has, layer.digest)
         try:
             return await self._follow(plan, position, mounts, rebase, jobs)
@@ -310,7 +310,7 @@ class Layers:
             # A full disk, or more than a layer may have: what was fetched of it is not worth its space.
             await to_the_end(self._threads.run(self._blobs.drop_partial, layer.digest))
             raise
-        except (DataLoss, InvalidArgument):
+        except (DataLoss, InvalidArgument, FailedPrecondition):
             if not unverified:
                 raise
             await self.bring(plan, layer)
@@ -325,36 +325,56 @@ class Layers:
             fetch = asyncio.ensure_future(self._fetch(plan, layer))
             stack.push_async_callback(_end, fetch)
             await _first_of(fetch, blob.opened.wait())
-            source, chain = await self._source(layer, fetch, blob, stack)
+            if self._decryptor.processed(layer):
+                await stack.enter_async_context(self._chains)
+            source, feed = await self._source(layer, fetch, blob, stack)
+            chain = await self._chain(layer, source, feed, stack)
             job = await self._unpacker.start(_layer_input(plan, position, source, chain), mounts, rebase=rebase)
             jobs.push_async_callback(job.abort)
             if fetch.done():
                 plan.report(layer, layer.size, "unpacking")
-            blob.follow(job)
+            follower = feed or job
+            blob.follow(follower)
             if fetch.done():
-                job.advance(layer.size)
-            verdict = job.finish(lambda count: plan.reporter.unpacked(layer.digest, count))
-            applied, _ = await both(_judged(verdict, chain), _awaited(fetch))
+                follower.advance(layer.size)
+            try:
+                verdict = job.finish(lambda count: plan.reporter.unpacked(layer.digest, count))
+                applied, _ = await both(verdict, _awaited(fetch))
+            except ImgsvcError:
+                if chain and _succeeded(fetch):
+                    await chain.wait()  # had they all they need, their verdict counts first: the cause is usually there
+                raise
+            if chain:
+                await chain.wait()
             for phase, seconds in applied.timings.items():
                 plan.spent(phase, seconds)
             return job
 
     async def _source(
         self, layer: Descriptor, fetch: asyncio.Future[None], blob: GrowingBlob, stack: AsyncExitStack
-    ) -> tuple[int, ChainRun | None]:
-        """What the worker reads: the growing blob, the stored one, or what stream processors make of that."""
+    ) -> tuple[int, Feed | None]:
+        """What to read: the stored blob, or the growing one; through a pipe for who cannot follow a growing file."""
         if fetch.done():
             fetch.result()
             stored = self._threads.holding(partial(self._blobs.stored_fd, layer.digest), os.close)
-            source = await stack.enter_async_context(stored)
-        else:
-            source = blob.duplicate()
-            stack.callback(os.close, source)
+            return await stack.enter_async_context(stored), None
+        source = blob.duplicate()
+        stack.callback(os.close, source)
         if not self._decryptor.processed(layer):
             return source, None
+        feed = Feed(source, layer.size)
+        stack.callback(feed.close)
+        return feed.output, feed
+
+    async def _chain(self, layer: Descriptor, source: int, feed: Feed | None, stack: AsyncExitStack) -> ChainRun | None:
+        """The stream processors a layer goes through, running."""
+        if not self._decryptor.processed(layer):
+            return None
         chain = await self._decryptor.open_chain(layer, source)
         stack.push_async_callback(chain.kill)
-        return chain.output, chain
+        if feed:
+            feed.detach()
+        return chain
 
 
 def _note(plan: LayerPlan, layer: Descriptor, source: BlobSource | None, began: float) -> None:
@@ -370,20 +390,10 @@ def _layer_input(plan: LayerPlan, position: int, source: int, chain: ChainRun | 
         media_type=chain.media_type if chain else media_type,
         digest=layer.digest,
         diff_id=plan.diff_ids[position],
-        source=source,
+        source=chain.output if chain else source,
         size=layer.size,
         secret=key.secret if key and not chain else None,
     )
-
-
-async def _judged(verdict: Awaitable[Applied], chain: ChainRun | None) -> Applied:
-    """The worker's verdict; where stream processors feed it, theirs counts first, for the cause is usually there."""
-    if chain is None:
-        return await verdict
-    try:
-        return await verdict
-    finally:
-        await chain.wait()
 
 
 async def _end(task: asyncio.Future[None]) -> None:
@@ -396,6 +406,10 @@ async def _end(task: asyncio.Future[None]) -> None:
 
 async def _awaited(task: asyncio.Future[None]) -> None:
     await task
+
+
+def _succeeded(task: asyncio.Future[None]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None
 
 
 async def _first_of(task: asyncio.Future[Any], other: Coroutine[Any, Any, Any]) -> None:

@@ -19,7 +19,7 @@ from typing import Final
 from imgsvc.decrypt import payload
 from imgsvc.decrypt.interfaces import ChainRun
 from imgsvc.decrypt.processors import Chain, Step, child_environment
-from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, printable
+from imgsvc.errors import DeadlineExceeded, FailedPrecondition, printable
 from imgsvc.oci import KIB, MIB, Descriptor
 
 MAX_STDERR: Final = 4 * KIB  # [bytes] kept of each processor, the last ones
@@ -29,10 +29,8 @@ _PIPE_SIZE: Final = MIB
 _LOST_READER: Final = (-signal.SIGPIPE, 128 + signal.SIGPIPE)  # directly, and as a shell says it
 
 
-class ProcessorFailed(ImgsvcError):
+class ProcessorFailed(FailedPrecondition):
     """A stream processor exited with a failure. Fields: processor (ID), status (negative: the signal), stderr."""
-
-    code = "FAILED_PRECONDITION"
 
     def __init__(self, processor: str, status: int, stderr: str, where: str) -> None:
         ended = f"exit status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
