@@ -26,7 +26,7 @@ NEEDS_MIGRATION = {"metadb.migrate"}
 def live(root: Path, armed: str = "", *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tests.content.crash_scenario", str(root), *arguments]
     environment = {**os.environ, failpoints.ENV: armed}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
 
 
 def check_store(root: Path, acknowledged: list[str]) -> None:
@@ -103,7 +103,7 @@ def test_c_d1_killed_at_sixty_percent_resumes_there(tmp_path: Path) -> None:
         "for n in range(10): writer.write(BLOBS['kept'][n * CHUNK:(n + 1) * CHUNK])\n"
     )
     armed = {**os.environ, failpoints.ENV: "content.journaled=kill@6"}
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=armed, timeout=60).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=armed, timeout=180).returncode == -signal.SIGKILL
     db = MetaDB(tmp_path / "meta")
     store = LocalStore(tmp_path, db, sync=True)
     assert db.last_end is LastEnd.KILLED

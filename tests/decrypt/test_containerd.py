@@ -34,7 +34,7 @@ class Containerd:
     def pull(self, reference: str) -> str:
         with grpc.insecure_channel(self.address) as channel:
             image = cri_pb2.ImageSpec(image=reference)
-            return ImageServiceStub(channel).PullImage(cri_pb2.PullImageRequest(image=image), timeout=60).image_ref
+            return ImageServiceStub(channel).PullImage(cri_pb2.PullImageRequest(image=image), timeout=180).image_ref
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def running(directory: Path, program: str) -> Iterator[Containerd]:
 
 
 def _wait_until_up(address: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while True:
         try:
             with grpc.insecure_channel(address) as channel:

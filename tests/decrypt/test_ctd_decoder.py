@@ -39,7 +39,7 @@ def decode(blob: bytes, given: bytes | None, *arguments: str, env: Mapping[str, 
         ["bash", "-c", f'exec "$@" 3{redirect}', "sh", *command],
         input=blob,
         capture_output=True,
-        timeout=30,
+        timeout=120,
         pass_fds=[reader],
         env={**os.environ, "PYTHONPATH": ROOT, **(env or {})},
     )

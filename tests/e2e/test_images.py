@@ -224,7 +224,7 @@ def test_c_d3_a_full_disk_is_one_clear_error_and_the_space_comes_back(
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED, text
         assert str(small_disk) in text or str(daemon.root) in text
         assert half_made(daemon) == []
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while os.statvfs(small_disk).f_bavail < before * 0.9:
             assert time.monotonic() < deadline, subprocess.run(["du", "-a", str(small_disk)], capture_output=True, text=True).stdout
             time.sleep(0.1)

@@ -104,7 +104,7 @@ def test_a_registrys_warning_is_told_once_per_pull(node: Node) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as listener:
         reader = threading.Thread(target=lambda: lines.extend(listener.stdout or ()))
         reader.start()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not any('"pull-done"' in line for line in lines):  # until the listener listens
             assert time.monotonic() < deadline, lines
             assert node.daemon.cli("pull", NAME).returncode == 0

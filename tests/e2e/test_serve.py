@@ -28,7 +28,7 @@ AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 def imgsvc(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command without a daemon."""
     command = [sys.executable, "-m", "imgsvc.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, env={**os.environ, **environment})
 
 
 def test_sigterm_ends_it_cleanly_and_removes_the_socket(image_daemon: Daemon) -> None:

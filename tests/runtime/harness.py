@@ -30,7 +30,7 @@ from imgsvc.runtime.service import RuntimeService
 from imgsvc.runtime.settings import CNISettings, HandlerSettings, RuntimeSettings
 from tests.runtime.images import BUSYBOX, BusyboxImages
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 
 def settings_for(directory: Path, extra: Mapping[str, Any]) -> RuntimeSettings:
@@ -186,7 +186,7 @@ class Daemon:
         """ContainerStatus."""
         return self.cri.ContainerStatus(pb.ContainerStatusRequest(container_id=container), timeout=TIMEOUT_S).status
 
-    def wait_exit(self, container: str, timeout_s: float = 15.0) -> pb.ContainerStatus:
+    def wait_exit(self, container: str, timeout_s: float = 90.0) -> pb.ContainerStatus:
         """Until the container has ended."""
         end = time.monotonic() + timeout_s
         while (status := self.status(container)).state != pb.ContainerState.CONTAINER_EXITED:
@@ -206,6 +206,14 @@ class Daemon:
     def log(self, path: str) -> list[str]:
         """The texts of a CRI log."""
         return [line.split(" ", 3)[3] for line in Path(path).read_text().splitlines()]
+
+    def wait_line(self, container: str, text: str, timeout_s: float = 60.0) -> None:
+        """Until the container has written this line."""
+        path = self.status(container).log_path
+        end = time.monotonic() + timeout_s
+        while text not in self.log(path):
+            assert time.monotonic() < end, f"no line {text!r}"
+            time.sleep(0.02)
 
     def exec(self, container: str, *command: str, timeout: int = 10) -> pb.ExecSyncResponse:
         """ExecSync."""

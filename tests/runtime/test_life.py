@@ -31,7 +31,7 @@ def code(call: Callable[[], object]) -> grpc.StatusCode:
     return caught.value.code()
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end
@@ -41,7 +41,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 def assert_clean(node: Daemon) -> None:
     """Nothing of any pod is left, address leases included."""
     with contextlib.suppress(AssertionError):
-        wait_for(lambda: not node.leftovers(), 5)
+        wait_for(lambda: not node.leftovers(), 30)
     assert node.leftovers() == []
     assert list((node.directory / "ipam").glob("*/10.*")) == []
 
@@ -82,22 +82,22 @@ def test_namespaces_are_shared_or_not_as_asked(node: Daemon) -> None:
 
 def test_stop_is_graceful_then_not(node: Daemon) -> None:
     pod = node.run_pod("stop")
-    polite = node.run(pod, "trap 'exit 7' TERM; while :; do sleep 0.05; done", "polite")
-    time.sleep(0.3)
+    polite = node.run(pod, "trap 'exit 7' TERM; echo ready; while :; do sleep 0.05; done", "polite")
+    node.wait_line(polite, "ready")
     node.cri.StopContainer(pb.StopContainerRequest(container_id=polite, timeout=20), timeout=TIMEOUT_S)
     assert node.status(polite).exit_code == 7
-    deaf = node.run(pod, "trap '' TERM; while :; do sleep 0.05; done", "deaf")
-    time.sleep(0.3)
+    deaf = node.run(pod, "trap '' TERM; echo ready; while :; do sleep 0.05; done", "deaf")
+    node.wait_line(deaf, "ready")
     before = time.monotonic()
     node.cri.StopContainer(pb.StopContainerRequest(container_id=deaf, timeout=1), timeout=TIMEOUT_S)
-    assert 0.9 < time.monotonic() - before < 8
+    assert 0.9 < time.monotonic() - before < 60
     assert node.status(deaf).exit_code == 137
 
 
 def test_the_stop_signal_of_the_pod_is_used(node: Daemon) -> None:
     pod = node.run_pod("signal")
-    container = node.run(pod, "trap 'exit 9' USR1; while :; do sleep 0.05; done", stop_signal=pb.SIGNAL_SIGUSR1)
-    time.sleep(0.3)
+    container = node.run(pod, "trap 'exit 9' USR1; echo ready; while :; do sleep 0.05; done", stop_signal=pb.SIGNAL_SIGUSR1)
+    node.wait_line(container, "ready")
     node.cri.StopContainer(pb.StopContainerRequest(container_id=container, timeout=20), timeout=TIMEOUT_S)
     status = node.status(container)
     assert (status.exit_code, status.stop_signal) == (9, pb.SIGNAL_SIGUSR1)
@@ -251,7 +251,7 @@ def test_c_c7_exec_sync_is_bounded(node: Daemon) -> None:
     wait_for(lambda: b"sleep 7" not in node.exec(container, "ps").stdout)
     before = time.monotonic()
     node.exec(container, "sh", "-c", "sleep 73 & echo started")
-    assert time.monotonic() - before < 10  # somebody keeps the pipe open
+    assert time.monotonic() - before < 60  # somebody keeps the pipe open
     done = node.create(pod, node.container("true", "created"))
     assert code(lambda: node.exec(done, "true")) == grpc.StatusCode.FAILED_PRECONDITION
 
@@ -307,8 +307,8 @@ def test_c_c12_and_c_c18_as_the_container_sees_it(node: Daemon) -> None:
 
 def test_c_c17_no_descriptor_reaches_the_container(node: Daemon) -> None:
     pod = node.run_pod("fds")
-    container = node.run(pod, "ls -l /proc/1/fd; sleep 100")
-    time.sleep(0.3)
+    container = node.run(pod, "ls -l /proc/1/fd; echo ready; exec sleep 100")
+    node.wait_line(container, "ready")
     listed = node.exec(container, "sh", "-c", "ls /proc/1/fd; echo; ls /proc/self/fd").stdout.decode().split()
     assert set(listed) <= {"0", "1", "2", "3"}  # 3 is the directory that ls reads
 
@@ -361,7 +361,8 @@ def test_events_tell_the_whole_life_in_order(node: Daemon) -> None:
 
     thread = threading.Thread(target=collect)
     thread.start()
-    time.sleep(0.3)
+    while not seen:  # nothing says from when on the daemon listens
+        node.cri.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=node.run_pod("before")))
     pod = node.run_pod("events")
     container = node.run(pod, "exit 0")
     node.wait_exit(container)
@@ -386,12 +387,13 @@ def test_lists_filter_and_stream_each_item_once(node: Daemon) -> None:
 def test_statistics(node: Daemon) -> None:
     pod = node.run_pod("stats")
     container = node.run(pod, "dd if=/dev/zero of=/file bs=1k count=64 2>/dev/null; i=0; while :; do i=$((i+1)); done")
-    time.sleep(1.2)
-    node.cri.ContainerStats(pb.ContainerStatsRequest(container_id=container))
-    time.sleep(1.2)
-    stats = node.cri.ContainerStats(pb.ContainerStatsRequest(container_id=container)).stats
-    assert stats.cpu.usage_core_nano_seconds.value > 10**8
-    assert stats.cpu.usage_nano_cores.value > 10**7
+
+    def statistics() -> pb.ContainerStats:
+        return node.cri.ContainerStats(pb.ContainerStatsRequest(container_id=container)).stats
+
+    wait_for(lambda: statistics().cpu.usage_core_nano_seconds.value > 10**8)
+    wait_for(lambda: statistics().cpu.usage_nano_cores.value > 10**7)
+    stats = statistics()
     assert stats.memory.working_set_bytes.value > 0
     assert stats.writable_layer.used_bytes.value >= 65536
     whole = node.cri.PodSandboxStats(pb.PodSandboxStatsRequest(pod_sandbox_id=pod)).stats

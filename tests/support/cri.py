@@ -18,7 +18,7 @@ from imgsvc.api.cri_pb2_grpc import ImageServiceStub, RuntimeServiceStub
 from tests.support.daemon import RPC_TIMEOUT, Daemon
 
 _LOG_LINE = re.compile(r"(\S+) (stdout|stderr) ([FP](?::[A-Z:]+)?) (.*)", re.DOTALL)
-WAIT: Final = 30.0  # [seconds]
+WAIT: Final = 90.0  # [seconds]
 
 
 @dataclass(frozen=True, slots=True)

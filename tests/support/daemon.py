@@ -27,8 +27,8 @@ import grpc
 from imgsvc.api import cri_pb2, cri_pb2_grpc
 from tests.support import leftovers
 
-START_TIMEOUT: Final = 30.0  # [seconds]; two busy cores start Python slowly
-RPC_TIMEOUT: Final = 60.0  # [seconds]
+START_TIMEOUT: Final = 120.0  # [seconds]; busy cores start Python slowly, and only who fails waits that long
+RPC_TIMEOUT: Final = 180.0  # [seconds]
 _DEAD_UPSTREAM: Final = "http://127.0.0.1:9"  # discard port: nothing listens, so no test ever leaves the machine
 
 

@@ -75,7 +75,7 @@ def _ports(bridge: str) -> list[str]:
 
 def clean_up(directory: Path, cgroup_parent: str) -> None:
     """Kill, unmount and remove by force, for the end of a test that failed half-way."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (left := processes_of(directory, cgroup_parent)) and time.monotonic() < deadline:
         for pid, _ in left:
             _kill(pid)

@@ -78,7 +78,7 @@ def real_registry(directory: Path) -> Iterator[RealRegistry]:
 
 
 def _wait_until_up(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         try:
             if httpx.get(url).status_code == 200:

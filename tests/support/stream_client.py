@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from imgsvc.runtime.streaming.spdy_dictionary import DICTIONARY
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
