@@ -12,6 +12,7 @@ Source: OCI image-spec layer.md; needs.md C1 for what must not work.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -242,6 +243,8 @@ class Extractor:
 
     def _metadata(self, fd: int, entry: Header) -> None:
         """Owner, mode, xattrs and times of an open file, in this order: chown clears set-ID bits and capabilities."""
+        if self._inherits:
+            _drop_acls(fd)
         if entry.uid or entry.gid or self._inherits:
             self._chown(fd, entry.uid, entry.gid)
         if entry.mode & 0o7000 or self._inherits:
@@ -279,11 +282,19 @@ class Extractor:
                 else:
                     os.setxattr(target, name, value, follow_symlinks=False)
             except OSError as error:
-                if error.errno == errno.ENOTSUP or (error.errno == errno.EPERM and not self._privileged):
+                if self._not_taken(target, error.errno):
                     self.warnings[f"xattr {shown} ({error.strerror})"] += 1
                     continue
                 raise
             self._inherits = self._inherits or name == _DEFAULT_ACL
+
+    def _not_taken(self, target: int | bytes, code: int | None) -> bool:
+        """Whether it is this attribute that cannot be set there, which is no reason to give a layer up; GNU tar does not either."""
+        if code == errno.EPERM:
+            return not self._privileged or not isinstance(target, int)  # links, FIFOs and devices have no user.* attributes
+        if code == errno.ENOSPC:
+            return os.fstatvfs(self._tree.root_fd).f_bavail > 0  # ext4 says so of one that does not fit into a block
+        return code in (errno.ENOTSUP, errno.E2BIG, errno.ERANGE)
 
     def _symlink(self, entry: Header, dir_fd: int, base: bytes, path: bytes) -> None:
         if not entry.link or b"\0" in entry.link:
@@ -324,6 +335,8 @@ class Extractor:
 
     def _metadata_at(self, entry: Header, dir_fd: int, base: bytes) -> None:
         """As _metadata, for what must not be opened: links, devices, FIFOs."""
+        if self._inherits:
+            _drop_acls(b"/proc/self/fd/%d/%s" % (dir_fd, base))
         if entry.uid or entry.gid or self._inherits:
             self._chown(base, entry.uid, entry.gid, dir_fd)
         if entry.xattrs:
@@ -415,10 +428,22 @@ class Extractor:
 
     def _finish_directory(self, fd: int, facts: DirectoryFacts) -> None:
         # Always: a directory that was there before may belong to somebody else.
+        if self._inherits:
+            _drop_acls(fd)
         self._chown(fd, facts.uid, facts.gid)
         os.fchmod(fd, facts.mode)
         if facts.xattrs:
             self._set_xattrs(fd, facts.xattrs)
+
+
+def _drop_acls(target: int | bytes) -> None:
+    """Take away what a directory's default ACL has passed on to something new in it; nothing where there is nothing."""
+    for name in ("system.posix_acl_access", "system.posix_acl_default"):
+        with contextlib.suppress(OSError):
+            if isinstance(target, int):
+                os.removexattr(target, name)
+            else:
+                os.removexattr(target, name, follow_symlinks=False)
 
 
 def _facts(entry: Header) -> DirectoryFacts:

@@ -183,13 +183,15 @@ class InPlaceStyle:
         self._times: dict[bytes, tuple[int, int]] = {}
 
     def create_implied(self, parent_fd: int, name: bytes, path: bytes) -> None:
-        """A plain directory."""
+        """A plain directory, whatever group, mode or ACL the kernel passes on from its parent."""
         self.touch(parent_fd, path.rpartition(b"/")[0])
         os.mkdir(name, IMPLIED_MODE, dir_fd=parent_fd)
-        if os.fstat(parent_fd).st_mode & stat.S_ISGID:  # then the kernel passes group and bit on
-            fd = os.open(name, _OPEN_DIR, dir_fd=parent_fd)
+        fd = os.open(name, _OPEN_DIR, dir_fd=parent_fd)
+        try:
             os.fchown(fd, 0, 0)
+            _drop_xattrs(fd)
             os.fchmod(fd, IMPLIED_MODE)
+        finally:
             os.close(fd)
 
     def touch(self, fd: int, path: bytes) -> None:

@@ -13,6 +13,7 @@ Runs in a worker process with the journal of another, which is not trusted: ever
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from typing import Final
@@ -24,6 +25,8 @@ from imgsvc.snapshot.laying import IMPLIED_MODE, Journal
 from imgsvc.snapshot.tarheader import BadLayer
 from imgsvc.snapshot.tree import MissingDirectory, NoDirectory, Tree, rounded
 
+# A path is not what the layer above and those below let expect, each by itself: then only the order of entries tells.
+_OTHER_SHAPE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.EISDIR)
 _TEMPORARY: Final = b".wh..imgsvc"  # no layer can have a file of this name
 
 
@@ -32,7 +35,9 @@ class NeedsParents(Aborted):
 
     def __init__(self, path: bytes) -> None:
         self.path = path
-        super().__init__("an entry leads through a symbolic link of a lower layer", where=path[:200].decode("utf-8", "backslashreplace"))
+        super().__init__(
+            "an entry leads through something of a lower layer that is no directory", where=path[:200].decode("utf-8", "backslashreplace")
+        )
 
 
 class Settler:
@@ -50,6 +55,14 @@ class Settler:
 
     def run(self) -> None:
         """Raises: NeedsParents, BadLayer, OSError; then the upper directory is worth nothing."""
+        try:
+            self._run()
+        except OSError as error:
+            if error.errno not in _OTHER_SHAPE:
+                raise
+            raise NeedsParents(os.fsencode(error.filename or b"")) from error
+
+    def _run(self) -> None:
         journal = self._journal
         self._check_links()
         self._make_links()

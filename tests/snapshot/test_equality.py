@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import subprocess
 import sysconfig
 import tarfile
@@ -23,6 +24,8 @@ from tests.snapshot.trees import Reference, ReferenceFailed, read_tree
 
 pytestmark = pytest.mark.root
 
+# user::rwx, user:1000:rwx, group::r-x, mask::rwx, other::---  Source: linux/posix_acl_xattr.h
+ACL = struct.pack("<I" + "HHI" * 5, 2, 1, 7, 2**32 - 1, 2, 7, 1000, 4, 5, 2**32 - 1, 16, 7, 2**32 - 1, 32, 0, 2**32 - 1)
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
 
 
@@ -84,12 +87,14 @@ CASES = {
             directory("./"),
             Entry("suid", mode=0o4755, uid=3),
             Entry("cap", mode=0o755, uid=1, xattrs={"security.capability": CAPABILITY, "user.note": b"x"}),
-            Entry("null", "char", device=(1, 3), mode=0o666),
+            Entry("null", "char", device=(1, 3), mode=0o666, xattrs={"user.note": b"x"}),
+            Entry("noted", "symlink", link="pipe", mode=0o777, xattrs={"user.note": b"x"}),
             Entry("disk", "block", device=(8, 1), mode=0o660, gid=6),
-            Entry("pipe", "fifo", mode=0o2600, uid=9),
+            Entry("pipe", "fifo", mode=0o2600, uid=9, xattrs={"user.note": b"x"}),
             symlink("dangling", "nowhere/at/all"),
             Entry("big", data=b"x" * 300_000),
             link("big2", "big"),
+            Entry("too-large", xattrs={"user.large": b"x" * 70_000, "user." + "n" * 300: b"x", "user.fine": b"x"}),
             Entry("huge-owner", uid=3_000_000_000, gid=2_200_000),
             Entry("n" * 200, data=b"long"),
             Entry("d" * 150 + "/" + "e" * 150, data=b"longer"),
@@ -147,7 +152,22 @@ ORDERED = {
         [*BASE, link("var/sh", "bin/sh")], [link("sh", "bin/sh"), link("libc", "usr/lib/libc"), Entry(".wh.bin"), Entry("usr/.wh.lib")]
     ),
     "hard link, then everything else goes": case(BASE, [link("sh", "bin/sh"), Entry(".wh..wh..opq")]),
+    "default ACL of a directory below": case(
+        [directory("var"), directory("var/d", 0o750, xattrs={"system.posix_acl_default": ACL})],
+        [
+            Entry("var/sh", mode=0o777),
+            Entry("var/d/f", mode=0o777),
+            directory("var/d/e", 0o711),
+            Entry("var/d/i/f"),
+            Entry("var/d/p", "fifo"),
+        ],
+    ),
     "through a link below that becomes a directory": case(BASE, [Entry("lib/sh"), directory("lib"), link("sh", "bin/sh")]),
+    "a link in the way of another link's target": case(
+        [directory("b/c"), Entry("b/c/g", data=b"g"), directory("a")],
+        [Entry("var/sh"), Entry("b/x"), symlink("b", "a"), link("a/f", "var/sh")],
+        [Entry("b/y")],
+    ),
     "through a link below that goes": case(BASE, [Entry("lib/sh"), Entry(".wh.lib"), Entry("abs/x/sh"), Entry("abs")]),
     "hard link, then a directory takes its target's place": case(BASE, [link("var/sh", "bin/sh"), directory("bin/sh"), Entry("bin/sh/x")]),
 }
