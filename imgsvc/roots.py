@@ -8,6 +8,7 @@ one the layer was decrypted with (facts/ocicrypt.md section 9; CVE-2022-24778).
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 from imgsvc.concurrency import Threads
 from imgsvc.decrypt.interfaces import Decryptor
@@ -16,7 +17,8 @@ from imgsvc.images import Image, ImageStore
 from imgsvc.layers import layer_names, layer_secrets, unwrap_layers
 from imgsvc.oci import Digest
 from imgsvc.runtime.interfaces import RootMount, RunnableImage
-from imgsvc.snapshot.interfaces import Key, Mount, Name, Snapshotter
+from imgsvc.runtime.model import UserNamespace
+from imgsvc.snapshot.interfaces import IDMapping, Key, Mount, Name, Snapshotter
 
 KEY_PREFIX = "container-"
 
@@ -33,9 +35,11 @@ class ContainerRoots:
         *,
         default: str,
         check: Callable[[Image], Awaitable[None]] | None = None,
+        described: Mapping[str, Any] | None = None,
     ) -> None:
-        """default: the snapshotter used where none is named. check: raises for an image that may not be used (any more)."""
+        """default: the snapshotter used where none is named. described: what to say of them in Status. check: raises for an image that may not be used (any more)."""
         self._check = check
+        self._described = described or {}
         self._images = images
         self._snapshotters = snapshotters
         self._decryptor = decryptor
@@ -47,7 +51,9 @@ class ContainerRoots:
         image = self._images.find(reference)
         return RunnableImage(image.image_id, image.config, image.repo_tags, image.repo_digests) if image else None
 
-    async def prepare_root(self, container_id: str, image_id: Digest, *, snapshotter: str, readonly: bool = False) -> list[RootMount]:
+    async def prepare_root(
+        self, container_id: str, image_id: Digest, *, snapshotter: str, readonly: bool = False, user: UserNamespace | None = None
+    ) -> list[RootMount]:
         """As runtime.interfaces.Images."""
         image = self._images.get(image_id)
         if image is None:
@@ -62,8 +68,9 @@ class ContainerRoots:
         if self._check is not None:
             await self._check(image)
         await self._authorise(image)
-        mounts = await self._threads.run(_snapshot, image, driver, key, parent, readonly=readonly)
-        return [RootMount(mount.type, mount.source, mount.options) for mount in mounts]
+        mapping = _mapping(user) if user is not None and not readonly and not driver.idmapped else None
+        mounts = await self._threads.run(_snapshot, image, driver, key, parent, readonly=readonly, mapping=mapping)
+        return [RootMount(mount.type, mount.source, mount.options, shifted=mapping is not None) for mount in mounts]
 
     async def remove_root(self, container_id: str) -> None:
         """As runtime.interfaces.Images."""
@@ -79,6 +86,10 @@ class ContainerRoots:
                 return usage.size, usage.inodes
         return 0, 0
 
+    def describe(self) -> Mapping[str, Any]:
+        """As runtime.interfaces.Images."""
+        return self._described
+
     async def _authorise(self, image: Image) -> None:
         descriptors = [layer.descriptor for layer in image.layers]
         secrets = layer_secrets(descriptors, await unwrap_layers(self._decryptor, descriptors))
@@ -88,7 +99,9 @@ class ContainerRoots:
             )
 
 
-def _snapshot(image: Image, driver: Snapshotter, key: Key, parent: Name | None, *, readonly: bool) -> Sequence[Mount]:
+def _snapshot(
+    image: Image, driver: Snapshotter, key: Key, parent: Name | None, *, readonly: bool, mapping: IDMapping | None
+) -> Sequence[Mount]:
     """The mounts of a snapshot that is made unless it is there. Blocking. Raises: FailedPrecondition (layers are missing)."""
     if not is_unpacked(image, driver):
         raise FailedPrecondition(
@@ -97,12 +110,17 @@ def _snapshot(image: Image, driver: Snapshotter, key: Key, parent: Name | None, 
         )
     if driver.stat(key) is not None:
         return driver.mounts(key)
-    return driver.view(key, parent) if readonly else driver.prepare(key, parent)
+    return driver.view(key, parent) if readonly else driver.prepare(key, parent, mapping=mapping)
 
 
 def is_unpacked(image: Image, snapshotter: Snapshotter) -> bool:
     """Whether all layers are there, with their files. Blocking: some microseconds per layer."""
     return all(snapshotter.stat(layer.snapshot) is not None for layer in image.layers)
+
+
+def _mapping(user: UserNamespace) -> IDMapping:
+    uids, gids = (tuple((row.container_id, row.host_id, row.length) for row in rows) for rows in (user.uids, user.gids))
+    return IDMapping(uids, gids)
 
 
 def _label(image: Image) -> str:

@@ -14,9 +14,10 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 
@@ -127,7 +128,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     content = LocalStore(root, db, sync=sync)
     for finding in await threads.run(recover, content, db.last_end):
         log.warning("%s after an unclean end: %s", "repaired" if finding.repaired else "found", finding)
-    snapshotters = await _snapshotters(settings, private_dir(root / "snapshots"), db, threads, stack)
+    snapshotters, described = await _snapshotters(settings, private_dir(root / "snapshots"), db, threads, stack)
     default = next(iter(snapshotters))
     images = ImageStore(db, settings.images.pinned_images)
     leases = LeaseBook(db)
@@ -160,7 +161,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     )
     pusher = Pusher(registry=registry, content=content, images=images, leases=leases, threads=threads, bring_back=puller.bring_back)
     handlers = {name: handler.snapshotter or default for name, handler in settings.runtime.runtimes.items()}
-    roots = ContainerRoots(images, snapshotters, decryptor, threads, default=default, check=verification.check)
+    roots = ContainerRoots(images, snapshotters, decryptor, threads, default=default, check=verification.check, described=described)
     pods = await start_pods(settings, state, root, db, roots, standing.notes, stack)
     keeper = ContainerKeeper(pods.container_ids, snapshotters)
     care = StoreCare(
@@ -252,22 +253,27 @@ def _limits(settings: Config) -> Limits:
     return Limits(limits.unpacked_bytes, limits.entries, limits.ratio)
 
 
-async def _snapshotters(settings: Config, root: Path, db: MetaDB, threads: Threads, stack: AsyncExitStack) -> dict[str, CheckedSnapshotter]:
-    """The drivers this node can use, the default one first. Raises: FailedPrecondition when the configured one cannot work."""
+async def _snapshotters(
+    settings: Config, root: Path, db: MetaDB, threads: Threads, stack: AsyncExitStack
+) -> tuple[dict[str, CheckedSnapshotter], dict[str, Any]]:
+    """The drivers this node can use, the default one first, and what to say of them in Status. Raises: FailedPrecondition when the configured one cannot work."""
     detected = await threads.run(detect.detect, root / overlay.NAME)
     wanted = detected.driver if settings.images.snapshotter == "auto" else settings.images.snapshotter
     if wanted == overlay.NAME and detected.options is None:
         raise FailedPrecondition(detected.reason, where="images.snapshotter", hint='use "native", or another file system for root')
     log.info("snapshotter %s: %s", wanted, detected.reason)
     drivers: dict[str, CheckedSnapshotter] = {}
+    described: dict[str, Any] = {"snapshotter": wanted, "detected": detected.reason, native.NAME: {"idmapped": detected.idmapped}}
     if detected.options is not None:
-        drivers[overlay.NAME] = overlay.OverlaySnapshotter(root / overlay.NAME, db, detected.options)
-    drivers[native.NAME] = native.NativeSnapshotter(root / native.NAME, db)
+        options = replace(detected.options, **asdict(settings.images.overlayfs))
+        drivers[overlay.NAME] = overlay.OverlaySnapshotter(root / overlay.NAME, db, options)
+        described[overlay.NAME] = asdict(options)
+    drivers[native.NAME] = native.NativeSnapshotter(root / native.NAME, db, idmapped=detected.idmapped)
     for driver in drivers.values():
         stack.callback(driver.close)
         if count := await threads.run(driver.cleanup):
             log.warning("snapshotter %s: %d unfinished snapshots cleaned up", driver.name, count)
-    return {wanted: drivers.pop(wanted), **drivers}
+    return {wanted: drivers.pop(wanted), **drivers}, described
 
 
 def _unpacker(settings: Config, queued: Callable[[float], None]) -> WorkerUnpacker:

@@ -178,6 +178,7 @@ def _value(hint: Any, value: object, here: tuple[str, ...], where: str, origins:
     return _typed(hint, value, name, where)
 
 
+_OWN_MOUNT_OPTIONS: Final = ("lowerdir", "upperdir", "workdir", "uidmap", "gidmap", "userxattr", "ro", "rw")  # imgsvc says these itself
 _KIND_NAMES: Final = {str: "a string", int: "an integer", bool: "true or false", dict: "a table", list: "a list"}
 
 
@@ -205,6 +206,9 @@ def _check(config: Config, origins: Mapping[str, str]) -> None:
     for name, handler in config.runtime.runtimes.items():
         key = f"runtime.runtimes.{name}.snapshotter"
         need(handler.snapshotter in ("", *SNAPSHOTTERS), key, "must be overlayfs or native; without it, that of [images]")
+    for option in config.images.overlayfs.mount_options:
+        good = option.partition("=")[0] not in ("", *_OWN_MOUNT_OPTIONS) and "," not in option
+        need(good, "images.overlayfs.mount_options", f'"{printable(option, 60)}" is not an option to give there; one an entry')
     for key in ("max_concurrent_downloads", "max_concurrent_downloads_per_image", "max_concurrent_unpacks"):
         need(getattr(config.images, key) > 0, f"images.{key}", "must be at least 1")
     need(config.decrypt.key_model in ("node", ""), "decrypt.key_model", 'must be "node" or ""')

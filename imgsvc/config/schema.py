@@ -54,6 +54,22 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Overlayfs:
+    """[images.overlayfs]: containerd's options of its overlayfs snapshotter.
+
+    mount_options: said with every mount, e.g. "volatile": what a container wrote is gone after a power cut anyway, images are
+    synced all the same. upperdir_label: snapshots show their upper directory as a label. sync_remove: a removed snapshot's
+    files are gone when its removal is answered. slow_chown: where idmapped mounts do not work, pods with user namespaces get
+    copies of their images; else they are refused.
+    """
+
+    mount_options: tuple[str, ...] = ()
+    upperdir_label: bool = False
+    sync_remove: bool = False
+    slow_chown: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Images:
     """[images]: pulling and unpacking."""
 
@@ -66,6 +82,7 @@ class Images:
     sync: str = "full"  # "none": a power cut may lose images that were acknowledged
     pinned_images: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
+    overlayfs: Overlayfs = field(default_factory=Overlayfs)
 
 
 @dataclass(frozen=True, slots=True)

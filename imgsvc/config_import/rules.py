@@ -426,10 +426,10 @@ _PLUGINS: Final[dict[str, dict[str, Rule]]] = {
     },
     "snapshotter.v1.overlayfs": {
         "root_path": only(("",), "layers live below root", "set root"),
-        "upperdir_label": na("only remote snapshotters read them"),
-        "sync_remove": na("removed layers go with the next collection"),
-        "slow_chown": na("files get their owners while they are unpacked"),
-        "mount_options": only(([],), "mount options are chosen by imgsvc", "drop it"),
+        "upperdir_label": to("images.overlayfs.upperdir_label"),
+        "sync_remove": to("images.overlayfs.sync_remove"),
+        "slow_chown": na("images are copied wherever idmapped mounts do not work, unless images.overlayfs.slow_chown forbids it"),
+        "mount_options": to("images.overlayfs.mount_options"),
     },
     "snapshotter.v1.native": {"root_path": only(("",), "layers live below root", "set root")},
     **{

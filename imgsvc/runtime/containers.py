@@ -122,7 +122,10 @@ class Containers:
         undo.push_async_callback(self._release, record)
         core.paths.bundle(record.id).mkdir(mode=0o711)
         mounts = await core.images.prepare_root(
-            record.id, image.image_id, snapshotter=core.handler_settings(record.handler).snapshotter, readonly=False
+            record.id,
+            image.image_id,
+            snapshotter=core.handler_settings(record.handler).snapshotter,
+            user=sandbox.config.namespaces.user,
         )
         await afailpoint("container.root")
         built = await self._build(record, sandbox, image, mounts)

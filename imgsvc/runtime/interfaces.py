@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from imgsvc.errors import ImgsvcError
 from imgsvc.oci import Digest, ImageConfig
-from imgsvc.runtime.model import PodSandboxConfig
+from imgsvc.runtime.model import PodSandboxConfig, UserNamespace
 from imgsvc.runtime.streaming.interfaces import CommandTarget
 from imgsvc.runtime.usage import Usage
 
@@ -26,11 +26,12 @@ class RunnableImage:
 
 @dataclass(frozen=True, slots=True)
 class RootMount:
-    """One mount(2) that makes a root file system. options as in /etc/fstab."""
+    """One mount(2) that makes a root file system. options as in /etc/fstab. shifted: its owners are those of the pod's namespace."""
 
     type: str
     source: str
     options: tuple[str, ...] = ()
+    shifted: bool = False
 
 
 class Images(Protocol):
@@ -39,10 +40,12 @@ class Images(Protocol):
     async def runnable(self, reference: str) -> RunnableImage | None:
         """Look an image up by ID, short ID, tag or digest; None when it is not here."""
 
-    async def prepare_root(self, container_id: str, image_id: Digest, *, snapshotter: str, readonly: bool = False) -> Sequence[RootMount]:
+    async def prepare_root(
+        self, container_id: str, image_id: Digest, *, snapshotter: str, readonly: bool = False, user: UserNamespace | None = None
+    ) -> Sequence[RootMount]:
         """A snapshot for this container on top of the image; the image's layers stay as long as it exists.
 
-        handler: name of the runtime handler that will run it; it decides the snapshotter.
+        user: of the pod; where owners cannot be mapped while mounting, what is not read-only becomes a copy with its owners.
 
         Idempotent per container_id. Raises: NotFound, PermissionDenied (an encrypted image without its keys).
         """
@@ -52,6 +55,9 @@ class Images(Protocol):
 
     async def root_usage(self, container_id: str) -> tuple[int, int]:
         """Writable layer: (bytes, inodes)."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """For Status(verbose)."""
 
 
 @dataclass(frozen=True, slots=True)

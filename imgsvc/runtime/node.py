@@ -139,6 +139,7 @@ class RuntimeNode:
             "handlers": {name: {"warnings": list(h.features.warnings)} for name, h in core.handlers.items()}
             | {k: {"problem": v} for k, v in core.broken_handlers.items()},
             "cni": dict(core.network.describe()),
+            "storage": dict(core.images.describe()),
         }
 
     async def describe_sandbox(self, record: SandboxRecord) -> dict[str, str]:

@@ -49,6 +49,9 @@ def mount_idmapped(mounts: Sequence[RootMount], target: Path, scratch: Path, fd:
     """
     for m in mounts:
         context = labelled(m, label)
+        if m.shifted:
+            kernel.mount_with_options(m.source, str(target), m.type, (*m.options, *context))
+            continue
         if m.type != "overlay":
             kernel.idmapped_clone(m.source, str(target), fd)
             continue

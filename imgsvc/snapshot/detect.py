@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,15 @@ from imgsvc.snapshot.overlay import OverlayOptions
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """driver: its name. reason: why, in words for Status. options: for OverlaySnapshotter; None when not usable."""
+    """driver: its name. reason: why, in words for Status. options: for OverlaySnapshotter; None when not usable.
+
+    idmapped: plain directories can be mounted with owners shifted.
+    """
 
     driver: str
     reason: str
     options: OverlayOptions | None
+    idmapped: bool
 
 
 def detect(root: Path) -> Detected:
@@ -35,15 +40,28 @@ def detect(root: Path) -> Detected:
     private_dir(root)
     userxattr = _in_user_namespace()
     with tempfile.TemporaryDirectory(prefix=".detect-", dir=root) as scratch:
-        try:
-            _try_overlay(Path(scratch), userxattr=userxattr)
-        except (OSError, ImgsvcError) as error:
-            return Detected(native.NAME, f"overlayfs is not usable on {root}: {error}", None)
-        idmapped = _try_idmap(Path(scratch))
+        for name in ("lower/dir", "upper/dir", "work", "merged", "mapped"):
+            (Path(scratch) / name).mkdir(parents=True)
+        plain = _why_not(_try_idmap, Path(scratch))
+        if problem := _why_not(lambda place: _try_overlay(place, userxattr=userxattr), Path(scratch)):
+            return Detected(native.NAME, f"overlayfs is not usable on {root}: {problem}{_said(plain)}", None, not plain)
+        mapped = plain or _why_not(_try_mapped_overlay, Path(scratch))
     index = Path("/sys/module/overlay/parameters/index").exists()
-    options = OverlayOptions(userxattr=userxattr, index_off=index, idmapped=not idmapped)
-    extra = "with idmapped mounts" if not idmapped else f"without idmapped mounts ({idmapped})"
-    return Detected(overlay.NAME, f"overlayfs works on {root}, {extra}", options)
+    options = OverlayOptions(userxattr=userxattr, index_off=index, idmapped=not mapped)
+    return Detected(overlay.NAME, f"overlayfs works on {root}{_said(mapped)}", options, not plain)
+
+
+def _said(problem: str) -> str:
+    return f", without idmapped mounts ({problem})" if problem else ", with idmapped mounts"
+
+
+def _why_not(attempt: Callable[[Path], None], scratch: Path) -> str:
+    """What an attempt failed with, in a mount namespace of its own; "" when it works."""
+    try:
+        in_own_namespace(lambda: attempt(scratch))
+    except (OSError, ImgsvcError) as error:
+        return str(error)
+    return ""
 
 
 def _in_user_namespace() -> bool:
@@ -56,37 +74,34 @@ def _in_user_namespace() -> bool:
 
 def _try_overlay(scratch: Path, *, userxattr: bool) -> None:
     """Mount, hide a file by a whiteout, a directory's contents by an opaque mark, and write. Raises: OSError, ImgsvcError."""
-    for name in ("lower/dir", "upper/dir", "work", "merged"):
-        (scratch / name).mkdir(parents=True)
     (scratch / "lower/hidden").touch()
     (scratch / "lower/dir/hidden").touch()
     os.mknod(scratch / "upper/hidden", stat.S_IFCHR, os.makedev(0, 0))
     os.setxattr(scratch / "upper/dir", f"{'user' if userxattr else 'trusted'}.overlay.opaque", b"y")
-    extra = ("userxattr",) if userxattr else ()
-    lower, upper, work, merged = (str(scratch / n) for n in ("lower", "upper", "work", "merged"))
-    mount = Mount("overlay", "overlay", (*extra, f"workdir={work}", f"upperdir={upper}", f"lowerdir={lower}"))
+    _mount_overlay(scratch, "lower", ("userxattr",) if userxattr else ())
+    (scratch / "merged/written").touch()
+    if os.path.lexists(scratch / "merged/hidden") or os.listdir(scratch / "merged/dir"):
+        raise OSError(errno.ENOTSUP, "its whiteouts do not work on this file system")
 
-    def attempt() -> None:
-        mount_all([mount], merged)
-        (scratch / "merged/written").touch()
-        if os.path.lexists(f"{merged}/hidden") or os.listdir(f"{merged}/dir"):
-            raise OSError(errno.ENOTSUP, "its whiteouts do not work on this file system")
 
-    in_own_namespace(attempt)
+def _mount_overlay(scratch: Path, lower: str, options: tuple[str, ...]) -> None:
+    places = (f"workdir={scratch}/work", f"upperdir={scratch}/upper", f"lowerdir={scratch}/{lower}")
+    mount_all([Mount("overlay", "overlay", (*options, *places))], f"{scratch}/merged")
+
+
+def _try_idmap(scratch: Path) -> None:
+    with user_namespace("0:100000:65536", "0:100000:65536") as namespace:
+        kernel.idmapped_mount(str(scratch / "lower"), str(scratch / "mapped"), namespace)
+    if (scratch / "mapped").stat().st_uid != 100000 + os.geteuid():
+        raise OSError(errno.ENOTSUP, "owners are not shifted")
+
+
+def _try_mapped_overlay(scratch: Path) -> None:
+    """Lower directories may be mapped since Linux 5.19, long after plain binds."""
+    (scratch / "lower/owned").mkdir()
+    _try_idmap(scratch)
     shutil.rmtree(scratch / "work")
-
-
-def _try_idmap(scratch: Path) -> str:
-    """Why idmapped mounts do not work here, "" if they do."""
-
-    def attempt() -> None:
-        with user_namespace("0:100000:65536", "0:100000:65536") as namespace:
-            kernel.idmapped_mount(str(scratch / "lower"), str(scratch / "merged"), namespace)
-        if (scratch / "merged").stat().st_uid != 100000 + os.geteuid():
-            raise OSError(errno.ENOTSUP, "owners are not shifted")
-
-    try:
-        in_own_namespace(attempt)
-    except (OSError, ImgsvcError) as error:
-        return str(error)
-    return ""
+    (scratch / "work").mkdir()
+    _mount_overlay(scratch, "mapped", ())
+    if (scratch / "merged/owned").stat().st_uid != 100000 + os.geteuid():
+        raise OSError(errno.ENOTSUP, "owners are not shifted through overlayfs")

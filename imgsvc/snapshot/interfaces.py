@@ -77,6 +77,10 @@ class Snapshotter(Protocol):
     def parallel(self) -> bool:
         """Layers may be unpacked without their parents: prepare(key, None), then commit(…, parent=…) ("rebase")."""
 
+    @property
+    def idmapped(self) -> bool:
+        """Snapshots can be mounted with owners shifted; else a user namespace needs prepare(mapping=…), which copies."""
+
     def stat(self, key_or_name: str) -> SnapshotInfo | None:
         """The record, or None; None also for a committed snapshot whose files are lost (LayerCare.check)."""
 

@@ -23,9 +23,15 @@ class NativeSnapshotter(DirectoryDriver):
 
     parallel = False
 
-    def __init__(self, root: Path, db: MetaDB, *, sync_remove: bool = False) -> None:
-        """root: ROOT/snapshots/native, created with mode 0700."""
+    def __init__(self, root: Path, db: MetaDB, *, sync_remove: bool = False, idmapped: bool = True) -> None:
+        """root: ROOT/snapshots/native, created with mode 0700. idmapped: binds can be, here."""
         super().__init__(NAME, root, db, sync_remove=sync_remove)
+        self._idmapped = idmapped
+
+    @property
+    def idmapped(self) -> bool:
+        """See Snapshotter."""
+        return self._idmapped
 
     def mounts(self, key: Key, *, below: Sequence[str] = ()) -> list[Mount]:
         """See Snapshotter."""

@@ -53,6 +53,11 @@ class OverlaySnapshotter(DirectoryDriver):
         self._options = options or OverlayOptions()
         super().__init__(NAME, root, db, sync_remove=self._options.sync_remove)
 
+    @property
+    def idmapped(self) -> bool:
+        """See Snapshotter."""
+        return self._options.idmapped
+
     def stat(self, key_or_name: str) -> SnapshotInfo | None:
         """See Snapshotter."""
         stored = self._present(key_or_name)

@@ -6,13 +6,15 @@ import dataclasses
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from imgsvc.errors import PermissionDenied
 from imgsvc.metadb import MetaDB
 from imgsvc.oci import Digest, ImageConfig, Platform
 from imgsvc.runtime.interfaces import Images, RootMount, RunnableImage
+from imgsvc.runtime.model import UserNamespace
 
 BUSYBOX = "busybox"
 IMAGE_ID = Digest.of(b"busybox")
@@ -48,7 +50,12 @@ class BusyboxImages:
             return None
         return RunnableImage(IMAGE_ID, self.config, ("docker.io/library/busybox:latest",), (f"docker.io/library/busybox@{IMAGE_ID}",))
 
-    async def prepare_root(self, container_id: str, image_id: Digest, *, snapshotter: str, readonly: bool = False) -> Sequence[RootMount]:
+    def describe(self) -> Mapping[str, Any]:
+        return {}
+
+    async def prepare_root(
+        self, container_id: str, image_id: Digest, *, snapshotter: str, readonly: bool = False, user: UserNamespace | None = None
+    ) -> Sequence[RootMount]:
         if self.forbidden:
             raise PermissionDenied("no key")
         await self._database.awrite(lambda _: None)  # as a snapshotter's record: behind the container's, in the same queue

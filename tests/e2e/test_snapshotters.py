@@ -1,0 +1,125 @@
+"""What the node's file system can do, as Status tells; containerd's options of overlayfs; owners for user namespaces without idmapped mounts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imgsvc.api import cri_pb2 as pb
+from tests.e2e.conftest import BUSYBOX
+from tests.support import cri
+from tests.support.daemon import RPC_TIMEOUT, Daemon
+from tests.support.registries import RealRegistry
+
+pytestmark = pytest.mark.root
+
+OPTIONS = """
+[images.overlayfs]
+mount_options = ["volatile", "metacopy=off"]
+upperdir_label = true
+sync_remove = true
+slow_chown = false
+"""
+
+
+def storage(daemon: Daemon) -> dict[str, Any]:
+    shown: dict[str, Any] = json.loads(daemon.runtime().Status(pb.StatusRequest(verbose=True), timeout=RPC_TIMEOUT).info["storage"])
+    return shown
+
+
+def started(daemon: Daemon, registry: RealRegistry) -> Daemon:
+    daemon.map_host("docker.io", registry.address)
+    daemon.start()
+    cri.pull(daemon.images(), BUSYBOX)
+    return daemon
+
+
+def test_containerds_options_of_overlayfs(make_daemon: Callable[..., Daemon], registry: RealRegistry, busybox: str) -> None:
+    daemon = started(make_daemon(network=True, settings=OPTIONS), registry)
+    shown = storage(daemon)
+    assert shown["snapshotter"] == "overlayfs"
+    assert "overlayfs works" in shown["detected"]
+    options = shown["overlayfs"]
+    assert options["mount_options"] == ["volatile", "metacopy=off"]
+    assert (options["upperdir_label"], options["sync_remove"], options["slow_chown"]) == (True, True, False)
+    runtime, pod = daemon.runtime(), cri.pod_config(daemon)
+    sandbox = cri.run_pod(runtime, pod)
+    script = "echo written > /file; cat /file"
+    container = cri.create(runtime, sandbox, cri.container_config(BUSYBOX, ["sh", "-c", script]), pod)
+    (mounted,) = [line for line in Path("/proc/self/mounts").read_text().splitlines() if container in line and line.startswith("overlay ")]
+    assert any(option in ("volatile", "fsync=volatile") for option in mounted.split()[3].split(","))  # as old kernels, and new ones show it
+    cri.start(runtime, container)
+    assert cri.wait_for_exit(runtime, container).exit_code == 0
+    cri.remove_pod(runtime, sandbox)
+    assert not list((daemon.root / "snapshots/overlayfs/trash").iterdir())
+    assert daemon.leftovers() == []
+
+
+@pytest.mark.parametrize("option", ["lowerdir=/", "upperdir=/", "a,b", ""])
+def test_options_that_are_imgsvcs_own_are_refused(make_daemon: Callable[..., Daemon], option: str) -> None:
+    daemon = make_daemon(settings=f"[images.overlayfs]\nmount_options = [{json.dumps(option)}]\n")
+    done = daemon.cli("config", "check", str(daemon.config))
+    assert done.returncode == 1
+    assert "images.overlayfs.mount_options" in done.stderr + done.stdout
+
+
+@contextlib.contextmanager
+def overlay_root(daemon: Daemon) -> Iterator[None]:
+    """--root on an overlayfs, as in a container: it can be neither an overlay's upper directory nor ID-mapped."""
+    places = [daemon.directory / name for name in ("lower", "upper", "work", "root")]
+    for place in places:
+        place.mkdir()
+    lower, upper, work, root = map(str, places)
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    subprocess.run(["mount", "-t", "overlay", "-o", options, "imgsvc-test", root], check=True, timeout=10)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", root], check=True, timeout=10)
+
+
+def test_user_namespaces_get_copies_where_owners_cannot_be_mapped(
+    make_daemon: Callable[..., Daemon], registry: RealRegistry, busybox: str
+) -> None:
+    """Two pods with other mappings use one image; a third one without sees the image's own owners."""
+    daemon = make_daemon(network=True)
+    with overlay_root(daemon):
+        started(daemon, registry)
+        shown = storage(daemon)
+        assert shown["snapshotter"] == "native"
+        assert "without idmapped mounts" in shown["detected"]
+        for first in (0, 300_000, 500_000):
+            assert owners(daemon, first) == ["0", "0", "0", "7"]
+        daemon.remove_all_pods()
+        assert daemon.stop() == 0
+
+
+def owners(daemon: Daemon, first: int) -> list[str]:
+    """What a container sees: its own user, of a file of the image, of one it makes, of one it gives away. first: of the mapping, 0 for none."""
+    daemon.directory.chmod(0o711)  # as /run is: who is root in a user namespace has to reach its root file system
+    mapping = [pb.IDMapping(host_id=first, container_id=0, length=65536)]
+    user = pb.UserNamespace(mode=pb.POD, uids=mapping, gids=mapping) if first else None
+    namespaces = pb.NamespaceOption(network=pb.NODE, pid=pb.CONTAINER, userns_options=user)
+    runtime, pod = daemon.runtime(), cri.pod_config(daemon, f"mapped-{first}")
+    pod.linux.security_context.namespace_options.CopyFrom(namespaces)
+    sandbox = cri.run_pod(runtime, pod)
+    script = "id -u; stat -c %u /bin/busybox; touch /new; stat -c %u /new; chown 7 /new; stat -c %u /new"
+    config = cri.container_config(BUSYBOX, ["sh", "-c", script])
+    config.linux.security_context.namespace_options.CopyFrom(namespaces)
+    container = cri.create(runtime, sandbox, config, pod)
+    cri.start(runtime, container)
+    done = cri.wait_for_exit(runtime, container)
+    return [line.text for line in cri.read_log(Path(done.log_path))]
+
+
+@pytest.mark.parametrize("first", [0, 300_000, 500_000])
+def test_user_namespaces_share_an_image_through_idmapped_mounts(pod_daemon: Daemon, first: int) -> None:
+    shown = storage(pod_daemon)
+    assert shown["overlayfs"]["idmapped"]
+    assert owners(pod_daemon, first) == ["0", "0", "0", "7"]
