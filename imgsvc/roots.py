@@ -16,8 +16,7 @@ from imgsvc.errors import FailedPrecondition, NotFound, PermissionDenied
 from imgsvc.images import Image, ImageStore
 from imgsvc.layers import layer_names, layer_secrets, unwrap_layers
 from imgsvc.oci import Digest
-from imgsvc.runtime.interfaces import RootMount, RunnableImage
-from imgsvc.runtime.model import UserNamespace
+from imgsvc.runtime.interfaces import RootMount, RunnableImage, UserNamespace
 from imgsvc.snapshot.interfaces import IDMapping, Key, Mount, Name, Snapshotter
 
 KEY_PREFIX = "container-"

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from imgsvc.errors import ImgsvcError
 from imgsvc.oci import Digest, ImageConfig
-from imgsvc.runtime.model import PodSandboxConfig, UserNamespace
+from imgsvc.runtime.model import PodSandboxConfig
+from imgsvc.runtime.model import UserNamespace as UserNamespace  # part of the contract with the image side
 from imgsvc.runtime.streaming.interfaces import CommandTarget
 from imgsvc.runtime.usage import Usage
 
