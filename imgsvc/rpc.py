@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import grpc
 import grpc.aio
 
+from imgsvc import tracing
 from imgsvc.errors import ImgsvcError
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class _Call:
     @asynccontextmanager
     async def _around(self, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
         began, code = time.monotonic(), "CANCELLED"
+        tracing.enter(context.invocation_metadata() or ())
         try:
             yield
             code = "OK"

@@ -22,6 +22,7 @@ def add_commands(commands: Any) -> None:
     explain.set_defaults(run=run_explain)
     check = actions.add_parser("check", help="really ask each endpoint; without REF, those of every configured registry")
     check.add_argument("reference", nargs="?", metavar="REF", type=usage.reference)
+    check.add_argument("--creds", type=usage.credentials, metavar="USER:PASSWORD", help="credentials for the registry of REF")
     check.set_defaults(run=run_check)
     for action in (explain, check):
         action.add_argument("--config", type=Path, metavar="FILE", help="the daemon's configuration file, if not the usual one")
@@ -50,12 +51,14 @@ def run_check(arguments: argparse.Namespace) -> int:
 async def _check(arguments: argparse.Namespace) -> int:
     from imgsvc.registries import open_registries
     from imgsvc.registry.check import check, check_namespace, render
+    from imgsvc.registry.interfaces import Credential
 
     registries = open_registries(config.load(arguments.config))
     results = []
     try:
         if arguments.reference:
-            results = await check(registries.client, arguments.reference)
+            credential = Credential("command line", *arguments.creds) if arguments.creds else None
+            results = await check(registries.client, arguments.reference, credential)
         else:
             for namespace, prefix in registries.client.directories.namespaces():
                 results += await check_namespace(registries.client, namespace, prefix)

@@ -244,7 +244,8 @@ async def _token_error(response: Response, realm: str, scopes: Sequence[str], cr
         what = f"token service answered {status}: a redirect, which is not followed"
     failure = kind_of_status(status, bool(response.headers.get("retry-after")))
     wait = retry_after(response.headers.get("retry-after"), datetime.now(UTC))
-    return RequestFailed(what, code=code, failure=failure, phase="auth", status=status, where=shown_url(realm), wait=wait)
+    hint = "is the credential right, and allowed to do this?" if credential and status in (401, 403) else ""
+    return RequestFailed(what, code=code, failure=failure, phase="auth", status=status, where=shown_url(realm), hint=hint, wait=wait)
 
 
 def secrets_of(credential: Credential | None) -> tuple[str, ...]:

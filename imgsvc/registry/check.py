@@ -14,7 +14,7 @@ from typing import Any, Final
 from imgsvc.errors import ImgsvcError
 from imgsvc.oci import MAX_DOCUMENT, MIB, Descriptor, Index, Platform, parse_document
 from imgsvc.reference import Reference
-from imgsvc.registry.documents import ACCEPT_HEADER, read_document
+from imgsvc.registry.documents import ACCEPT_HEADER, check_is_manifest, read_document
 from imgsvc.registry.endpoint import Ask, Endpoint
 from imgsvc.registry.hosts import Capability
 from imgsvc.registry.interfaces import Credential
@@ -28,7 +28,7 @@ _SKEW_NOTED_S: Final = 60.0  # tokens and certificates start to fail about there
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """One endpoint. latency [seconds] of the first answer; speed [bytes/s], 0 = not measured; clock_skew: server minus us [s]."""
+    """One endpoint. latency [seconds] of the first answer; tls: "" where none was seen; speed [bytes/s], 0 = not measured; clock_skew: server minus us [s]."""
 
     endpoint: str
     origin: str
@@ -73,7 +73,9 @@ def render(results: list[Checked]) -> Iterator[str]:
         yield f"{result.endpoint}: {'ok' if result.ok else 'FAILED'} (status {result.status or 'none'}, from {result.origin})"
         if result.error:
             yield f"  {result.error}"
-        yield f"  TLS {result.tls}; credential {result.credential}; answer after {result.latency * 1000:.0f} ms"
+        if result.latency:
+            tls = f"TLS {result.tls}; " if result.tls else ""
+            yield f"  {tls}credential {result.credential}; {'answer' if result.status else 'gave up'} after {result.latency * 1000:.0f} ms"
         if result.speed:
             yield f"  speed {result.speed / MIB:.1f} MiB/s"
         if result.clock_skew is not None and abs(result.clock_skew) > _SKEW_NOTED_S:
@@ -81,7 +83,7 @@ def render(results: list[Checked]) -> Iterator[str]:
 
 
 def _misconfigured(namespace: str, error: ImgsvcError) -> Checked:
-    return Checked(namespace, error.where, False, 0, "none", "not reached", 0.0, 0.0, None, str(error))
+    return Checked(namespace, error.where, False, 0, "none", "", 0.0, 0.0, None, str(error))
 
 
 def _question(endpoint: Endpoint, reference: Reference | None) -> Ask:
@@ -95,12 +97,14 @@ def _question(endpoint: Endpoint, reference: Reference | None) -> Ask:
 async def _check(endpoint: Endpoint, reference: Reference | None) -> Checked:
     ask = _question(endpoint, reference)
     started = time.monotonic()
-    status, tls, skew, speed, error = 0, "not reached", None, 0.0, ""
+    status, tls, skew, speed, error = 0, "", None, 0.0, ""
     latency = 0.0
     try:
         async with await endpoint.ask(ask) as response:
             latency = time.monotonic() - started
             status, tls, skew = response.status, _tls(response), _skew(response)
+            if reference is not None:
+                check_is_manifest(response)
         if reference is not None and Capability.PULL in endpoint.host.capabilities:
             speed = await _speed(endpoint, reference)
     except ImgsvcError as failure:

@@ -89,11 +89,7 @@ class NodeCredentials:
 
     async def named(self, name: str, directories: Sequence[str]) -> Credential:
         """As CredentialSource.named."""
-        found = await asyncio.to_thread(_from_directories, directories, name)
-        if found is None:
-            where = os.path.join(next(iter(directories), ""), FILE_NAME)
-            raise InvalidArgument(f'no table "{name}"', where=where, hint=f"add [{name}] with username and password")
-        return found
+        return await asyncio.to_thread(named_credential, name, directories)
 
     def locate(self, registry: str, repository: str, directories: Sequence[str], renew: bool = False) -> Iterator[Located]:
         """Every place that knows the registry, in order; files are read, programs are not run. Blocking."""
@@ -199,6 +195,15 @@ def _read_docker_config(name: str) -> DockerConfig | None:
         return None
     except ImgsvcError as error:
         raise Unavailable(error.what, where=error.where, hint=error.hint) from error
+
+
+def named_credential(name: str, directories: Sequence[str]) -> Credential:
+    """A table of the first credentials.toml that has it. Blocking. Raises: InvalidArgument, PermissionDenied."""
+    found = _from_directories(directories, name)
+    if found is None:
+        where = os.path.join(next(iter(directories), ""), FILE_NAME)
+        raise InvalidArgument(f'no table "{name}"', where=where, hint=f"add [{name}] with username and password")
+    return found
 
 
 def _from_directories(directories: Sequence[str], table: str) -> Credential | None:

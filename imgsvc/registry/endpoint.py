@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Final, Protocol
 from urllib.parse import urlencode, urljoin, urlsplit
 
-from imgsvc import __version__
+from imgsvc import __version__, tracing
 from imgsvc.errors import ImgsvcError, InvalidArgument, Unavailable, printable
 from imgsvc.registry.auth import Answer, Authorizer, Peer, secrets_of
 from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, OWN, Capability, Host, Tls, canonical_name, is_local
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 USER_AGENT: Final = f"imgsvc/{__version__}"
 MAX_REDIRECTS: Final = 10
 _MAX_ATTEMPTS: Final = 64  # kept of one operation, the latest; a long download over a bad line makes many
+_NO_CREDENTIAL: Final = "there is no such repository, or it wants a credential: the pod's, that of --creds, or one of the node"
 _MAX_WARNINGS: Final = 4  # of an answer that are told. Source: distribution-spec "Warnings"
 _MAX_ROUNDS: Final = 3  # requests one call may cost: unauthenticated, authenticated, with a renewed credential
 _REASON_TIMEOUT_S: Final = 5.0  # for the words to a refusal that is already certain
@@ -187,7 +188,6 @@ class Endpoint:
         if self._unexplained is None or Capability.PULL not in self.host.capabilities:
             return None
         (ask, answer), self._unexplained = self._unexplained, None
-        started = time.monotonic()
         ask = replace(ask, method="GET")
         try:
             async with asyncio.timeout(_REASON_TIMEOUT_S), await self._send_with_fallback(ask, answer) as response:
@@ -196,8 +196,16 @@ class Endpoint:
                 told = await self._status_error(response, ask)
         except (ImgsvcError, TimeoutError):
             return None  # the status of the HEAD says enough
-        self.record(told.phase, told.status, started, told.what)
+        self.correct(told)
         return told
+
+    def correct(self, error: RequestFailed) -> None:
+        """What is known now about the last attempt here."""
+        attempts = self._session.attempts
+        for index in reversed(range(len(attempts))):
+            if attempts[index].endpoint == self.base:
+                attempts[index] = replace(attempts[index], status=error.status, error=error.what)
+                break
 
     def record(self, phase: str, status: int, started: float, error: str = "") -> None:
         """Add an Attempt."""
@@ -350,6 +358,7 @@ class Endpoint:
     async def _send(self, ask: Ask, url: str, answer: Answer | None, is_foreign: bool) -> Response:
         headers = [("User-Agent", USER_AGENT), ("Accept-Encoding", "identity"), *ask.headers]
         if not is_foreign:
+            headers += [(tracing.HEADER, trace)] if (trace := tracing.parent()) else []
             configured = {name.lower() for name, _ in self.host.headers}
             headers = [(name, value) for name, value in headers if name.lower() not in configured]
             headers += self.host.headers
@@ -383,12 +392,12 @@ class Endpoint:
         status = response.status
         wait = retry_after(response.headers.get("retry-after"), datetime.now(UTC))
         failure = kind_of_status(status, wait is not None)
-        what = f"{ask.method} answered {status}" + (f" ({words})" if words else "")
+        what, hint = f"{ask.method} answered {status}" + (f" ({words})" if words else ""), ""
         if status in (401, 403):
-            what += f", credential {self.credential_name}"
             challenge = response.headers.get("www-authenticate")
             if challenge:
                 what += f", challenge {scrubbed(challenge, secrets_of(self._credential))}"
+            hint = "is the credential right, and allowed to do this?" if self._credential else _NO_CREDENTIAL
         return RequestFailed(
             what,
             code=_code_of(status),
@@ -396,6 +405,7 @@ class Endpoint:
             phase=ask.phase,
             status=status,
             where=shown_url(response.url),
+            hint=hint,
             wait=wait,
             is_silent=ask.method == "HEAD",
         )

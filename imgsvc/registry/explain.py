@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 from urllib.parse import urlencode
 
-from imgsvc.errors import ImgsvcError
+from imgsvc.errors import ImgsvcError, Unavailable
 from imgsvc.reference import Reference
-from imgsvc.registry.credentials import FILE_NAME, NodeCredentials
+from imgsvc.registry.credentials import NodeCredentials, named_credential
 from imgsvc.registry.hostdirs import HostDirectories, Searched
 from imgsvc.registry.hosts import (
     FROM_NAMESPACE,
@@ -25,6 +24,7 @@ from imgsvc.registry.hosts import (
 )
 from imgsvc.registry.proxies import proxy_for
 from imgsvc.registry.redact import shown_url
+from imgsvc.registry.tls import context_for
 
 _OPERATIONS: Final = tuple(capability.value for capability in Capability)
 
@@ -68,13 +68,15 @@ def explain(directories: HostDirectories, credentials: NodeCredentials, referenc
         config, searched = directories.search(reference.host, reference.repository)
     except ImgsvcError as error:
         return Explanation(str(reference), reference.host, error.where, (), tuple(searched), (), str(error))
-    endpoints = tuple(_endpoint(host, config, credentials, reference, environ) for host in config.hosts)
+    problems: list[str] = []
+    endpoints = tuple(_endpoint(host, config, credentials, reference, environ, problems) for host in config.hosts)
     missing = tuple(f"{root}: configured in config_path, but there is no such directory" for root in directories.missing_roots())
     problem = f"pulling is blocked ({config.blocked})" if config.blocked else ""
     if not problem and not config.able(Capability.PULL):
         problem = "no endpoint has the capability pull"
     elif not problem and not reference.digest and not config.able(Capability.RESOLVE):
         problem = "no endpoint has the capability resolve, so only references with a digest can be pulled"
+    problem = problem or next(iter(problems), "")
     return Explanation(str(reference), reference.host, config.origin, endpoints, tuple(searched), (*config.warnings, *missing), problem)
 
 
@@ -101,8 +103,22 @@ def render(explanation: Explanation) -> Iterator[str]:
 
 
 def _endpoint(
-    host: Host, config: HostsConfig, credentials: NodeCredentials, reference: Reference, environ: Mapping[str, str]
+    host: Host,
+    config: HostsConfig,
+    credentials: NodeCredentials,
+    reference: Reference,
+    environ: Mapping[str, str],
+    problems: list[str],
 ) -> ExplainedEndpoint:
+    """problems: gets what is wrong with the files this host needs."""
+
+    def tried(describe: Callable[[], str]) -> str:
+        try:
+            return describe()
+        except ImgsvcError as error:
+            problems.append(str(error))
+            return f"UNUSABLE: {error}"
+
     url = f"{host.url}/{host.repository(reference.repository)}/manifests/{reference.target}"
     if host.sends_ns and not host.canonical:
         url += "?" + urlencode({"ns": config.namespace}, safe=":/")
@@ -111,8 +127,8 @@ def _endpoint(
         url=url,
         origin=host.origin,
         capabilities=tuple(name for name in _OPERATIONS if Capability(name) in host.capabilities),
-        tls=_tls(host),
-        credential=_credential(host, config, credentials, reference),
+        tls=tried(lambda: _tls(host)),
+        credential=tried(lambda: _credential(host, config, credentials, reference)),
         proxy=f"{shown_url(proxy)} ({'hosts.toml' if host.proxy else 'environment'})" if proxy else "none",
         headers=tuple(dict.fromkeys(name for name, _ in host.headers)),
         token_hosts=tuple(sorted(trusted_token_hosts(host))),
@@ -123,6 +139,7 @@ def _endpoint(
 def _tls(host: Host) -> str:
     if host.url.startswith("http://") and not host.try_tls_first:
         return "off (plain HTTP)"
+    context_for(host.tls)
     words = ["HTTPS first, then plain HTTP"] if host.try_tls_first else []
     words.append("certificate NOT verified" if host.tls.skip_verify else "certificate verified")
     words += [f"extra CA {name}" for name in host.tls.ca]
@@ -138,14 +155,13 @@ def _credential(host: Host, config: HostsConfig, credentials: NodeCredentials, r
     if is_clear and not is_local(host.authority):
         return "withheld: plain HTTP (insecure_credentials = true allows it)"
     if policy not in (FROM_NAMESPACE, OWN):
-        files = [os.path.join(directory, FILE_NAME) for directory in config.directories]
-        return f"table [{policy}] of {' else '.join([name for name in files if os.path.exists(name)] or files)}"
+        return f"table [{policy}], {named_credential(policy, config.directories).source}"
     try:
         if policy == FROM_NAMESPACE:
             places = credentials.locate(config.namespace, reference.repository, config.directories)
         else:
             places = credentials.locate(canonical_name(host.authority), host.repository(reference.repository), ())
         stored = " else ".join(place.source for place in places) or "none stored"
-    except ImgsvcError as error:
-        return f"none ({error})"
+    except Unavailable as error:
+        return f"none ({error})"  # then the pull goes on without
     return f"the caller's, else {stored}" if policy == FROM_NAMESPACE else stored

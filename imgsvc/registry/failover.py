@@ -90,6 +90,8 @@ class Failover:
                     result = await action(endpoint)
                 except RequestFailed as error:
                     self._errors.append((endpoint, error))
+                    if error.failure is Failure.LIED:
+                        endpoint.correct(error)  # it was a good answer when it was recorded
                     self._book.note(endpoint, error)
                     decision = self._book.decide(endpoint, error, tries, is_last=is_last)
                     waited += decision.delay
@@ -135,12 +137,13 @@ class Failover:
         """The error of the whole operation."""
         if not self._endpoints:
             return PullFailed(what, [], "FAILED_PRECONDITION", retryable=False, hint="no configured host has the capability for this")
-        error = min(self._errors, key=_rank)[1]
+        endpoint, error = min(self._errors, key=_rank)
         hint = error.hint
+        note = f", credential {endpoint.credential_name}" if error.status in (401, 403) else ""
         if error.failure is Failure.LIMITED:
             hint = "the registry limits the rate; pull through a mirror or with credentials, or later"
         return PullFailed(
-            f"{what}: {printable(error.what, 400)}",
+            f"{what}: {printable(error.what, 400)}{note}",
             self._attempts,
             error.code,
             retryable=any(e.retryable for _, e in self._errors),

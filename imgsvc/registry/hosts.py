@@ -301,7 +301,10 @@ def _api_path(path: str, override_path: bool) -> str:
 
 def _check_shape(document: Document) -> None:
     document.check_keys(_ROOT_KEYS)
-    document.typed(dict, "host")
+    try:
+        document.typed(dict, "host")
+    except InvalidArgument as error:
+        raise document.error(error.what, "host", hint='host tables look like [host."https://mirror.example"]') from error
     for url, table in (document.get("host") or {}).items():
         if not isinstance(table, dict):
             hint = f'host tables look like [host."https://mirror.example"]; did you mean a root-level {url}?'
@@ -310,6 +313,10 @@ def _check_shape(document: Document) -> None:
         if misplaced:
             hint = "it belongs to the top of the file, before the first [host] table"
             raise document.error(f"{misplaced[0]} inside a [host] table", "host", url, misplaced[0], hint=hint)
+        for key, value in table.items():
+            if isinstance(value, dict) and key not in _HOST_KEYS:
+                hint = f'dots part names in TOML: write the whole address in quotes, [host."https://{printable(url, 80)}.…"]'
+                raise document.error(f'a table "{printable(key, 80)}" inside [host.{printable(url, 80)}]', "host", url, key, hint=hint)
         document.check_keys(_HOST_KEYS, "host", url)
 
 

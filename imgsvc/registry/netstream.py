@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import re
+import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterable
@@ -20,11 +20,10 @@ from typing import Any, Final, cast
 import httpcore
 
 from imgsvc.registry.netguard import Reach, reach_of
+from imgsvc.registry.tls import reason_of
 
 READ_SIZE: Final = 256 * 1024  # [bytes] at most per read; larger ones bring no more speed and hold the loop longer
 _NEXT_ADDRESS_AFTER_S: Final = 0.3
-
-_SSL_FRAME: Final = re.compile(r"^\[\w+(?:: \w+)?\] | \(_ssl\.c:\d+\)$", re.ASCII)
 
 SocketOption = tuple[int, int, int] | tuple[int, int, bytes | bytearray] | tuple[int, int, None, int]
 
@@ -122,8 +121,14 @@ async def _first_connected(addresses: list[Any]) -> socket.socket:
         for result in await asyncio.gather(*running, return_exceptions=True):
             if isinstance(result, socket.socket):
                 result.close()
-    reasons = "; ".join(dict.fromkeys(error.strerror or str(error) for error in errors))
+    reasons = "; ".join(dict.fromkeys(map(_connect_reason, errors)))
     raise ConnectFailed(reasons or "no address") from (errors[0] if errors else None)
+
+
+def _connect_reason(error: OSError) -> str:
+    """Asyncio's text says `Connect call failed (…)` and leaves out why."""
+    _, _, address = (error.strerror or "").partition("failed ")
+    return f"{os.strerror(error.errno)} {address}".strip() if error.errno else str(error)
 
 
 async def _connect_one(entry: Any) -> socket.socket:
@@ -372,8 +377,7 @@ def _is_plain(error: ssl.SSLError) -> bool:
 
 def _tls_reason(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate not trusted: {error.verify_message}"
+        return f"certificate not trusted: {reason_of(error)}"
     if _is_plain(error):
         return "the server answered plain HTTP on a TLS port"
-    # Python has no name for some of OpenSSL's reasons: "[SSL] tlsv1 alert no application protocol (_ssl.c:1006)".
-    return (error.reason or _SSL_FRAME.sub("", str(error))).lower().replace("_", " ")
+    return reason_of(error)

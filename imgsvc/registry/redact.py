@@ -5,6 +5,7 @@ Source: needs.md C-R16, A4.7; distribution-spec "Error Codes" for the body.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Final
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -14,6 +15,7 @@ from imgsvc.oci import load_json_object
 
 MAX_ERROR_BODY: Final = 64 * 1024  # [bytes]
 _SHOWN_QUERY: Final = frozenset({"ns"})
+_TITLE: Final = re.compile(rb"<title>([^<]*)", re.IGNORECASE)
 _MIN_SECRET: Final = 4  # [characters] shorter ones would censor ordinary words
 
 
@@ -49,5 +51,10 @@ def registry_message(body: bytes, content_type: str, secrets: Iterable[str] = ()
         if words:
             return scrubbed(words, secrets)
     if "html" in content_type:
-        return "an HTML page"
-    return scrubbed(" ".join(body[:200].decode("utf-8", "replace").split()), secrets)
+        title = _TITLE.search(body[:4096])
+        return f'an HTML page "{scrubbed(_words(title[1])[:100], secrets)}"' if title else "an HTML page"
+    return scrubbed(_words(body[:200]), secrets)
+
+
+def _words(text: bytes) -> str:
+    return " ".join(text.decode("utf-8", "replace").split())

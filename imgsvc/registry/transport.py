@@ -17,7 +17,7 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -26,12 +26,13 @@ from urllib.parse import unquote, urlsplit
 import httpcore
 from h2.exceptions import H2Error
 
-from imgsvc.errors import ImgsvcError, InvalidArgument, ResourceExhausted, printable
+from imgsvc.errors import ImgsvcError, ResourceExhausted, printable
 from imgsvc.registry.hosts import Tls
 from imgsvc.registry.netguard import ANYWHERE, Reach, reach_of
-from imgsvc.registry.netstream import AddressRefused, Backend, ConnectFailed, TlsFailed
+from imgsvc.registry.netstream import AddressRefused, Backend, TlsFailed
 from imgsvc.registry.redact import shown_url
 from imgsvc.registry.retry import Failure
+from imgsvc.registry.tls import context_for, hint_about
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +235,7 @@ class Transport:
             raise RequestFailed(what, code="DEADLINE_EXCEEDED", failure=Failure.BROKEN, phase=phase, where=shown_url(url)) from error
         except _HTTP_ERRORS as error:
             if not isinstance(error, httpcore.RemoteProtocolError) or not _is_no_http1(error):
-                raise _mapped(error, url, phase) from error
+                raise _mapped(error, url, phase, route.proxy) from error
             what, hint = f"the answer is not HTTP: {printable(str(error), 160)}", "is this the registry's port, and does it want https://?"
             raise RequestFailed(what, code="UNAVAILABLE", failure=Failure.DEFINITE, phase=phase, where=shown_url(url), hint=hint) from error
         if log.isEnabledFor(logging.DEBUG):
@@ -287,7 +288,7 @@ class Transport:
         key = (route.tls, _stamps(route.tls), is_h2)
         if key not in self._contexts:
             # Reading the system's CAs takes tens of milliseconds.
-            self._contexts[key] = await asyncio.to_thread(_tls_context, route.tls)
+            self._contexts[key] = await asyncio.to_thread(context_for, route.tls)
         return self._contexts[key]
 
 
@@ -315,24 +316,6 @@ def _is_no_http1(error: Exception) -> bool:
     if isinstance(error, TlsFailed):
         return error.no_protocol
     return "disconnected" not in str(error)
-
-
-def _tls_context(tls: Tls) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    if tls.skip_verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    name = ""
-    try:
-        for name in tls.ca:
-            context.load_verify_locations(name)
-        for name, key in tls.client:
-            # With a password given, OpenSSL does not ask the terminal for one.
-            context.load_cert_chain(name, key or None, password="")
-    except (ssl.SSLError, OSError) as error:
-        reason = error.strerror or str(error)
-        raise InvalidArgument(f"certificate cannot be used: {printable(reason, 160)}", where=name, hint="a PEM file is expected") from error
-    return context
 
 
 def _stamps(tls: Tls) -> tuple[tuple[int, int, int], ...]:
@@ -383,27 +366,33 @@ _TOLD: Final = (
     "Content-Type", "Content-Length", "Content-Range", "Docker-Content-Digest", "WWW-Authenticate", "Retry-After", "RateLimit-Remaining",
     "Warning", "Age", "X-Cache",
 )  # fmt: skip
-_HINTS: Final[Mapping[str, str]] = {
-    "plain": "write http:// in the [host] table if that is meant",
-    "untrusted": 'add its CA with ca = "…" in hosts.toml',
-}
 
 
-def _mapped(error: Exception, url: str, phase: str) -> RequestFailed:
+def _mapped(error: Exception, url: str, phase: str, proxy: str = "") -> RequestFailed:
+    """proxy: what the connection goes through, "" for none."""
     where, text = shown_url(url), printable(str(error), 200)
-    if isinstance(error, AddressRefused):
-        return RequestFailed(text, code="PERMISSION_DENIED", failure=Failure.DEFINITE, phase="connect", where=where)
     if isinstance(error, TlsFailed):
         untrusted = "not trusted" in text
-        hint = _HINTS["plain"] if error.plain else _HINTS["untrusted"] if untrusted else ""
+        hint = "write http:// in the [host] table if that is meant" if error.plain else hint_about(text) if untrusted else ""
         failure = Failure.DEFINITE if untrusted or error.plain else Failure.UNREACHABLE
         return RequestFailed(text, code="UNAVAILABLE", failure=failure, phase="tls", where=where, hint=hint, is_plain_http=error.plain)
-    if isinstance(error, httpcore.ConnectTimeout):
-        return RequestFailed(text, code="DEADLINE_EXCEEDED", failure=Failure.UNREACHABLE, phase="connect", where=where)
-    if isinstance(error, ConnectFailed | httpcore.ConnectError):
-        return RequestFailed(text, code="UNAVAILABLE", failure=Failure.UNREACHABLE, phase="connect", where=where)
-    if isinstance(error, httpcore.ProxyError):
-        return RequestFailed(f"proxy: {text}", code="UNAVAILABLE", failure=Failure.UNREACHABLE, phase="connect", where=where)
+    if isinstance(error, AddressRefused):
+        return RequestFailed(text, code="PERMISSION_DENIED", failure=Failure.DEFINITE, phase="connect", where=where)
+    if isinstance(error, httpcore.ConnectTimeout | httpcore.ConnectError | httpcore.ProxyError):
+        code = "DEADLINE_EXCEEDED" if isinstance(error, httpcore.ConnectTimeout) else "UNAVAILABLE"
+        hint = (
+            "hosts explain shows where the proxy is set"
+            if proxy
+            else "is the name right, and known to this node's DNS?"
+            if _is_unknown(text)
+            else ""
+        )
+        what = f"proxy {shown_url(proxy)}: {text}" if proxy else text
+        return RequestFailed(what, code=code, failure=Failure.UNREACHABLE, phase="connect", where=where, hint=hint)
     if isinstance(error, httpcore.TimeoutException):
         return RequestFailed(text or "stalled", code="DEADLINE_EXCEEDED", failure=Failure.BROKEN, phase=phase, where=where)
     return RequestFailed(f"connection lost: {text}", code="UNAVAILABLE", failure=Failure.BROKEN, phase=phase, where=where)
+
+
+def _is_unknown(text: str) -> bool:
+    return text.startswith("name not resolved")

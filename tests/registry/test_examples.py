@@ -147,6 +147,14 @@ def test_a2_9_what_decides_and_what_does_not_is_said(root: Path) -> None:
     assert f"blocked ({root}/*.partner.example/hosts.toml:2:1" in explained(root, "hub.partner.example/app").problem
 
 
+def test_files_that_cannot_be_used_are_a_problem_before_anybody_is_asked(root: Path) -> None:
+    hosts_d(root, {"a.test": 'ca = "hosts.toml"\n', "b.test": 'credentials = "robot"\n'})
+    for reference, file in (("a.test/x", "a.test/hosts.toml"), ("b.test/x", "b.test/credentials.toml")):
+        explanation = explained(root, reference)
+        assert explanation.problem.startswith(f"{root}/{file}: ")
+        assert "UNUSABLE" in "".join(render(explanation))
+
+
 def test_a_wrong_file_is_explained_too(root: Path) -> None:
     hosts_d(root, {"docker.io": "capabilites = ['pull']\n"})
     explanation = explained(root, "nginx")

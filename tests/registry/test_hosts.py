@@ -153,6 +153,8 @@ def test_a2_8_urls_are_checked(url: str) -> None:
         ("[host.x]\nplain_http = true", "unknown key"),
         ("auth = 'x'", "unknown key"),
         ("rewrites = 'x'", "unknown key"),
+        ("[host.mirror.example.com]\nskip_verify = true", 'a table "example" inside [host.mirror]'),
+        ("[[host]]\nurl = 'https://m'", "host is a list, expected a table"),
         ("fallback = false", "no host to ask"),
         ("fallback = false\nserver = 'https://x'", "contradict"),
     ],

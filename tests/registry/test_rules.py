@@ -340,4 +340,6 @@ def test_redaction() -> None:
     assert scrubbed("it is s3cret!\x1b[0m", ["s3cret"]) == "it is REDACTED!\\x1b[0m"
     assert registry_message(b'{"errors":[{"code":"A","message":"b","detail":{}}]}', "") == "A: b"
     assert registry_message(b"<html>x", "text/html") == "an HTML page"
+    page = b"<html><head><TITLE>400 The plain HTTP request\n was sent to HTTPS port</title>"
+    assert registry_message(page, "text/html") == 'an HTML page "400 The plain HTTP request was sent to HTTPS port"'
     assert len(registry_message(b"x" * 60_000, "text/plain")) < 400
