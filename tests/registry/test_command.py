@@ -127,7 +127,9 @@ def test_explain_names_where_credentials_would_come_from(node: Path, imgsvc: Img
     assert f"the caller's, else {node}/config.toml:" in done.stdout
     assert "hidden" not in done.stdout
     (node / "password").unlink()
-    assert f"none ({node}/password: " in imgsvc("explain", "app").stdout
+    gone = imgsvc("explain", "app")
+    assert f"UNUSABLE: {node}/password: " in gone.stdout
+    assert gone.returncode == 1
 
 
 def test_explain_says_what_of_the_configuration_is_old(node: Path, imgsvc: Imgsvc) -> None:
