@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from imgsvc.errors import ImgsvcError, InvalidArgument, printable
 from imgsvc.runtime.interfaces import OCIRuntime
 from imgsvc.runtime.monitor import MonitorPaths
-from imgsvc.runtime.oci_runtime import OCICommand
+from imgsvc.runtime.oci_runtime import OCICommand, sweep_self_tests
 from imgsvc.runtime.reaper import Reaper
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
 from imgsvc.runtime.shim.handler import ShimRuntime
@@ -16,18 +17,28 @@ log = logging.getLogger(__name__)
 
 
 async def start_handlers(settings: RuntimeSettings, paths: MonitorPaths, reaper: Reaper) -> tuple[dict[str, OCIRuntime], dict[str, str]]:
-    """Working handlers by name, and why the others do not work."""
+    """Working handlers by name, and why the others do not work. They are tested beside one another."""
     working: dict[str, OCIRuntime] = {}
     broken: dict[str, str] = {}
-    for name, handler in settings.handlers.items():
+    await sweep_self_tests(settings.state_dir)
+
+    async def start(handler: HandlerSettings) -> OCIRuntime | ImgsvcError:
         try:
             runtime = build_handler(handler, settings, paths, reaper)
             await runtime.start()
         except ImgsvcError as error:
-            log.error("runtime handler %s is not usable: %s", name, error)
-            broken[name] = str(error)
+            return error
+        return runtime
+
+    results = await asyncio.gather(*(start(handler) for handler in settings.handlers.values()))
+    for name, found in zip(settings.handlers, results, strict=True):
+        if isinstance(found, ImgsvcError):
+            log.error("runtime handler %s is not usable: %s", name, found)
+            broken[name] = str(found)
         else:
-            working[name] = runtime
+            working[name] = found
+    for warning in sorted({warning for runtime in working.values() for warning in runtime.features.warnings}):
+        log.warning("%s", warning)
     return working, broken
 
 

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 CANDIDATES: Final = ("crun", "runc")  # best first; crun creates about three times as fast
 # First releases without the known container escapes (CVE-2024-21626, CVE-2025-31133, -52565, -52881), by branch.
 _FIXED: Final[Mapping[str, tuple[tuple[int, ...], ...]]] = {"runc": ((1, 2, 8), (1, 3, 3), (1, 4, 0)), "crun": ((1, 24),)}
+_SELF_TEST: Final = "selftest-"
 _VERSION = re.compile(r"version\s+v?(\d+)\.(\d+)(?:\.(\d+))?(-\w+)?")
 
 
@@ -70,8 +71,6 @@ class OCICommand:
         wanted = self._handler.path or str(self._handler.options.get("BinaryName") or "")
         self._program = await self._choose([wanted] if wanted else list(CANDIDATES))
         self._features = await self._find_features()
-        for warning in self._features.warnings:
-            log.warning("%s", warning)
 
     async def close(self) -> None:
         """Nothing to let go: conmon stands on its own."""
@@ -94,14 +93,14 @@ class OCICommand:
 
     async def _self_test(self, program: str) -> None:
         """Create and delete a container that does nothing. Raises: FailedPrecondition."""
-        with tempfile.TemporaryDirectory(prefix="selftest-", dir=self._settings.state_dir) as scratch:
+        with tempfile.TemporaryDirectory(prefix=_SELF_TEST, dir=self._settings.state_dir) as scratch:
             bundle = Path(scratch)
             write_pause(bundle / "rootfs")
+            (bundle / "program").write_text(program)
             name = bundle.name
             (bundle / "config.json").write_text(json.dumps(_self_test_spec(f"/imgsvc-selftest/{name}")))
-            prefix = [program, "--root", str(bundle / "state")]
-            created = await self._detached([*prefix, "create", "--bundle", str(bundle), name])
-            await run([*prefix, "delete", "--force", name], cwd=bundle)
+            created = await self._detached([program, "--root", str(bundle / "state"), "create", "--bundle", str(bundle), name])
+            await _end_self_test(program, bundle)
             if created.status:
                 raise FailedPrecondition(
                     f"{program} cannot create containers here: {runtime_message(created.stderr.decode(errors='replace'))}"
@@ -244,6 +243,18 @@ class OCICommand:
         drain_s = self._settings.drain_exec_sync_io_timeout_s or DRAIN_S
         result = await exec_sync(self.process_of(container_id), tuple(command), timeout_s=timeout_s, scratch=scratch, drain_s=drain_s)
         return ExecResult(result.stdout, result.stderr, result.exit_code)
+
+
+async def sweep_self_tests(state: Path) -> None:
+    """Remove what self-tests left that were going on when the daemon was killed: a container each."""
+    for bundle in await asyncio.to_thread(lambda: list(state.glob(f"{_SELF_TEST}*"))):
+        with contextlib.suppress(OSError, ImgsvcError):  # killed before it had begun
+            await _end_self_test((bundle / "program").read_text(), bundle)
+        await asyncio.to_thread(shutil.rmtree, bundle, ignore_errors=True)
+
+
+async def _end_self_test(program: str, bundle: Path) -> None:
+    await run([program, "--root", str(bundle / "state"), "delete", "--force", bundle.name], cwd=bundle)
 
 
 def as_oci_runtime(command: OCICommand) -> OCIRuntime:

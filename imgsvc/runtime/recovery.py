@@ -1,7 +1,8 @@
 """What a restarted daemon does with what it finds.
 
 Records tell what may exist. Half-made sandboxes and containers are rolled back; containers that ran are watched again,
-and if they ended meanwhile their stored exit code is taken; an undo that failed before is tried again. After a reboot
+and if they ended meanwhile their stored exit code is taken; commands run in them for a caller are ended, for nobody
+reads them any more; an undo that failed before is tried again. After a reboot
 nothing in STATE exists any more: containers are finished with an unknown code, pods are not ready, networks are detached
 (an address manager on disk would keep their addresses for ever).
 """
@@ -22,6 +23,7 @@ from imgsvc.runtime.namespaces import pinned
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord, durable
 from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.sandboxes import Sandboxes
+from imgsvc.runtime.streaming.exec_target import end_interrupted
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +96,8 @@ def _sweep_directories(core: Core) -> None:
             if directory.name not in known:
                 log.warning("removing %s, which belongs to nothing", directory)
                 remove_bundle(directory)
+    for bundle in list(core.paths.bundles.iterdir()):
+        end_interrupted(bundle, bundle.name)
     for left in list(core.paths.exits.iterdir()) + list(core.paths.sockets.iterdir()):
         if left.name not in known:
             left.unlink(missing_ok=True)

@@ -101,8 +101,9 @@ class Daemon:
                 env=os.environ | {failpoints.ENV: failpoint},
             )
         assert self.process.stdout
-        line = self.process.stdout.readline()
-        assert line == "ready\n", (self.directory / "log").read_text()
+        if (line := self.process.stdout.readline()) != "ready\n":
+            self._reap()
+            raise AssertionError(f"{line}{(self.directory / 'log').read_text()}")
         self.channel = grpc.insecure_channel(f"unix://{self.directory}/sock", options=[("grpc.max_receive_message_length", 64 << 20)])
         self.cri = RuntimeServiceStub(self.channel)
 
@@ -121,11 +122,14 @@ class Daemon:
 
     def wait_dead(self) -> None:
         """After a failpoint that kills."""
+        self._reap()
+        self.channel.close()
+
+    def _reap(self) -> None:
         assert self.process
         assert self.process.stdout
         self.process.wait(30)
         self.process.stdout.close()
-        self.channel.close()
         self.process = None
 
     def pod(self, name: str = "pod", **linux: Any) -> pb.PodSandboxConfig:

@@ -16,7 +16,7 @@ from imgsvc.api import cri_pb2 as pb
 from imgsvc.metadb import MetaDB, WriteTxn
 from imgsvc.runtime import kernel
 from tests.runtime.harness import TIMEOUT_S, Daemon
-from tests.runtime.test_life import MakeNode, assert_clean
+from tests.runtime.test_life import MakeNode, assert_clean, wait_for
 
 pytestmark = pytest.mark.root
 
@@ -149,6 +149,37 @@ def test_c_d6_ends_are_noticed_after_a_restart(make_node: MakeNode) -> None:
     assert node.status(container).state == pb.CONTAINER_RUNNING
     node.exec(container, "touch", "/go")
     assert node.wait_exit(container).exit_code == 5
+
+
+def test_commands_that_were_under_way_end_with_the_daemon_and_leave_no_files(make_node: MakeNode) -> None:
+    node = make_node()
+    container = node.run(node.run_pod("pod"), "sleep 100")
+    command = pb.ExecSyncRequest(container_id=container, cmd=["sh", "-c", "touch /started; sleep 77"], timeout=60)
+    call = node.cri.ExecSync.future(command, timeout=TIMEOUT_S)
+    wait_for(lambda: node.exec(container, "test", "-e", "/started").exit_code == 0)
+    node.kill()
+    assert call.exception()
+    node.start()
+    wait_for(lambda: b"sleep 77" not in node.exec(container, "ps").stdout)
+    assert node.status(container).state == pb.CONTAINER_RUNNING
+    assert list((node.directory / "s/containers").glob("*/exec-*")) == []
+
+
+def test_killed_while_it_tests_its_oci_runtime_it_leaves_no_container(make_node: MakeNode, directory: Path, tmp_path: Path) -> None:
+    program = tmp_path / "runtime"  # kills the daemon once, when its container is there
+    program.write_text(
+        "#!/bin/sh\n"
+        f'runc "$@" || exit\ncase "$*" in *" create "*) [ -e {tmp_path}/once ] || {{ touch {tmp_path}/once; kill -9 $PPID; }};; esac\n'
+    )
+    program.chmod(0o755)
+    with pytest.raises(AssertionError):
+        make_node({"handlers": {"default": {"path": str(program)}}})
+    (left,) = (directory / "s").glob("selftest-*")
+    groups = [path for path in Path("/sys/fs/cgroup").glob(f"*/imgsvc-selftest/{left.name}") if (path / "cgroup.procs").read_text()]
+    assert groups
+    make_node({"handlers": {"default": {"path": str(program)}}})
+    assert not left.exists()
+    assert [group for group in groups if group.exists()] == []
 
 
 def test_a_lost_pause_process_makes_the_pod_not_ready(make_node: MakeNode) -> None:

@@ -251,6 +251,16 @@ async def _end(process: Orphan, hangup_s: float) -> None:
                 await process.wait()
 
 
+def end_interrupted(scratch: Path, container_id: str) -> None:
+    """End the commands that were under way in a container when a daemon was killed, and remove their files. Blocking."""
+    for directory in list(scratch.glob("exec-*")):
+        pid = _read_pid(directory / "pid")
+        with contextlib.suppress(OSError):  # it has ended
+            if pid is not None and container_id in Path(f"/proc/{pid}/cgroup").read_text():  # else the number is another's by now
+                signal_group_of(pid, signal.SIGKILL)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def _read_pid(pid_file: Path) -> int | None:
     try:
         pid = int(pid_file.read_text())
