@@ -22,7 +22,7 @@ _REGISTRY: Final = Path("var/lib/docker-registry")
 def prepare(root: Path) -> None:
     """Write both below `root`, a tree that new_disk() copies onto the machine's disk."""
     (root / _REGISTRY).mkdir(parents=True)
-    cut = _cut_layers()
+    cut = cut_layers()
     with real_registry(root / _REGISTRY) as registry:
         registry.push(images.busybox(), "library/busybox")
         registry.push(images.image([images.layer(data) for data in cut]), "vm/cut")
@@ -32,8 +32,8 @@ def prepare(root: Path) -> None:
     (root / EXPECTED).write_bytes(pickle.dumps((read_tree(seen.root, unowned_times=unowned), unowned)))
 
 
-def _cut_layers() -> list[bytes]:
-    """A base, two with many files of all sizes, one on top that hides and replaces."""
+def cut_layers() -> list[bytes]:
+    """Of CUT: a base, two with many files of all sizes, one on top that hides and replaces."""
     base = [
         directory("etc", 0o750, uid=5),
         Entry("etc/passwd", data=b"root", uid=7, mode=0o600),
