@@ -9,7 +9,7 @@ import time
 from typing import Final
 
 _TEXT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_CHATTY: Final = ("httpx", "httpcore", "asyncio")  # libraries whose debug lines name whole URLs, with signed queries, or say little
+_CHATTY: Final = ("httpx", "httpcore", "asyncio", "grpc")  # libraries whose debug lines name whole URLs, with signed queries, or say little
 
 
 class JsonFormatter(logging.Formatter):
