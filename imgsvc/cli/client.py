@@ -37,7 +37,7 @@ def address(arguments: argparse.Namespace) -> str:
     }
     for source, text in given.items():
         if text:
-            path = text.removeprefix("unix://") if text.startswith("unix:///") else text
+            path = text.removeprefix("unix:").removeprefix("//")
             if not path.startswith("/"):
                 raise WrongUsage(
                     f'{source}: "{errors.printable(text, 120)}" is not a Unix socket', hint="write unix:///path/to/imgsvc.sock"

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from imgsvc import config, decryption, failpoints
+from imgsvc import config, failpoints
 
 
 def add_commands(commands: Any) -> None:
@@ -23,7 +23,7 @@ def add_commands(commands: Any) -> None:
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """`imgsvc serve`. Paths are made absolute, so that origins say where a file is, whoever asks."""
-    from imgsvc import logs, server
+    from imgsvc import decryption, logs, server
 
     failpoints.arm(os.environ.get(failpoints.ENV, ""))
     address = arguments.address and (f"unix://{arguments.address}" if arguments.address.startswith("/") else arguments.address)

@@ -209,6 +209,7 @@ class WorkerUnpacker:
         queued: told how long each layer waited for its slot [s].
         """
         self.queued = queued
+        self._max_concurrent = 0
         self.configure(max_concurrent, limits)
         self._transform = transform
         self._server: subprocess.Popen[bytes] | None = None
@@ -217,8 +218,10 @@ class WorkerUnpacker:
 
     def configure(self, max_concurrent: int, limits: Limits) -> None:
         """Go by these from the next layer on; those that are being unpacked keep the slot they have."""
-        self.slots = asyncio.Semaphore(max_concurrent)
-        self._settling = asyncio.Semaphore(max_concurrent)  # short and last: not queued behind layers waiting for bytes
+        if max_concurrent != self._max_concurrent:
+            self.slots = asyncio.Semaphore(max_concurrent)
+            self._settling = asyncio.Semaphore(max_concurrent)  # short and last: not queued behind layers waiting for bytes
+        self._max_concurrent = max_concurrent
         self._limits = {"unpacked_bytes": limits.unpacked_bytes, "entries": limits.entries, "ratio": limits.ratio}
 
     async def warm(self) -> None:
