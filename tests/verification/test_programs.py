@@ -93,10 +93,10 @@ def test_c_e4_a_program_that_hangs_refuses_and_is_gone(directory: Path, threads:
     program(directory, "a", f"echo $$ > {tmp_path}/pid; sleep 60 & sleep 60")
     began = time.monotonic()
 
-    verdict = judge(directory, threads, timeout=0.3)
+    verdict = judge(directory, threads, timeout=3.0)  # long enough for a busy machine to get it started
 
-    assert "no answer within 0.3 s" in verdict.reason
-    assert time.monotonic() - began < 5
+    assert "no answer within 3 s" in verdict.reason
+    assert time.monotonic() - began < 20
     assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
 
 
