@@ -109,9 +109,22 @@ def test_the_file_system_is_accounted_for(image_daemon: Daemon, registry: RealRe
     answer = image_daemon.images().ImageFsInfo(cri_pb2.ImageFsInfoRequest(), timeout=RPC_TIMEOUT)
     (usage,) = answer.image_filesystems
     assert Path(usage.fs_id.mountpoint).is_relative_to(image_daemon.root)
-    assert usage.used_bytes.value > 0
+    assert (usage.used_bytes.value, usage.inodes_used.value) == _on_disk(image_daemon)
     assert usage.inodes_used.value > 0
     assert abs(usage.timestamp - time.time_ns()) < 60e9
+    request = cri_pb2.RemoveImageRequest(image=cri_pb2.ImageSpec(image="e2e/usage"))
+    image_daemon.images().RemoveImage(request, timeout=RPC_TIMEOUT)
+    assert image_daemon.cli("gc").returncode == 0
+    (usage,) = image_daemon.images().ImageFsInfo(cri_pb2.ImageFsInfoRequest(), timeout=RPC_TIMEOUT).image_filesystems
+    assert (usage.used_bytes.value, usage.inodes_used.value) == (0, 0)
+
+
+def _on_disk(daemon: Daemon) -> tuple[int, int]:
+    """(bytes, inodes) of all layers, as du counts."""
+    layers = [str(path) for path in (daemon.root / "snapshots").glob("*/*/fs")]
+    counted = [subprocess.run(["du", "-s", how, *layers], capture_output=True, text=True).stdout for how in ("-B1", "--inodes")]
+    size, inodes = (sum(int(line.split()[0]) for line in text.splitlines()) for text in counted)
+    return size, inodes
 
 
 @pytest.mark.parametrize(
