@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,11 +33,18 @@ class Pods:
 
 
 async def start_pods(
-    settings: Config, state: Path, root: Path, db: MetaDB, images: Images, notes: Callable[[], Sequence[str]], stack: AsyncExitStack
+    settings: Config,
+    state: Path,
+    root: Path,
+    db: MetaDB,
+    images: Images,
+    notes: Callable[[], Sequence[str]],
+    describe: Callable[[], Mapping[str, Any]],
+    stack: AsyncExitStack,
 ) -> Pods:
     """Start the runtime and recover its pods; `stack` gets what ends it. Without root or when switched off: images only.
 
-    notes: what is not well with the configuration, for Status.
+    notes: what is not well with the configuration, for Status.  describe: more for Status(verbose).
     """
     reason = _off(settings)
     if reason:
@@ -48,7 +55,7 @@ async def start_pods(
     stack.push_async_callback(streams.close)
     node = await RuntimeNode.start(runtime_settings(settings, state, root), db, images)
     stack.push_async_callback(node.close)
-    return Pods(RuntimeService(node, streams, notes), node.root_keys, streams)
+    return Pods(RuntimeService(node, streams, notes, describe), node.root_keys, streams)
 
 
 def _off(settings: Config) -> str:

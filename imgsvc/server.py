@@ -26,12 +26,12 @@ from imgsvc.admin_service import AdminService
 from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
 from imgsvc.care import ContainerKeeper, StoreCare
 from imgsvc.concurrency import Threads
-from imgsvc.config import Config, Loaded
+from imgsvc.config import Config, Loaded, to_json
 from imgsvc.content.local import LocalStore
 from imgsvc.decrypt.decryptor import LayerDecryptor
 from imgsvc.errors import FailedPrecondition, ImgsvcError, Unavailable
 from imgsvc.fsck import recover
-from imgsvc.fsutil import private_dir
+from imgsvc.fsutil import free_space, private_dir
 from imgsvc.gc import Policy
 from imgsvc.image_service import ImageService
 from imgsvc.image_side import Parts, Watch, open_verification, start_image_side
@@ -126,7 +126,8 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     db = MetaDB(root / "metadata", sync=sync)
     stack.callback(db.close)
     content = LocalStore(root, db, sync=sync)
-    for finding in await threads.run(recover, content, db.last_end):
+    recovered = await threads.run(recover, content, db.last_end)
+    for finding in recovered:
         log.warning("%s after an unclean end: %s", "repaired" if finding.repaired else "found", finding)
     snapshotters, described = await _snapshotters(settings, private_dir(root / "snapshots"), db, threads, stack)
     default = next(iter(snapshotters))
@@ -162,7 +163,24 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     pusher = Pusher(registry=registry, content=content, images=images, leases=leases, threads=threads, bring_back=puller.bring_back)
     handlers = {name: handler.snapshotter or default for name, handler in settings.runtime.runtimes.items()}
     roots = ContainerRoots(images, snapshotters, decryptor, threads, default=default, check=verification.check, described=described)
-    pods = await start_pods(settings, state, root, db, roots, standing.notes, stack)
+
+    def diagnosis() -> dict[str, Any]:
+        now = reloader.loaded
+        return {"configuration": to_json(now.config, now.origins), "warnings": standing.notes(), "store": health()}
+
+    def health() -> dict[str, Any]:
+        used, limit = db.usage()
+        return {
+            "lastEnd": db.last_end,
+            "recovered": [str(finding) for finding in recovered],
+            "metadataBytes": used,
+            "metadataLimit": limit,
+            "freeBytes": free_space(root),
+            "minFreeBytes": reloader.loaded.config.gc.min_free,
+            "images": len(images.all()),
+        }
+
+    pods = await start_pods(settings, state, root, db, roots, standing.notes, diagnosis, stack)
     keeper = ContainerKeeper(pods.container_ids, snapshotters)
     care = StoreCare(
         images,

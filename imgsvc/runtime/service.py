@@ -6,7 +6,7 @@ Errors are raised as imgsvc.errors; the edge's interceptor turns them into gRPC 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from imgsvc import __version__
@@ -31,12 +31,21 @@ _STREAM_BATCH: Final = 64  # items per message of the streaming list calls
 
 
 class RuntimeService(RuntimeServiceServicer):
-    """Served by the edge. `streams` is None when the streaming server is off; `notes` tells what is not well with the configuration."""
+    """Served by the edge. `streams` is None when the streaming server is off; `notes` tells what is not well with the configuration,
+    `describe` what Status(verbose) says beside what the runtime knows.
+    """
 
-    def __init__(self, node: RuntimeNode, streams: StreamServer | None, notes: Callable[[], Sequence[str]] = tuple) -> None:
+    def __init__(
+        self,
+        node: RuntimeNode,
+        streams: StreamServer | None,
+        notes: Callable[[], Sequence[str]] = tuple,
+        describe: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
         self._node = node
         self._streams = streams
         self._notes = notes
+        self._describe = describe
 
     @property
     def _boot(self) -> str:
@@ -79,7 +88,7 @@ class RuntimeService(RuntimeServiceServicer):
                 user_namespaces_host_network=any(h.features.user_namespaces for h in node.core.handlers.values()),
                 mount_options=True,
             ),
-            info={k: json.dumps(v) for k, v in node.describe().items()} if request.verbose else {},
+            info={k: json.dumps(v) for k, v in {**node.describe(), **self._describe()}.items()} if request.verbose else {},
         )
 
     async def RuntimeConfig(self, request: pb.RuntimeConfigRequest, context: Any) -> pb.RuntimeConfigResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from ipaddress import IPv4Address
@@ -81,6 +82,10 @@ def test_what_the_node_can_do_is_told(daemon: Daemon) -> None:
     assert {(c.type, c.status) for c in status.status.conditions} == {
         (kind, True) for kind in ("RuntimeReady", "NetworkReady", "ConfigurationHasNoWarnings")
     }
+    info = {name: json.loads(value) for name, value in status.info.items()}
+    assert info["configuration"]["images.sync"] == {"value": "full", "origin": "default"}
+    assert (info["warnings"], info["store"]["lastEnd"], info["store"]["recovered"]) == ([], "clean", [])
+    assert 0 < info["store"]["metadataBytes"] < info["store"]["metadataLimit"]
     config = runtime.RuntimeConfig(cri_pb2.RuntimeConfigRequest(), timeout=RPC_TIMEOUT)
     assert config.linux.cgroup_driver == cri_pb2.CGROUPFS
     update = cri_pb2.RuntimeConfig(network_config=cri_pb2.NetworkConfig(pod_cidr="10.1.0.0/24"))
