@@ -1,11 +1,20 @@
 """Pulls of the same images by imgsvc and by a peer, in turn, both through CRI PullImage; prints ratios.
 
-    python -m benchmarks.compare_pull [--containerd PATH] [--rounds N] [--directory DIR] [--tree PATH ...]
+    python -m benchmarks.compare_pull [--containerd PATH] [--rounds N] [--directory DIR] [--sync full|none] [--layers N …] [--tree PATH …]
 
-Both daemons keep their data below --directory (default: a tmpfs), so the file system is the same; both pull from one
-docker-registry on loopback through a mirror in hosts.toml. CPU is that of the daemon and all its descendants, also
-those that ended; memory is the largest sum of their resident sets, sampled. The floor is what the parts cost without any
-service: the same layers through `curl | igzip -d | tar -x`, two at a time.
+The image is made of the trees, once for each N of --layers as that many layers. Both daemons keep their data below --directory
+(default: a tmpfs), so the file system is the same; both pull from one docker-registry on loopback through a mirror in
+hosts.toml. For each image it prints, as medians of the rounds and of the ratios round by round:
+
+* wall time, CPU seconds and peak memory of either daemon and of all its descendants, also those that ended; memory is the
+  largest sum of their resident pages, sampled, shared ones counted once.
+* the floor: what the parts cost without any service, the same layers through `curl | igzip -d | tar -x`, two at a time. It
+  neither hashes what it gets, nor keeps the blobs, nor syncs; containerd does not sync layers either. We do all of that;
+  --sync none leaves the last out.
+* how our daemon answers Version, ListContainers and ListImages every 10 ms during one more pull, and its memory and that of its workers.
+
+Goals: 0.30 x the peer's wall time, 0.5 x its CPU, 1.3 x the floor; p99 10 ms; daemon 120 MiB, worker 64 MiB. They are for a
+machine that does nothing else. File times are whole seconds, as builders of images write them. Needs root.
 """
 
 from __future__ import annotations
@@ -28,8 +37,9 @@ from pathlib import Path
 
 import grpc
 
+from benchmarks.latency import Clients
 from imgsvc.api import cri_pb2, cri_pb2_grpc
-from imgsvc.oci import MIB
+from imgsvc.oci import KIB, MIB
 from tests.support.images import BuiltDocument, Layer, image, layer
 from tests.support.registries import RealRegistry, real_registry
 
@@ -56,18 +66,24 @@ class Peer:
         self._directory = log.parent
         with log.open("wb") as stream:
             self._process = subprocess.Popen(command, stdout=stream, stderr=stream)
-        self._channel = grpc.insecure_channel(f"unix://{socket}")
+        self.pid = self._process.pid
+        self._address = f"unix://{socket}"
+        self._channel = self.connect()
         grpc.channel_ready_future(self._channel).result(timeout=30)
         self._images = cri_pb2_grpc.ImageServiceStub(self._channel)
+
+    def connect(self) -> grpc.Channel:
+        """A connection of its own."""
+        return grpc.insecure_channel(self._address, options=[("grpc.use_local_subchannel_pool", 1)])
 
     def pull(self, reference: str) -> Cost:
         """Pull and measure."""
         spec = cri_pb2.ImageSpec(image=reference)
-        with _sampling(self._process.pid) as sampled:
-            cpu, began = _cpu(self._process.pid), time.monotonic()
+        with _sampling(self.pid) as sampled:
+            cpu, began = _cpu(self.pid), time.monotonic()
             self._images.PullImage(cri_pb2.PullImageRequest(image=spec), timeout=600)
             wall = time.monotonic() - began
-        return Cost(wall, _cpu(self._process.pid) - cpu, sampled.peak)
+        return Cost(wall, _cpu(self.pid) - cpu, sampled.peak)
 
     def remove(self, reference: str) -> None:
         """Forget the image and wait until its files are gone, so that the next pull starts from nothing."""
@@ -130,8 +146,11 @@ def _cpu(pid: int) -> float:
 
 
 def _resident(pid: int) -> int:
+    """Memory of a process [bytes], of pages that several share its share."""
     with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * KIB
     return 0
 
 
@@ -141,7 +160,7 @@ def imgsvc(directory: Path, hosts: Path, settings: str = "") -> Peer:
     config = directory / "config.toml"
     config.write_text(
         f'version = 1\nroot = "{directory}/root"\nstate = "{directory}/state"\nimports = []\n'
-        f'[registry]\nconfig_path = "{hosts}"\n[runtime]\nenabled = false\n[gc]\nstartup_delay = "0s"\nschedule_delay = "0s"\n{settings}'
+        f'[registry]\nconfig_path = "{hosts}"\n[gc]\nstartup_delay = "0s"\nschedule_delay = "0s"\n{settings}'
     )
     command = [sys.executable, "-m", "imgsvc.cli", "serve", "--config", str(config)]
     return Peer("imgsvc", command, directory / "state" / "imgsvc.sock", directory / "log")
@@ -159,52 +178,59 @@ def containerd(program: str, directory: Path, hosts: Path) -> Peer:
     return Peer("containerd", [program, "--config", str(config)], directory / "c.sock", directory / "log")
 
 
-def tree_layer(path: Path) -> Layer:
-    """A directory of this machine as one gzip layer."""
+def tree_layer(paths: Sequence[Path]) -> tuple[Layer, int]:
+    """Directories and files of this machine as one gzip layer; and how many entries it has."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        archive.add(path, arcname=str(path).lstrip("/"))
-    return layer(buffer.getvalue())
+        for path in paths:
+            archive.add(path, arcname=str(path).lstrip("/"), filter=_whole_seconds)
+        entries = len(archive.getmembers())
+    return layer(buffer.getvalue()), entries
 
 
-def build(trees: Sequence[Path], parts: int) -> BuiltDocument:
-    """One image of one layer per tree; with `parts`, the children of each tree spread over that many layers."""
-    if parts <= 1:
-        return image([tree_layer(tree) for tree in trees])
+def build(trees: Sequence[Path], parts: int) -> tuple[BuiltDocument, int]:
+    """The children of all trees spread over `parts` layers; and how many entries those have."""
     children = sorted(child for tree in trees for child in tree.iterdir())
-    layers = []
-    for number in range(parts):
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
-            for child in children[number::parts]:
-                archive.add(child, arcname=str(child).lstrip("/"))
-        layers.append(layer(buffer.getvalue()))
-    return image(layers)
+    layers = [tree_layer(children[number::parts]) for number in range(parts)]
+    return image([each for each, _ in layers]), sum(entries for _, entries in layers)
 
 
-def floor(registry: RealRegistry, repository: str, document: BuiltDocument, directory: Path) -> float:
-    """Seconds that `curl | igzip -d | tar -x` takes for the same layers, two at a time."""
+def _whole_seconds(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    entry.mtime = int(entry.mtime)
+    return entry
+
+
+def floor(registry: RealRegistry, repository: str, document: BuiltDocument, directory: Path) -> Cost:
+    """What `curl | igzip -d | tar -x` takes for the same layers, two at a time."""
     digests = [digest for digest in document.blobs if digest != document.config_digest]
     waiting, running = list(enumerate(digests)), []
-    began = time.monotonic()
+    before, began = os.times(), time.monotonic()
     while waiting or running:
         while waiting and len(running) < 2:
             number, digest = waiting.pop(0)
             target = directory / str(number)
             target.mkdir(parents=True)
             url = f"{registry.url}/v2/{repository}/blobs/{digest}"
-            running.append(subprocess.Popen(["sh", "-c", 'curl -sL "$0" | igzip -d | tar -x -C "$1"', url, str(target)]))
-        running = [process for process in running if process.poll() is None]
+            pipeline = ["bash", "-o", "pipefail", "-c", 'curl -sL "$0" | igzip -d | tar -x -C "$1"', url, str(target)]
+            running.append(subprocess.Popen(pipeline))
+        for process in running:
+            if process.poll():
+                raise SystemExit("curl, igzip (of Debian's isal) or tar failed")
+        running = [process for process in running if process.returncode is None]
         time.sleep(0.002)
-    return time.monotonic() - began
+    wall, after = time.monotonic() - began, os.times()
+    return Cost(wall, after.children_user + after.children_system - before.children_user - before.children_system, 0)
 
 
-def compare(name: str, document: BuiltDocument, registry: RealRegistry, peers: Sequence[Peer], rounds: int, directory: Path) -> None:
+def compare(
+    name: str, built: tuple[BuiltDocument, int], registry: RealRegistry, peers: Sequence[Peer], rounds: int, directory: Path
+) -> None:
     """Pull one image `rounds` times with each peer in turn and print medians and ratios."""
+    document, entries = built
     registry.push(document, f"bench/{name}")
     reference = f"{HOST}/bench/{name}:latest"
     costs: dict[str, list[Cost]] = {peer.name: [] for peer in peers}
-    floors: list[float] = []
+    floors: list[Cost] = []
     for _ in range(rounds):
         for peer in peers:
             costs[peer.name].append(peer.pull(reference))
@@ -213,18 +239,27 @@ def compare(name: str, document: BuiltDocument, registry: RealRegistry, peers: S
         floors.append(floor(registry, f"bench/{name}", document, scratch))
         shutil.rmtree(scratch)
     size = sum(len(data) for data in document.blobs.values())
-    print(f"\n{name}: {len(document.blobs) - 1} layers, {size / MIB:.0f} MiB compressed; medians of {rounds} rounds")
+    layers = len(document.blobs) - 1
+    print(f"\n{name}: {layers} layers of {entries} entries, {size / MIB:.0f} MiB compressed; medians of {rounds} rounds")
     for peer, found in costs.items():
         print(
             f"  {peer:11} wall {_median(found, lambda c: c.wall):7.3f} s   cpu {_median(found, lambda c: c.cpu):7.3f} s   "
             f"peak {_median(found, lambda c: c.memory) / MIB:6.0f} MiB"
         )
-    print(f"  {'floor':11} wall {statistics.median(floors):7.3f} s")
+    print(f"  {'floor':11} wall {_median(floors, lambda c: c.wall):7.3f} s   cpu {_median(floors, lambda c: c.cpu):7.3f} s")
     ours, theirs = (costs[peer.name] for peer in peers)
     for label, pick in (("wall", lambda c: c.wall), ("cpu", lambda c: c.cpu), ("memory", lambda c: c.memory)):
-        ratio = statistics.median(pick(a) / max(pick(b), 1e-9) for a, b in zip(ours, theirs, strict=True))
-        print(f"  ratio {label:7} {ratio:5.2f} x {peers[1].name}")
-    print(f"  ratio wall    {statistics.median(c.wall / f for c, f in zip(ours, floors, strict=True)):5.2f} x floor")
+        print(f"  ratio {label:7} {_ratio(ours, theirs, pick):5.2f} x {peers[1].name}", end="")
+        print("" if label == "memory" else f"   {_ratio(ours, floors, pick):5.2f} x floor")
+    clients = Clients(peers[0].pid, peers[0].connect)
+    with clients.running():
+        peers[0].pull(reference)
+    clients.report()
+    peers[0].remove(reference)
+
+
+def _ratio(ours: Sequence[Cost], theirs: Sequence[Cost], pick: Callable[[Cost], float]) -> float:
+    return statistics.median(pick(a) / max(pick(b), 1e-9) for a, b in zip(ours, theirs, strict=True))
 
 
 def _median(costs: Sequence[Cost], pick: Callable[[Cost], float]) -> float:
@@ -237,6 +272,8 @@ def main() -> None:
     parser.add_argument("--containerd", default=shutil.which("containerd") or "containerd")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="where both keep their data; default: a tmpfs made for this run")
+    parser.add_argument("--sync", choices=("full", "none"), default="full", help="our images.sync")
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 12])
     parser.add_argument("--tree", type=Path, action="append", help="directories that make up the image (default: this Python's packages)")
     arguments = parser.parse_args()
     packages = Path(next(p for p in sys.path if p.endswith("site-packages")))
@@ -253,11 +290,15 @@ def main() -> None:
         hosts.mkdir(parents=True)
         # containerd 1.6 refuses a file without a [host] table.
         (hosts / "hosts.toml").write_text(f'server = "http://{registry.address}"\n[host."http://{registry.address}"]\n')
-        peers = [imgsvc(directory / "imgsvc", hosts.parent), containerd(arguments.containerd, directory / "containerd", hosts.parent)]
+        settings = f'[images]\nsync = "{arguments.sync}"\n'
+        peers = [
+            imgsvc(directory / "imgsvc", hosts.parent, settings),
+            containerd(arguments.containerd, directory / "containerd", hosts.parent),
+        ]
         for peer in peers:
             stack.callback(peer.stop)
-        compare("one-layer", build(trees, 1), registry, peers, arguments.rounds, directory)
-        compare("many-layers", build(trees, 12), registry, peers, arguments.rounds, directory)
+        for layers in arguments.layers:
+            compare(f"layers-{layers}", build(trees, layers), registry, peers, arguments.rounds, directory)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m benchmarks.latency [--files N] [--mebibytes N] [--seconds S] [--realtime]
 
 Two images of one gzip layer each, one of a single large file and one of many small files, are pulled through CRI PullImage from
-a registry on loopback; the second one is removed again. Meanwhile two clients call Version and ListContainers at intervals; the
-same is measured on the idle daemon first. Goals on a quiet machine: p99 at most 10 ms, the daemon's peak at most 120 MiB, a
+a registry on loopback; the second one is removed again. Meanwhile three clients call Version, ListContainers and ListImages every
+10 ms; the same is measured on the idle daemon first. Goals on a quiet machine: p99 at most 10 ms, the daemon's peak at most 120 MiB, a
 worker's at most 64 MiB. The clients are Python, too: what the idle daemon shows is theirs. On a machine that does other things,
 --realtime puts daemon and clients before those (not the workers and the registry). Needs root.
 """
@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 from isal import igzip
 
 from imgsvc.api import cri_pb2, cri_pb2_grpc
@@ -65,17 +66,20 @@ def _packed(files: list[tuple[str, bytes]]) -> Layer:
 class Clients:
     """Call until stopped; seconds of every call, by method. worker_peak: memory of the largest worker [bytes]."""
 
-    def __init__(self, daemon: Daemon) -> None:
-        self.seconds: dict[str, list[float]] = {"Version": [], "ListContainers": []}
+    def __init__(self, pid: int, connect: Callable[[], grpc.Channel]) -> None:
+        self.seconds: dict[str, list[float]] = {"Version": [], "ListContainers": [], "ListImages": []}
         self.worker_peak = 0
-        self._daemon = daemon
+        self._pid = pid
+        self._connect = connect
         self._stop = threading.Event()
 
     def _call(self, method: str) -> None:
-        runtime = cri_pb2_grpc.RuntimeServiceStub(self._daemon.channel())
+        channel = self._connect()
+        runtime, images = cri_pb2_grpc.RuntimeServiceStub(channel), cri_pb2_grpc.ImageServiceStub(channel)
         calls: dict[str, Callable[[], object]] = {
             "Version": lambda: runtime.Version(cri_pb2.VersionRequest()),
             "ListContainers": lambda: runtime.ListContainers(cri_pb2.ListContainersRequest()),
+            "ListImages": lambda: images.ListImages(cri_pb2.ListImagesRequest()),
         }
         calls[method]()  # connected
         while not self._stop.wait(INTERVAL_S):
@@ -85,12 +89,13 @@ class Clients:
 
     def _look(self) -> None:
         while not self._stop.wait(LOOK_S):
-            for pid in workers(self._daemon.pid):
+            for pid in workers(self._pid):
                 self.worker_peak = max(self.worker_peak, peak(pid))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """For a `with` block."""
+        """For a `with` block. The daemon's peak starts anew."""
+        Path(f"/proc/{self._pid}/clear_refs").write_text("5")
         threads = [threading.Thread(target=self._call, args=(method,)) for method in self.seconds]
         threads.append(threading.Thread(target=self._look))
         for thread in threads:
@@ -101,6 +106,19 @@ class Clients:
             self._stop.set()
             for thread in threads:
                 thread.join()
+
+    def report(self) -> None:
+        """Print what was measured."""
+        for method, seconds in self.seconds.items():
+            shares = statistics.quantiles(seconds, n=100, method="inclusive")
+            print(
+                f"  {method:15} {len(seconds):5} calls   p50 {shares[49] * 1000:6.2f} ms   p99 {shares[98] * 1000:6.2f} ms   "
+                f"longest {max(seconds) * 1000:7.2f} ms"
+            )
+        server = sum(peak(pid) for pid in children(self._pid))
+        print(
+            f"  peak memory: daemon {peak(self._pid) / MIB:.0f} MiB, worker {self.worker_peak / MIB:.0f} MiB, worker server {server / MIB:.0f} MiB"
+        )
 
 
 def remove(daemon: Daemon, name: str) -> None:
@@ -113,23 +131,12 @@ def remove(daemon: Daemon, name: str) -> None:
 
 def measure(name: str, daemon: Daemon, work: Callable[[], object]) -> None:
     """Do `work` while clients call, and print how that went."""
-    Path(f"/proc/{daemon.pid}/clear_refs").write_text("5")  # the peak starts anew
-    clients = Clients(daemon)
+    clients = Clients(daemon.pid, daemon.channel)
     began = time.monotonic()
     with clients.running():
         work()
-    took = time.monotonic() - began
-    print(f"\n{name}: {took:.1f} s")
-    for method, seconds in clients.seconds.items():
-        shares = statistics.quantiles(seconds, n=100, method="inclusive")
-        print(
-            f"  {method:15} {len(seconds):5} calls   p50 {shares[49] * 1000:6.2f} ms   p99 {shares[98] * 1000:6.2f} ms   "
-            f"longest {max(seconds) * 1000:7.2f} ms"
-        )
-    server = sum(peak(pid) for pid in children(daemon.pid))
-    print(
-        f"  peak memory: daemon {peak(daemon.pid) / MIB:.0f} MiB, worker {clients.worker_peak / MIB:.0f} MiB, worker server {server / MIB:.0f} MiB"
-    )
+    print(f"\n{name}: {time.monotonic() - began:.1f} s")
+    clients.report()
 
 
 def put_first(pid: int) -> None:

@@ -35,7 +35,7 @@ FILE = 4 * MIB  # [bytes] of each incompressible file
 def build(trees: list[Path], incompressible: int) -> BuiltDocument:
     """A layer per tree, and one of `incompressible` MiB."""
     noise = (Entry(f"noise/{n}", os.urandom(FILE)) for n in range(incompressible * MIB // FILE))
-    return image([*(tree_layer(tree) for tree in trees), layer(tar(noise))])
+    return image([*(tree_layer([tree])[0] for tree in trees), layer(tar(noise))])
 
 
 def compare(peer: Peer, rounds: int) -> float:

@@ -132,6 +132,11 @@ def arm(text: str) -> None:
         log.warning("failpoints armed (this is a test): %s", text)
 
 
+def armed(name: str) -> bool:
+    """Whether `name` is armed: for loops that would feel even that look. Not for what may be armed later."""
+    return name in _armed
+
+
 def failpoint(name: str) -> None:
     """Act if `name` is armed. Costs one look at an empty dictionary otherwise."""
     if _armed:

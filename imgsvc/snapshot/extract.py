@@ -22,13 +22,15 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from imgsvc.errors import FailedPrecondition, ImgsvcError, ResourceExhausted, from_os_error
-from imgsvc.failpoints import failpoint
+from imgsvc.failpoints import armed, failpoint
 from imgsvc.snapshot import tarheader as tar
 from imgsvc.snapshot.tarheader import BadLayer, Header
 from imgsvc.snapshot.tarstream import TarStream
 from imgsvc.snapshot.tree import MissingDirectory, NoDirectory, Tree, is_whiteout, measure, normalise, remove_tree, rounded
 
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_DOT: Final = ord(".")
 _WHITEOUT: Final = b".wh."
 _OPAQUE: Final = b".wh..wh..opq"
 _BAD_NAMES: Final = (errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EFBIG, errno.EMLINK)
@@ -119,9 +121,11 @@ class Extractor:
     def run(self, stream: TarStream) -> None:
         """Extract all entries, then settle the directories. Raises: BadLayer, ResourceExhausted, DataLoss, and what from_os_error gives."""
         next_entry = stream.next_entry
+        watched = armed("unpack.entry")
         while (entry := next_entry()) is not None:
             self.entries += 1
-            failpoint("unpack.entry")
+            if watched:
+                failpoint("unpack.entry")
             if self._max_entries and self.entries > self._max_entries:
                 raise ResourceExhausted(
                     f"the layer has more than {self._max_entries} entries", hint="raise the limit on entries if you trust it"
@@ -139,22 +143,16 @@ class Extractor:
             self._settle_directory(path, facts, facts.times)
 
     def _extract(self, entry: Header, stream: TarStream) -> None:
-        path = entry.name
-        if path.startswith(b"./"):
-            path = path[2:]
-        if path.endswith(b"/"):
-            path = path[:-1]
-        if not path or b"/." in path or path[0] in b"./" or b"//" in path or b"\0" in path:
-            path = normalise(entry.name)
-        if not path:
-            self._root(entry)
+        name = entry.name
+        parent, _, base = (name[2:] if name.startswith(b"./") else name).rpartition(b"/")
+        held = self._tree.held.get(parent)
+        if held is not None and base and base[0] != _DOT and b"\0" not in base:  # as nearly all files: nothing to look up or check
+            fd, where = held
+        elif (place := self._place(entry)) is not None:
+            fd, where, base = place
+        else:
             return
-        parent, _, base = path.rpartition(b"/")
-        if _WHITEOUT in path and self._marker(path, parent, base):
-            return
-        fd, where = self._tree.directory(parent)
-        if where != parent:
-            path = where + b"/" + base if where else base
+        path = where + b"/" + base if where else base
         self._style.touch(fd, where)
         kind = entry.kind
         if kind == tar.REGULAR_ONE or kind == tar.GNU_SPARSE:
@@ -172,6 +170,23 @@ class Extractor:
             self.warnings[f"entry of unknown type {chr(kind)!r}"] += 1
             return
         self._style.created(path)
+
+    def _place(self, entry: Header) -> tuple[int, bytes, bytes] | None:
+        """Where an entry goes: its directory's descriptor and canonical path, and its name there; None when that was all."""
+        path = entry.name
+        if path.startswith(b"./"):
+            path = path[2:]
+        if path.endswith(b"/"):
+            path = path[:-1]
+        if not path or b"/." in path or path[0] in b"./" or b"//" in path or b"\0" in path:
+            path = normalise(entry.name)
+        if not path:
+            self._root(entry)
+            return None
+        parent, _, base = path.rpartition(b"/")
+        if _WHITEOUT in path and self._marker(path, parent, base):
+            return None
+        return *self._tree.directory(parent), base
 
     def _root(self, entry: Header) -> None:
         if entry.kind != tar.DIRECTORY:
@@ -413,8 +428,9 @@ class Extractor:
         self._style.replaced(path, was_directory=directory, by_directory=by_directory)
 
     def _settle_directory(self, path: bytes, facts: DirectoryFacts | None, times: tuple[int, int]) -> None:
+        parent, _, name = path.rpartition(b"/")
         try:
-            fd = self._tree.open_exact(path)
+            fd = os.open(name or b".", _OPEN_DIR, dir_fd=self._tree.exact(parent))
             try:
                 if facts is not None:
                     self._finish_directory(fd, facts)

@@ -32,6 +32,7 @@ class TarStream:
         """next_chunk: the next bytes of the stream, b"" at its end; at least BLOCK bytes at a time for good speed."""
         self._next_chunk = next_chunk
         self._chunk = b""
+        self._view = memoryview(b"")  # of _chunk
         self._at = 0  # of the next unread byte in _chunk
         self._data_left = 0  # unread bytes of the current entry's data
         self._padding = 0
@@ -93,12 +94,12 @@ class TarStream:
         if self._at == len(self._chunk) and not self._refill():
             raise Truncated
         start = self._at
-        end = min(start + left, len(self._chunk))
+        end = start + left
+        if end > len(self._chunk):
+            end = len(self._chunk)
         self._at = end
         self._data_left = left - (end - start)
-        if start == 0 and end == len(self._chunk):
-            return self._chunk
-        return memoryview(self._chunk)[start:end]
+        return self._view[start:end]
 
     def skip_data(self) -> None:
         """Leave the rest of the current entry's data."""
@@ -108,12 +109,14 @@ class TarStream:
     def drain(self) -> None:
         """Read on to the end of the stream, so that whoever hashes it has seen every byte."""
         self._chunk = b""
+        self._view = memoryview(b"")
         self._at = 0
         while self._next_chunk():
             pass
 
     def _refill(self) -> bool:
         self._chunk = self._next_chunk()
+        self._view = memoryview(self._chunk)
         self._at = 0
         return bool(self._chunk)
 

@@ -1,8 +1,8 @@
 """Directories below one root, reached by held descriptors and never by a remembered path.
 
 Every look-up starts at the root's descriptor and stays below it: openat2(RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS) where the
-kernel has it, else one O_NOFOLLOW step per component. Symbolic links on the way are resolved here, inside the root, as
-chroot(2) would. Descriptors are kept for directories that entries keep coming to; whenever a directory or a link in the
+kernel has it, else one O_NOFOLLOW step per component; or it is the last such step alone, from a parent that is held.
+Symbolic links on the way are resolved here, inside the root, as chroot(2) would. Descriptors are kept for directories that entries keep coming to; whenever a directory or a link in the
 tree goes away, all of them are dropped, because a path may mean something else from then on (CVE-2025-47290).
 """
 
@@ -42,7 +42,7 @@ class Tree:
         self.root_fd = root_fd
         self._create = create
         self._use_openat2 = use_openat2
-        self._held: dict[bytes, tuple[int, bytes]] = {}
+        self.held: dict[bytes, tuple[int, bytes]] = {}  # answers of directory() that are still good, by normalised path
         self._retired: list[int] = []  # to be closed once nobody can still be using them
 
     def directory(self, path: bytes, *, create: bool = True) -> tuple[int, bytes]:
@@ -53,20 +53,26 @@ class Tree:
         """
         if not path:
             return self.root_fd, b""
-        held = self._held.get(path)
+        held = self.held.get(path)
         if held is not None:
             return held
-        while self._retired:
-            os.close(self._retired.pop())
         try:
             held = self._open_plain(path), path
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
                 raise
             held = self._walk(path, create)
-        if len(self._held) >= _MAX_HELD:
-            self._retired.append(self._held.pop(next(iter(self._held)))[0])
-        self._held[path] = held
+        return self._hold(path, held)
+
+    def _hold(self, path: bytes, held: tuple[int, bytes]) -> tuple[int, bytes]:
+        """Keep what a look-up found, in place of the one that is kept longest."""
+        while self._retired:
+            os.close(self._retired.pop())
+        if path in self.held:
+            self._retired.append(self.held.pop(path)[0])
+        elif len(self.held) >= _MAX_HELD:
+            self._retired.append(self.held.pop(next(iter(self.held)))[0])
+        self.held[path] = held
         return held
 
     def first_link(self, path: bytes) -> bytes:
@@ -84,14 +90,26 @@ class Tree:
 
     def forget(self) -> None:
         """Drop all held descriptors: something that may be part of a path was removed."""
-        self._retired += [fd for fd, _ in self._held.values()]
-        self._held.clear()
+        self._retired += [fd for fd, _ in self.held.values()]
+        self.held.clear()
 
     def close(self) -> None:
         """Close what is held; the root's descriptor stays open."""
         self.forget()
         while self._retired:
             os.close(self._retired.pop())
+
+    def exact(self, path: bytes) -> int:
+        """A descriptor of the directory at exactly this path, no links followed; it is the tree's, as with directory().
+
+        Raises: OSError.
+        """
+        if not path:
+            return self.root_fd
+        held = self.held.get(path)
+        if held is None or held[1] != path:
+            held = self._hold(path, (self._open_plain(path), path))
+        return held[0]
 
     def open_exact(self, path: bytes) -> int:
         """A new descriptor of the directory at exactly this path, no links followed. Raises: OSError."""
@@ -100,6 +118,12 @@ class Tree:
         return self._open_plain(path)
 
     def _open_plain(self, path: bytes) -> int:
+        if b".." in path and b".." in path.split(b"/"):  # nothing plain; _walk knows what it means
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        parent, _, name = path.rpartition(b"/")
+        held = self.held.get(parent) if parent else (self.root_fd, b"")
+        if held is not None and held[1] == parent:
+            return os.open(name, _OPEN_DIR, dir_fd=held[0])
         if self._use_openat2:
             try:
                 return kernel.openat2(self.root_fd, path, _OPEN_DIR, _BENEATH)

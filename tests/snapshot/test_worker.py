@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import gzip
 import hashlib
 import os
@@ -302,3 +303,32 @@ def test_without_privileges_owners_and_devices_are_left_out(tmp_path: Path) -> N
         "0o40555 ['f']",
         "[]",
     ]
+
+
+@pytest.mark.parametrize("openat2", [True, False])
+def test_no_exact_path_leads_up(tmp_path: Path, openat2: bool) -> None:
+    (tmp_path / "root/sub").mkdir(parents=True)
+    fd = os.open(tmp_path / "root", os.O_RDONLY | os.O_DIRECTORY)
+    tree = Tree(fd, None, use_openat2=openat2)
+    tree.directory(b"sub")  # held, so that the next step starts there
+    for path in (b"..", b"sub/..", b"sub/../..", b"../root", b"sub/../sub"):
+        for opened in (tree.exact, tree.open_exact):
+            with pytest.raises(OSError, match=os.strerror(errno.ELOOP)):
+                opened(path)
+    assert os.fstat(tree.exact(b"sub")).st_ino == os.stat(tmp_path / "root/sub").st_ino
+    tree.close()
+    os.close(fd)
+
+
+def test_a_name_below_a_held_link_is_not_exact(tmp_path: Path) -> None:
+    (tmp_path / "root/real/sub").mkdir(parents=True)
+    (tmp_path / "root/link").symlink_to("real")
+    fd = os.open(tmp_path / "root", os.O_RDONLY | os.O_DIRECTORY)
+    tree = Tree(fd, None)
+    assert tree.directory(b"link")[1] == b"real"
+    for path in (b"link", b"link/sub"):
+        with pytest.raises(OSError, match=f"{os.strerror(errno.ELOOP)}|{os.strerror(errno.ENOTDIR)}"):
+            tree.exact(path)
+    assert tree.directory(b"link/sub")[1] == b"real/sub"
+    tree.close()
+    os.close(fd)
