@@ -111,11 +111,11 @@ def status(runtime: RuntimeServiceStub, container: str) -> cri_pb2.ContainerStat
     return runtime.ContainerStatus(cri_pb2.ContainerStatusRequest(container_id=container), timeout=RPC_TIMEOUT).status
 
 
-def wait_for_exit(runtime: RuntimeServiceStub, container: str) -> cri_pb2.ContainerStatus:
+def wait_for_exit(runtime: RuntimeServiceStub, container: str, seconds: float = WAIT) -> cri_pb2.ContainerStatus:
     """Poll until the container has exited. Raises: AssertionError when it does not."""
-    deadline = time.monotonic() + WAIT
+    deadline = time.monotonic() + seconds
     while (seen := status(runtime, container)).state != cri_pb2.CONTAINER_EXITED:
-        assert time.monotonic() < deadline, f"still {cri_pb2.ContainerState.Name(seen.state)} after {WAIT} s"
+        assert time.monotonic() < deadline, f"still {cri_pb2.ContainerState.Name(seen.state)} after {seconds:g} s"
         time.sleep(0.05)
     return seen
 

@@ -2,11 +2,12 @@
 
 root.py      builds the root file system once (cached by what goes into it)
 disk.py      makes the disk of one run: that root, this checkout, its tests, the registry's data
-registry.py  the images of the tests, in the data directory of the registry inside the machine
+images.py    the images of the tests, in the data directory of the registry inside the machine
 machine.py   boots a disk with qemu, runs commands in it, cuts its power
 agent.py     runs inside: commands in, results out, over a virtio serial port
 inside/      tests that run inside, by the machine's own pytest; test_node.py brings their results out
-power_cuts.py   rounds of "cut the power during a pull, boot, look"; `python -m tests.vm.power_cuts ROUNDS` runs many
+power_cuts.py   rounds of "cut the power during a pull, boot, look (look.py, inside)"; `python -m tests.vm.power_cuts ROUNDS` runs many
+soak.py      by hand: `python -m tests.vm.soak PODS MINUTES` runs pods and restarts the daemon every minute (inside/soak.py)
 
 `make test-vm` runs this directory alone. Downside accepted: emulated without KVM, a second in here is ten outside.
 """

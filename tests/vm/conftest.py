@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.vm import root
-from tests.vm.disk import new_disk
+from tests.vm.disk import new_disk, scratch
 from tests.vm.images import prepare
 from tests.vm.machine import Machine, machine
 from tests.vm.power_cuts import wait_until_up
@@ -24,14 +24,14 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.fixture(scope="session")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def disk() -> Iterator[Path]:
     """A disk with this checkout; machines put layers over it."""
     if why := root.missing():
         pytest.skip(why)
-    directory = tmp_path_factory.mktemp("vm")
-    prepare(directory / "extra")
-    with new_disk(directory, directory / "extra") as made:
-        yield made
+    with scratch() as directory:
+        prepare(directory / "extra")
+        with new_disk(directory, directory / "extra") as made:
+            yield made
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from tests.vm.root import HERE, PROJECT, cached_root, run, run_in
+from tests.vm.root import HERE, PROJECT, copy_root, run, run_in
 
 SIZE: Final = "3G"  # sparse
 UNIT: Final = PROJECT / "docs/deploy/imgsvc.service"
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory for a `with` block, its path short: sockets lie in it. What killed processes left of theirs goes as well."""
+    for left in Path("/tmp").glob("imgsvc-vm-*.*"):
+        owner = left.name.removeprefix("imgsvc-vm-").partition(".")[0]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"imgsvc-vm-{os.getpid()}.", dir="/tmp") as made:
+        yield Path(made)
 
 
 @contextlib.contextmanager
@@ -22,7 +35,7 @@ def new_disk(directory: Path, extra: Path, *, unit: str = "") -> Iterator[Path]:
     extra: a tree that is copied over its root. unit: other text for imgsvc.service. Beside the disk lie the kernel ("vmlinuz") and the initial RAM file system ("initrd").
     """
     root = directory / "root"
-    run(["cp", "-a", str(cached_root()), str(root)])
+    copy_root(root)
     _add_checkout(root, unit or UNIT.read_text())
     shutil.copytree(extra, root, dirs_exist_ok=True)
     run_in(root, "chown", "-R", "docker-registry:", "/var/lib/docker-registry")

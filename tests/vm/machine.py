@@ -10,20 +10,20 @@ import base64
 import contextlib
 import json
 import select
-import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-BOOT_TIMEOUT: Final = 240.0  # [seconds]; 20 on an idle machine, several times that on a busy one
-RUN_TIMEOUT: Final = 120.0  # [seconds] for one command
+from tests.vm.disk import scratch
+
+BOOT_TIMEOUT: Final = 600.0  # [seconds]; 20 on an idle machine, over 200 with ten others at work on two cores
+RUN_TIMEOUT: Final = 600.0  # [seconds] for one command
 _GRACE: Final = 15.0  # [seconds] the agent's own timeout comes before ours
-_MEMORY: Final = "1536M"
+_MEMORY: Final = 1536  # [MiB]
 _CMDLINE: Final = (
     "root=/dev/vda rw rootflags=commit=1000 console=ttyS0 loglevel=4 panic=-1 mitigations=off net.ifnames=0 systemd.show_status=0"
 )
@@ -44,10 +44,11 @@ class Done:
 
 @dataclass(slots=True)
 class Machine:
-    """See boot(). directory: of the disk, the console and the sockets; name: a console of its own for each boot."""
+    """See boot(). directory: of the disk, the console and the sockets; memory [MiB]; a console of its own for each boot."""
 
     directory: Path
     kernel: Path
+    memory: int = _MEMORY
     boots: int = 0
     _qemu: subprocess.Popen[bytes] | None = None
     _port: socket.socket | None = None
@@ -85,7 +86,7 @@ class Machine:
         # setpriv: qemu goes when the test process does, however that ends.
         return [
             *("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"),
-            *("-m", _MEMORY, "-display", "none", "-monitor", "none", "-no-reboot", "-net", "none", "-device", "virtio-rng-pci"),
+            *("-m", f"{self.memory}M", "-display", "none", "-monitor", "none", "-no-reboot", "-net", "none", "-device", "virtio-rng-pci"),
             *("-kernel", str(self.kernel / "vmlinuz"), "-initrd", str(self.kernel / "initrd"), "-append", _CMDLINE),
             *("-drive", f"file={self.directory}/disk.qcow2,if=virtio,format=qcow2,cache=writeback"),
             *("-serial", f"file:{self.directory}/console-{self.boots}"),
@@ -184,16 +185,15 @@ def _text(data: str) -> str:
 
 
 @contextlib.contextmanager
-def machine(disk: Path) -> Iterator[Machine]:
-    """A machine with a fresh layer over `disk`, not booted, for a `with` block. Beside the disk are vmlinuz and initrd."""
-    directory = Path(tempfile.mkdtemp(prefix="vm-", dir="/tmp"))  # short: a socket lies in it
-    made = Machine(directory, disk.parent)
-    try:
+def machine(disk: Path, memory: int = _MEMORY) -> Iterator[Machine]:
+    """A machine with a fresh layer over `disk`, not booted, for a `with` block. Beside the disk are vmlinuz and initrd. memory [MiB]."""
+    with scratch() as directory:
+        made = Machine(directory, disk.parent, memory)
         _qemu_img("create", "-q", "-f", "qcow2", "-b", str(disk), "-F", "raw", f"{directory}/disk.qcow2")
-        yield made
-    finally:
-        made.cut()
-        shutil.rmtree(directory)
+        try:
+            yield made
+        finally:
+            made.cut()
 
 
 def _qemu_img(*arguments: str) -> None:

@@ -8,19 +8,18 @@ from __future__ import annotations
 import json
 import random
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tests.vm.disk import new_disk
+from tests.vm.disk import new_disk, scratch
 from tests.vm.images import CUT, prepare
-from tests.vm.machine import Machine, machine
+from tests.vm.machine import Machine, MachineLost, machine
 
 PYTHON: Final = "/opt/imgsvc/bin/python"
 UP: Final = "until [ -S /run/imgsvc/imgsvc.sock ] && systemctl is-active --quiet imgsvc docker-registry; do sleep 0.2; done"
-PULL_TIMEOUT: Final = 180.0  # [seconds]
+UP_TIMEOUT: Final = 600.0  # [seconds]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +41,16 @@ class Round:
 
 
 def wait_until_up(vm: Machine) -> None:
-    """Until the daemon and the registry run."""
-    vm.check("sh", "-c", UP)
+    """Until the daemon and the registry run. Raises: MachineLost with what they say."""
+    if vm.run("sh", "-c", UP, timeout=UP_TIMEOUT).status != 0:
+        said = vm.run("journalctl", "-b", "-o", "short-monotonic", "-u", "imgsvc", "-u", "docker-registry").out
+        raise MachineLost(f"imgsvc or docker-registry does not get ready; their journal:\n{said[-6000:]}")
 
 
 def cut_during_pull(vm: Machine, after: float) -> Round:
     """Start a pull and cut the power `after` seconds later, whatever has happened by then."""
     began = time.monotonic()
-    pulling = vm.begin("imgsvc", "pull", CUT, timeout=PULL_TIMEOUT)
+    pulling = vm.begin("imgsvc", "pull", CUT)
     answered = vm.answers_within(pulling, after)
     return _cut_and_look(vm, began, acknowledged=answered)
 
@@ -57,7 +58,7 @@ def cut_during_pull(vm: Machine, after: float) -> Round:
 def cut_after_pull(vm: Machine) -> Round:
     """Cut the power as soon as the pull was acknowledged."""
     began = time.monotonic()
-    vm.check("imgsvc", "pull", CUT, timeout=PULL_TIMEOUT)
+    vm.check("imgsvc", "pull", CUT)
     return _cut_and_look(vm, began, acknowledged=True)
 
 
@@ -66,7 +67,7 @@ def _cut_and_look(vm: Machine, began: float, *, acknowledged: bool) -> Round:
     after = time.monotonic() - began
     boot = vm.boot()
     wait_until_up(vm)
-    seen = json.loads(vm.check("env", "-C", "/opt/checkout", PYTHON, "-m", "tests.vm.look", CUT, timeout=240))
+    seen = json.loads(vm.check("env", "-C", "/opt/checkout", PYTHON, "-m", "tests.vm.look", CUT))
     return Round(after, acknowledged, seen["image"], seen["differences"], seen["fsck"], complaints(vm), boot)
 
 
@@ -109,5 +110,5 @@ def many(rounds: int, seed: int, directory: Path) -> bool:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(prefix="vm-disk-") as place:
-        sys.exit(not many(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1, Path(place)))
+    with scratch() as place:
+        sys.exit(not many(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1, place))

@@ -28,9 +28,10 @@ PACKAGES: Final = (
     *("python3", "python3-venv", "busybox-static", "docker-registry"),
 )
 TEST_PACKAGES: Final = ("pytest", "pytest-timeout", "httpx")  # what the tests inside need besides imgsvc
-BUILD_TIMEOUT: Final = 900.0  # [seconds]
+BUILD_TIMEOUT: Final = 1800.0  # [seconds]; it took most of that with twenty others at work on two cores
+STEP_TIMEOUT: Final = 600.0  # [seconds]
+_KEPT: Final = 2  # roots: one more than this checkout's, for somebody who goes between two branches
 _NAME_LENGTH: Final = 16
-STEP_TIMEOUT: Final = 300.0  # [seconds]
 
 _FILES: Final = {
     "etc/hostname": "vm\n",
@@ -82,21 +83,22 @@ def mirror() -> str:
     return found[1] if found else ""
 
 
-def cached_root() -> Path:
-    """The root file system, built when there is none of this recipe. Takes minutes then. Raises: AssertionError."""
+def copy_root(to: Path) -> None:
+    """Copy the root file system; it is built when there is none of this recipe, which takes minutes. Raises: AssertionError."""
     place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imgsvc-vm"
     place.mkdir(parents=True, exist_ok=True)
     with (place / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         root = place / _recipe()
         if not root.is_dir():
-            for old in place.glob("?" * _NAME_LENGTH):
+            for old in sorted(place.glob("?" * _NAME_LENGTH), key=lambda path: path.stat().st_mtime)[: 1 - _KEPT]:
                 shutil.rmtree(old)
             scratch = place / "new"
             shutil.rmtree(scratch, ignore_errors=True)
             _build(scratch)
             scratch.rename(root)
-        return root
+        os.utime(root)
+        run(["cp", "-a", str(root), str(to)])
 
 
 def _recipe() -> str:

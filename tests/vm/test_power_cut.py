@@ -10,7 +10,7 @@ from tests.vm.images import CUT
 from tests.vm.machine import Machine
 from tests.vm.power_cuts import cut_after_pull, cut_during_pull
 
-pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def test_c_d2_a_power_cut_during_a_pull_leaves_the_image_absent_or_whole(vm: Machine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 
 from imgsvc.api import cri_pb2 as pb
@@ -15,6 +16,8 @@ def test_systemd_knows_when_it_is_ready_and_leaves_its_children_alone() -> None:
     assert (unit["ActiveState"], unit["SubState"], unit["Type"]) == ("active", "running", "notify")
     assert (unit["KillMode"], unit["Delegate"], unit["NRestarts"]) == ("process", "yes", "0")
     assert any(" ready" in line for line in journal())
+    verified = subprocess.run(["systemd-analyze", "verify", "imgsvc.service"], capture_output=True, text=True, timeout=60)
+    assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
 
 
 def test_containers_live_through_restart_and_stop_and_their_exit_codes_are_found(node: Node) -> None:
