@@ -37,8 +37,7 @@ def in_machine(vm: Machine, *arguments: str) -> dict[str, list[ET.Element]]:
         "-p",
         "no:cacheprovider",
         "--junitxml=/tmp/results.xml",
-        "-o",
-        "timeout=300",
+        *("-o", "timeout=300", "-o", "faulthandler_timeout=300"),
     ]
     done = vm.run("env", "-C", CHECKOUT, *command, *arguments, timeout=PYTEST_TIMEOUT)
     assert done.status in (0, 1), (
