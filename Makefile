@@ -6,6 +6,7 @@ BIN := .venv/bin
 
 .PHONY: run setup test test-vm lint bench proto lock
 .DEFAULT_GOAL := run
+unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of daemons; compiling everything for each nearly doubles that
 
 run:
 	@$(PYTHON) scripts/setup.py run
