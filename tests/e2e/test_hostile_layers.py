@@ -489,12 +489,12 @@ def test_c_x17_no_other_user_gets_below_root_and_state(second: Node) -> None:
 
 
 def _assert_private(daemon: Daemon) -> None:
-    below = [str(path) for top in (daemon.root, daemon.state) for path in below(top)]
-    programs = [path for path in below if path.endswith("/bin/suid")]
+    inside = [str(path) for top in (daemon.root, daemon.state) for path in below(top)]
+    programs = [path for path in inside if path.endswith("/bin/suid")]
     assert len(programs) == len(WAYS)
-    seen = subprocess.run(["stat", "-c", "%n", *below], user=1000, group=1000, extra_groups=[], capture_output=True, text=True)
+    seen = subprocess.run(["stat", "-c", "%n", *inside], user=1000, group=1000, extra_groups=[], capture_output=True, text=True)
     assert seen.stdout == ""
-    assert seen.stderr.count("Permission denied") == len(below)
+    assert seen.stderr.count("Permission denied") == len(inside)
     listed = subprocess.run(
         ["ls", str(daemon.root), str(daemon.state)], user=1000, group=1000, extra_groups=[], capture_output=True, text=True
     )
