@@ -6,7 +6,7 @@ For `imgsvc config check`, and for the daemon itself, which goes on with what is
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,9 @@ class Found:
 class Standing:
     """What was found when somebody looked last, for CRI's Status."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[Iterable[str]], None]) -> None:
+        """tell: logs warnings, those of a registry's files only once, for a pull comes upon them, too."""
+        self._tell = tell
         self.found = Found((), ())
 
     def look(self, loaded: Loaded) -> None:
@@ -40,8 +42,7 @@ class Standing:
         self.found = look(loaded)
         for problem in self.found.problems:
             log.error("%s", problem)
-        for warning in self.found.warnings:
-            log.warning("%s", warning)
+        self._tell(self.found.warnings)
 
     def notes(self) -> tuple[str, ...]:
         """All of it."""

@@ -136,7 +136,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     watch = Watch.create(images)
     opened = registries.open_registries(loaded, watch.observer)
     registry = opened.client
-    standing = Standing()
+    standing = Standing(lambda warnings: registry.directories.tell(warnings))  # noqa: PLW0108  # a reload replaces them
     stack.push_async_callback(registry.close)
     for directory in registry.directories.missing_roots():
         log.info("registry.config_path: %s is not there", directory)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -79,16 +79,20 @@ class HostDirectories:
         cannot be read, FailedPrecondition when pulling from the namespace is blocked.
         """
         config, _ = self.search(namespace, repository)
-        if len(self._told) > _MAX_TOLD:
-            self._told.clear()
-        for warning in config.warnings:
-            if warning not in self._told:
-                log.warning("%s", warning)
-            self._told.add(warning)
+        self.tell(config.warnings)
         if config.blocked:
             what = f"{namespace}/{config.prefix}" if config.prefix else namespace
             raise FailedPrecondition(f"pulling from {what} is blocked", where=config.blocked.split(": ")[0], hint="by configuration")
         return config
+
+    def tell(self, warnings: Iterable[str]) -> None:
+        """Log what was not logged before."""
+        if len(self._told) > _MAX_TOLD:
+            self._told.clear()
+        for warning in warnings:
+            if warning not in self._told:
+                log.warning("%s", warning)
+            self._told.add(warning)
 
     def search(self, namespace: str, repository: str = "") -> tuple[HostsConfig, list[Searched]]:
         """As lookup, for explain: what is blocked is returned, and every place that was looked at comes along."""
