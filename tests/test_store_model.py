@@ -212,6 +212,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # a minute of processor time
 def test_c_d7_ten_thousand_operations() -> None:
     run_state_machine_as_test(
         StoreMachine,
