@@ -70,7 +70,7 @@ def test_what_goes_with_an_image_and_what_others_need_stays(make_node: Callable[
     gone = [disk.layer_directory(app[digest]) for digest in app.keys() - base.keys()]
     remove(daemon, APP)
     wait_until(lambda: not disk.snapshots().keys() & (set(app.values()) - set(base.values())), "removing triggers a collection")
-    assert not any(path.exists() for path in gone)
+    wait_until(lambda: not any(path.exists() for path in gone), "their files go right after")
     wait_until(lambda: not list((disk.layers / "trash").iterdir()), "deleting goes on behind")
     assert disk.snapshots().keys() == set(base.values())
     assert disk.blobs() == set(disk.records("content")) == {*base, *disk.images()[BASE]["documents"]}
