@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from imgsvc.errors import Internal, InvalidArgument, ResourceExhausted, printable
 from imgsvc.snapshot.interfaces import IDMapping
+from imgsvc.snapshot.kernel import without_links
 
 _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -17,10 +19,15 @@ _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 def copy_tree(source: Path, target: Path) -> None:
     """Fill the directory `target` with everything in `source`, metadata and hard links included. Blocking: a process.
 
-    Shares blocks where the file system can. Raises: ResourceExhausted (disk full), InvalidArgument (paths beyond PATH_MAX), Internal.
+    Shares blocks where the file system can. As root, a directory that somebody replaces with a link meanwhile leads nowhere (C-X3).
+    Raises: ResourceExhausted (disk full), InvalidArgument (paths beyond PATH_MAX), Internal.
     """
-    command = ["cp", "-a", "--reflink=auto", "--", f"{source}/.", str(target)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env={"LC_ALL": "C"} | _path(), check=False)
+    with contextlib.ExitStack() as opened:
+        fds = [_without_links(place, opened) for place in (source, target)]
+        places = [f"/proc/self/fd/{fd}" for fd in fds]
+        command = ["cp", "-a", "--reflink=auto", "--", *(f"{place}/." for place in places)]
+        env = {"LC_ALL": "C"} | _path()
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=env, pass_fds=fds, check=False)
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip()
         text = printable(said)
@@ -29,6 +36,15 @@ def copy_tree(source: Path, target: Path) -> None:
         if "File name too long" in said:  # directories nested beyond PATH_MAX, which only descriptors reach
             raise InvalidArgument("the image has paths too long to be copied", where=str(target), hint='use the snapshotter "overlayfs"')
         raise Internal(f"cannot copy a snapshot: {text}", where=str(target))
+
+
+def _without_links(place: Path, opened: contextlib.ExitStack) -> int:
+    try:
+        fd = without_links(str(place))
+    except OSError:  # not root, or an older kernel; nobody else gets below our directories
+        fd = os.open(place, _OPEN_DIR)
+    opened.callback(os.close, fd)
+    return fd
 
 
 def _path() -> dict[str, str]:

@@ -48,6 +48,7 @@ _MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 _AT_EMPTY_PATH: Final = 0x1000
 _MOUNT_ATTR_RDONLY: Final = 1
 _MOUNT_ATTR_IDMAP: Final = 0x100000
+_MOUNT_ATTR_NOSYMFOLLOW: Final = 0x200000
 
 PR_SET_PDEATHSIG: Final = 1
 PR_SET_NO_NEW_PRIVS: Final = 38
@@ -131,12 +132,30 @@ def keep_capabilities(keep: int) -> None:
 
 def idmapped_mount(source: str, target: str, userns_fd: int) -> None:
     """Bind `source` read-only on `target` with owners shifted through a user namespace. Raises: OSError (unsupported)."""
-    flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC)
-    tree = int(_check(_syscall(_SYS_OPEN_TREE, -100, ctypes.c_char_p(source.encode()), flags), source))
+    tree = _clone(source, _MOUNT_ATTR_IDMAP | _MOUNT_ATTR_RDONLY, userns_fd)
     try:
-        attributes = struct.pack("<4Q", _MOUNT_ATTR_IDMAP | _MOUNT_ATTR_RDONLY, 0, 0, userns_fd)
-        _check(_syscall(_SYS_MOUNT_SETATTR, tree, ctypes.c_char_p(b""), _AT_EMPTY_PATH, attributes, ctypes.c_size_t(32)), source)
         empty, where = ctypes.c_char_p(b""), ctypes.c_char_p(target.encode())
         _check(_syscall(_SYS_MOVE_MOUNT, tree, empty, -100, where, _MOVE_MOUNT_F_EMPTY_PATH), target)
     finally:
         os.close(tree)
+
+
+def without_links(directory: str) -> int:
+    """A descriptor of `directory` through which no path follows a symbolic link: a mount of its own, gone when it is closed.
+
+    Raises: OSError (not allowed; unsupported before Linux 5.14).
+    """
+    return _clone(directory, _MOUNT_ATTR_NOSYMFOLLOW, 0)
+
+
+def _clone(source: str, attributes: int, userns_fd: int) -> int:
+    """A bind mount of `source` that is nowhere yet, with some attributes set."""
+    flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC)
+    tree = int(_check(_syscall(_SYS_OPEN_TREE, -100, ctypes.c_char_p(source.encode()), flags), source))
+    try:
+        packed = struct.pack("<4Q", attributes, 0, 0, userns_fd)
+        _check(_syscall(_SYS_MOUNT_SETATTR, tree, ctypes.c_char_p(b""), _AT_EMPTY_PATH, packed, ctypes.c_size_t(32)), source)
+    except BaseException:
+        os.close(tree)
+        raise
+    return tree

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import itertools
 import os
 import resource
 import stat
@@ -19,6 +20,7 @@ import zstandard
 
 from imgsvc.errors import DataLoss, ImgsvcError, InvalidArgument, ResourceExhausted
 from imgsvc.oci import MIB, Digest
+from imgsvc.snapshot.copying import copy_tree
 from imgsvc.snapshot.interfaces import LayerInput, Limits, Name, Snapshotter
 from tests.snapshot.bench import Bench
 from tests.snapshot.layers import END, Entry, directory, gz, link, pax_block, raw_header, record, symlink, tar
@@ -128,6 +130,27 @@ def test_c_x3_nothing_outside_changes_while_components_are_swapped(bench: Bench,
 
     with Swapper(f"{bench.root}/*/*/fs", sentinel) as swapper:
         swapper.race(lambda: bench.run(unpack_all), 100_000)
+
+
+def test_c_x3_nothing_outside_changes_while_a_snapshot_is_copied(bench: Bench, sentinel: Path) -> None:
+    """As for the native snapshotter's second layer, and with directories swapped in the source and in the copy."""
+    source, copies = bench.root / "one" / "0" / "fs", bench.root / "one"
+    for i in range(500):
+        (source / "a" / str(i)).mkdir(parents=True)
+        (source / "a" / str(i) / "f").write_bytes(b"x")
+    numbers = itertools.count(1)
+
+    def copy() -> None:
+        place = copies / str(next(numbers))
+        (place / "fs").mkdir(parents=True)
+        with contextlib.suppress(ImgsvcError):
+            copy_tree(source, place / "fs")
+        place.rename(bench.root / f"old-{place.name}")
+
+    copy()
+    assert len(list((bench.root / "old-1" / "fs" / "a").iterdir())) == 500
+    with Swapper(f"{copies}/*/fs", sentinel) as swapper:
+        swapper.race(copy, 100_000)
 
 
 def test_c_x3_open_files_are_changed_by_descriptor_only(bench: Bench, tmp_path: Path) -> None:
