@@ -19,7 +19,7 @@ from tests.support import images
 from tests.support.daemon import Daemon
 from tests.support.images import Layer
 from tests.support.registries import RealRegistry
-from tests.support.vigil import Vigil, eventually, held, threads, workers
+from tests.support.vigil import Vigil, at_rest, eventually, held, threads, workers
 
 pytestmark = pytest.mark.root
 
@@ -36,7 +36,7 @@ def node(make_daemon: Callable[..., Daemon], registry: RealRegistry) -> Iterator
     made = Node(daemon, registry, daemon.directory)
     warm = {str(n): [_layer(f"warm {n}", 3)] for n in range(6)} | {"broken": [b"x" * 512]}
     made.pull_all(warm)
-    holds, running = held(daemon), threads(daemon.pid)
+    holds, running = at_rest(daemon), threads(daemon.pid)
     yield made
     eventually(lambda: {**held(daemon), "unfinished writes": []}, holds)
     assert threads(daemon.pid) <= running + 8
@@ -123,7 +123,7 @@ def _parent(pid: int) -> int:
 
 def test_the_last_caller_that_leaves_ends_the_unpacking_within_a_second(node: Node) -> None:
     name = node.push(_layer("first", 3000), _layer("second", 3000))
-    holds = held(node.daemon)
+    holds = at_rest(node.daemon)
     calls = [node.start(name), node.start(name)]
     _until(lambda: len(workers(node.daemon.pid)) == UNPACKS)
     calls[0].cancel()
@@ -140,7 +140,7 @@ def test_the_last_caller_that_leaves_ends_the_download_within_a_second(node: Nod
         made = images.image([images.layer(tar([Entry("f", data=os.urandom(12 * MIB))]))])
         slow.add(made, "slow")
         node.daemon.map_host("slow.example", slow.address)
-        holds = {**held(node.daemon), "unfinished writes": 1}
+        holds = {**at_rest(node.daemon), "unfinished writes": 1}
         call = node.start("slow.example/slow:latest")
         _until(lambda: slow.sent > 4 * MIB)
         call.cancel()

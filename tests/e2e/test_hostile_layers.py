@@ -32,7 +32,7 @@ from tests.support.disk import Disk
 from tests.support.images import Compression
 from tests.support.registries import RealRegistry, ScriptedRegistry
 from tests.support.swapper import Swapper
-from tests.support.vigil import Vigil, eventually, held, threads
+from tests.support.vigil import Vigil, at_rest, eventually, held, threads
 
 pytestmark = pytest.mark.root
 
@@ -69,7 +69,7 @@ def second(node: Node, make_daemon: Callable[..., Daemon]) -> Node:
 def unharmed(node: Node) -> Iterator[Vigil]:
     """What holds whatever a layer contains; see the module."""
     daemon = node.daemon
-    facts, holds, running, identity = node.facts(), held(daemon), threads(daemon.pid), daemon.pid
+    facts, holds, running, identity = node.facts(), at_rest(daemon), threads(daemon.pid), daemon.pid
     assert not holds["leases"]
     vigil = Vigil(daemon)
     vigil.look()

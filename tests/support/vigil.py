@@ -115,6 +115,17 @@ def held(daemon: Daemon) -> dict[str, Any]:
     }
 
 
+def at_rest(daemon: Daemon) -> dict[str, Any]:
+    """What `held` says once the daemon has finished what it does in the background. Raises: AssertionError when it never does."""
+    deadline = time.monotonic() + GIVES_BACK
+    before: dict[str, Any] = {}
+    while (seen := held(daemon)) != before or seen["trash"] or seen["workers"]:
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.05)
+        before = seen
+    return seen
+
+
 def _files(pid: int) -> Iterator[str]:
     """Open files by name, without connections: those to registries are kept for the next pull."""
     for fd in os.listdir(f"/proc/{pid}/fd"):
