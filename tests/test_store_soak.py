@@ -20,7 +20,7 @@ from imgsvc.leases import LeaseBook
 from imgsvc.oci import MIB
 from tests.support.stored import Stored, put_blob
 
-CYCLES = int(os.environ.get("SOAK", "3000"))
+CYCLES = int(os.environ.get("SOAK", "1500"))
 EVERY = 100  # cycles between two collections
 WARM_UP = 500  # cycles until the database has its working size
 
@@ -37,11 +37,11 @@ def figures(node: Stored) -> dict[str, int]:
     }
 
 
-async def cycles(node: Stored, leases: LeaseBook, collector: Collector, first: int, count: int) -> None:
+async def cycles(node: Stored, threads: Threads, leases: LeaseBook, collector: Collector, first: int, count: int) -> None:
     for cycle in range(first, first + count):
         data = os.urandom(2000)
         lease = await leases.hold([("content", f"sha256:{cycle:064x}")])
-        digest = await asyncio.to_thread(put_blob, node.content, data)
+        digest = await threads.run(put_blob, node.content, data)
         await leases.add(lease, [content_node(digest)])
         node.content.update(digest, {"cycle": str(cycle)})
         node.content.writer(f"abandoned-{cycle}", total=10).close()
@@ -53,13 +53,13 @@ async def cycles(node: Stored, leases: LeaseBook, collector: Collector, first: i
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(0 if CYCLES > 3000 else 120)
+@pytest.mark.timeout(0 if CYCLES > 1500 else 120)
 def test_c_d9_soak(tmp_path: Path) -> None:
     asyncio.run(_soak(Stored(tmp_path)))
 
 
 async def _soak(node: Stored) -> None:
-    leases, threads = LeaseBook(node.db), Threads(2, "soak")
+    leases, threads = LeaseBook(node.db), Threads(1, "soak")
     images, snapshots = Images(node.images, node.content, ["native"]), Snapshots([node.snapshotter])
     collector = Collector(
         keepers=[images, snapshots],
@@ -70,9 +70,9 @@ async def _soak(node: Stored) -> None:
         root=node.root,
         policy=Policy(),
     )
-    await cycles(node, leases, collector, 0, WARM_UP)
+    await cycles(node, threads, leases, collector, 0, WARM_UP)
     before = figures(node)
-    await cycles(node, leases, collector, WARM_UP, CYCLES)
+    await cycles(node, threads, leases, collector, WARM_UP, CYCLES)
     after = figures(node)
     print(f"\nafter {WARM_UP}: {before}\nafter {WARM_UP + CYCLES}: {after}")
     assert {key: after[key] for key in ("fds", "threads", "files")} == {key: before[key] for key in ("fds", "threads", "files")}

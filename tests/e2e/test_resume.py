@@ -17,7 +17,7 @@ from tests.support.daemon import RPC_TIMEOUT, Daemon
 from tests.support.images import BuiltDocument, Entry
 
 SIZE = 128 * MIB
-RATE = 24 * MIB  # [bytes/s] of one connection; slow enough to meet a share, fast enough for a test
+RATES = {"parallel": 6 * MIB, "one-connection": 24 * MIB}  # [bytes/s] of a connection; what is in flight when the daemon dies is lost
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +25,13 @@ def large() -> BuiltDocument:
     return images.image([images.layer([Entry("big", noise(SIZE))], "plain")])
 
 
-@pytest.fixture(params=[True, False], ids=["parallel", "one-connection"])
+@pytest.fixture(params=list(RATES))
 def node(request: pytest.FixtureRequest, make_daemon: Callable[..., Daemon], large: BuiltDocument) -> Iterator[tuple[Daemon, FakeRegistry]]:
     """A daemon, not started, and the registry that has the image library/large."""
-    with FakeRegistry(rate=RATE) as fake:
+    with FakeRegistry(rate=RATES[request.param]) as fake:
         fake.add(large, "library/large")
         daemon = make_daemon()
-        if not request.param:
+        if request.param == "one-connection":
             daemon.config.write_text(daemon.config.read_text().replace("[registry]\n", "[registry]\nmax_extra_connections = 0\n"))
         hosts_d(daemon.directory / "hosts.d", {"docker.io": f'fallback = false\n[host."{fake.url}"]\n'})
         yield daemon, fake
