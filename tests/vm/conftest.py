@@ -1,20 +1,33 @@
-"""Machines for the tests of this directory; those in inside/ run in the machine and are not collected here."""
+"""The machine of this directory's tests; those in inside/ run in the machine and are not collected here."""
 
 from __future__ import annotations
 
 import faulthandler
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any, Final
 
 import pytest
 
 from tests.vm import root
-from tests.vm.disk import new_disk, scratch
-from tests.vm.images import prepare
-from tests.vm.machine import Machine, machine
-from tests.vm.power_cuts import wait_until_up
+from tests.vm.parts import Parts
 
 collect_ignore = ["inside"]
+
+_PARTS: Final = pytest.StashKey[Parts]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin with what will take longest: the parts of the selected tests, beside all tests before them."""
+    names = [marker.args[0] for item in session.items if (marker := item.get_closest_marker("part"))]
+    if names and not session.config.option.collectonly and not root.missing():
+        parts = session.config.stash[_PARTS] = Parts()
+        for name in names:
+            parts.play(name)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """However the run ends."""
+    if parts := session.config.stash.get(_PARTS, None):
+        parts.close()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -23,21 +36,9 @@ def pytest_runtest_setup() -> None:
     faulthandler.cancel_dump_traceback_later()
 
 
-@pytest.fixture(scope="session")
-def disk() -> Iterator[Path]:
-    """A disk with this checkout; machines put layers over it."""
+@pytest.fixture
+def played(request: pytest.FixtureRequest) -> Any:
+    """What the part of this test returned."""
     if why := root.missing():
         pytest.skip(why)
-    with scratch() as directory:
-        prepare(directory / "extra")
-        with new_disk(directory, directory / "extra") as made:
-            yield made
-
-
-@pytest.fixture(scope="module")
-def vm(disk: Path) -> Iterator[Machine]:
-    """A machine whose daemon and registry run; one for the tests of a file, in their order."""
-    with machine(disk) as made:
-        made.boot()
-        wait_until_up(made)
-        yield made
+    return request.config.stash[_PARTS].play(request.node.get_closest_marker("part").args[0]).result()

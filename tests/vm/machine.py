@@ -57,6 +57,11 @@ class Machine:
     _answers: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
+    def on(self) -> bool:
+        """Whether it runs."""
+        return self._qemu is not None
+
+    @property
     def console(self) -> str:
         """What the running or last boot printed."""
         try:
