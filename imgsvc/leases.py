@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple, Protocol
 
-from imgsvc.concurrency import KeyedLock
+from imgsvc.concurrency import KeyedLock, to_the_end
 from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, printable
 from imgsvc.failpoints import afailpoint
 from imgsvc.metadb import MetaDB, Record
@@ -242,11 +242,21 @@ class LeaseBook:
                 self._changed.notify_all()
                 await self._changed.wait_for(lambda: self._removing.isdisjoint(lease.resources))
             await self._db.awrite(lambda txn: txn.put(TABLE, lease.id, _encode(lease)))
-        except BaseException:
+        except BaseException as error:
             self._hide(lease.id)
             if old is not None:
                 self._show(old)
+            if isinstance(error, asyncio.CancelledError):
+                await to_the_end(self._record(lease.id, old))
             raise
+
+    async def _record(self, lease_id: str, lease: Lease | None) -> None:
+        """What a caller who left had begun to write is written all the same; make the record what it was before."""
+        with contextlib.suppress(ImgsvcError):  # the next start finds a lease that ends soon
+            if lease is None:
+                await self._db.awrite(lambda txn: txn.delete(TABLE, lease_id))
+            else:
+                await self._db.awrite(lambda txn: txn.put(TABLE, lease_id, _encode(lease)))
 
     def _get(self, lease_id: str) -> Lease:
         lease = self._leases.get(lease_id)

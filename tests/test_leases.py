@@ -119,6 +119,25 @@ def test_a_release_that_cannot_be_recorded_counts_and_can_be_repeated(db: MetaDB
     asyncio.run(life())
 
 
+@pytest.mark.parametrize("late", [0.02, 0.0])
+def test_a_caller_that_leaves_while_its_lease_is_written_leaves_no_record(db: MetaDB, late: float) -> None:
+    async def life() -> None:
+        leases = LeaseBook(db)
+        await leases.hold([A], lease_id="old")
+        failpoints.arm("metadb.commit=delay:100*2")
+        leaving = [asyncio.create_task(leases.hold([B])), asyncio.create_task(leases.add("old", [B]))]
+        await asyncio.sleep(late)
+        for task in leaving:
+            task.cancel()
+        await asyncio.wait(leaving)
+        assert all(task.cancelled() for task in leaving)
+        await db.awrite(lambda txn: None)  # behind all that was begun
+        for book in (leases, LeaseBook(db)):
+            assert {lease.id: set(lease.resources) for lease in book.leases()} == {"old": {A}}
+
+    asyncio.run(life())
+
+
 def test_a_caller_that_leaves_while_waiting_holds_nothing(db: MetaDB) -> None:
     async def life() -> None:
         leases = LeaseBook(db)

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,7 +170,7 @@ def check_what_is_shown(scene: Scene, daemon: Daemon, acknowledged: list[str]) -
     assert [finding for finding in check(daemon) if finding["broken"]] == []
 
 
-def check_nothing_half_made(daemon: Daemon, failed: Set[str] = frozenset()) -> None:
+def check_nothing_half_made(daemon: Daemon, failed: Collection[str] = ()) -> None:
     """After a collection: everything on disk has a record, everything unfinished is of a pull that may come back.
 
     failed: blobs of a pull that was refused, not killed; it holds nothing any more, and what it has of them waits for the next one.
@@ -181,7 +181,7 @@ def check_nothing_half_made(daemon: Daemon, failed: Set[str] = frozenset()) -> N
     assert disk.directories() == {record["number"] for record in snapshots.values()}
     assert disk.blobs() == set(disk.records("content"))
     leased = {name for lease in disk.records("leases").values() for _, name in lease["resources"]}
-    assert {ingest["expected"] for ingest in disk.ingests()} <= leased | failed
+    assert {ingest["expected"] for ingest in disk.ingests()} <= leased.union(failed)
 
 
 def check_the_next_pull(scene: Scene, daemon: Daemon) -> None:
