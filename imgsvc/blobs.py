@@ -186,7 +186,7 @@ class Blobs:
     def __init__(self, content: Store, threads: Threads) -> None:
         self._content = content
         self._threads = threads
-        self._flights: SingleFlight[BlobSource] = SingleFlight()
+        self._flights: SingleFlight[BlobSource | None] = SingleFlight()
         self.growing: Shared[GrowingBlob] = Shared(GrowingBlob, GrowingBlob.close)
 
     async def fetch(self, fetcher: Fetcher, blob: Descriptor, progress: Progress) -> BlobSource | None:
@@ -195,9 +195,7 @@ class Blobs:
         Returns:  who served it; None when it was here.
         Raises:   WrongBytes, PullFailed, ResourceExhausted.
         """
-        if await self._threads.run(self._content.info, blob.digest) is not None:
-            return None
-        return await self._flights.run(blob.digest, lambda: self._download(fetcher, blob, progress))
+        return await self._flights.run(blob.digest, lambda: self._fetch(fetcher, blob, progress))
 
     async def bring(self, fetcher: Fetcher, blob: Descriptor, progress: Progress) -> BlobSource | None:
         """As fetch, with a second try at other endpoints when the first gave wrong bytes."""
@@ -211,6 +209,12 @@ class Blobs:
                 return await self.fetch(fetcher, blob, progress)
             except PullFailed as second:
                 raise DataLoss(f"{error.what}, and nobody else has it: {second.what}", where=error.where, hint=error.hint) from second
+
+    async def _fetch(self, fetcher: Fetcher, blob: Descriptor, progress: Progress) -> BlobSource | None:
+        # Looked at in the flight: before it, the flight of somebody else may end between the look and the start.
+        if await self._threads.run(self.has, blob.digest):
+            return None
+        return await self._download(fetcher, blob, progress)
 
     async def _download(self, fetcher: Fetcher, blob: Descriptor, progress: Progress) -> BlobSource:
         def open_ingest() -> Writer:
