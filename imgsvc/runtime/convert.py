@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Generic, TypeVar
 
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.runtime.codec import fill_proto
@@ -14,6 +14,30 @@ from imgsvc.runtime.signals import cri_number
 from imgsvc.runtime.state import container_state, sandbox_state
 
 M = TypeVar("M")
+R = TypeVar("R", bound=SandboxRecord | ContainerRecord)
+
+
+class Lines(Generic[R, M]):
+    """What a listing says of each record, made once for as long as the record stays what it is: the kubelet asks every second."""
+
+    def __init__(self, live: Mapping[str, R], make: Callable[[R], M]) -> None:
+        """live: all records there are, by ID."""
+        self._live = live
+        self._make = make
+        self._made: dict[str, tuple[R, M]] = {}
+
+    def of(self, records: Iterable[R]) -> list[M]:
+        """A message for each record, in their order; not to be changed."""
+        lines = [self._line(record) for record in records]
+        if len(self._made) > 2 * len(self._live):
+            self._made = {key: made for key, made in self._made.items() if key in self._live}
+        return lines
+
+    def _line(self, record: R) -> M:
+        made = self._made.get(record.id)
+        if made is None or made[0] is not record:
+            made = self._made[record.id] = (record, self._make(record))
+        return made[1]
 
 
 def labels_match(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:

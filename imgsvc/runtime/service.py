@@ -46,6 +46,9 @@ class RuntimeService(RuntimeServiceServicer):
         self._streams = streams
         self._notes = notes
         self._describe = describe
+        records = node.core.records
+        self._pod_lines = convert.Lines(records.sandboxes, lambda record: convert.sandbox_item(record, self._boot))
+        self._container_lines = convert.Lines(records.containers, lambda record: convert.container_item(record, self._boot))
 
     @property
     def _boot(self) -> str:
@@ -128,12 +131,12 @@ class RuntimeService(RuntimeServiceServicer):
 
     async def ListPodSandbox(self, request: pb.ListPodSandboxRequest, context: Any) -> pb.ListPodSandboxResponse:
         """Pods that pass a filter."""
-        return pb.ListPodSandboxResponse(items=[convert.sandbox_item(r, self._boot) for r in self._sandboxes(request.filter)])
+        return pb.ListPodSandboxResponse(items=self._pod_lines.of(self._sandboxes(request.filter)))
 
     async def StreamPodSandboxes(self, request: pb.StreamPodSandboxesRequest, context: Any) -> AsyncIterator[pb.StreamPodSandboxesResponse]:
         """Pods that pass a filter, each once."""
         for batch in _batches(list(self._sandboxes(request.filter))):
-            yield pb.StreamPodSandboxesResponse(pod_sandboxes=[convert.sandbox_item(r, self._boot) for r in batch])
+            yield pb.StreamPodSandboxesResponse(pod_sandboxes=self._pod_lines.of(batch))
 
     def _sandboxes(self, wanted: pb.PodSandboxFilter) -> Iterable[SandboxRecord]:
         for record in self._node.core.records.sandboxes.values():
@@ -166,12 +169,12 @@ class RuntimeService(RuntimeServiceServicer):
 
     async def ListContainers(self, request: pb.ListContainersRequest, context: Any) -> pb.ListContainersResponse:
         """Containers that pass a filter."""
-        return pb.ListContainersResponse(containers=[convert.container_item(r, self._boot) for r in self._containers(request.filter)])
+        return pb.ListContainersResponse(containers=self._container_lines.of(self._containers(request.filter)))
 
     async def StreamContainers(self, request: pb.StreamContainersRequest, context: Any) -> AsyncIterator[pb.StreamContainersResponse]:
         """Containers that pass a filter, each once."""
         for batch in _batches(list(self._containers(request.filter))):
-            yield pb.StreamContainersResponse(containers=[convert.container_item(r, self._boot) for r in batch])
+            yield pb.StreamContainersResponse(containers=self._container_lines.of(batch))
 
     def _containers(self, wanted: pb.ContainerFilter) -> Iterable[ContainerRecord]:
         for record in self._node.core.records.containers.values():
