@@ -1,4 +1,4 @@
-"""Small asyncio tools: one lock per key, one flight per key, the hop to a thread, a cancel token for work in threads.
+"""Small asyncio tools: one lock per key, one flight per key, places for a few, the hop to a thread, a cancel token for work in threads.
 
 A cancelled await does not stop its thread: long work in a thread checks a CancelToken per chunk.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import heapq
+import itertools
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -103,6 +105,38 @@ class SingleFlight(Generic[T]):
     def _forget(self, key: str, flight: _Flight[T]) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
+
+
+class Slots:
+    """A number of places. Of those who wait for one, who has the lowest order comes next; among equals, who came first."""
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._serial = itertools.count()
+
+    async def acquire(self, order: float) -> None:
+        """Take a place, for `release`."""
+        if self._free:
+            self._free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (order, next(self._serial), turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.release()  # its turn came in the moment it was cancelled
+            raise
+
+    def release(self) -> None:
+        """Give a place back."""
+        while self._waiting:
+            turn = heapq.heappop(self._waiting)[2]
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
 
 
 class Threads:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from imgsvc.concurrency import CancelToken, Coalesced, KeyedLock, SingleFlight, Threads, all_of, both
+from imgsvc.concurrency import CancelToken, Coalesced, KeyedLock, SingleFlight, Slots, Threads, all_of, both
 from imgsvc.errors import Cancelled, NotFound
 
 
@@ -259,6 +259,34 @@ def test_failures_after_everybody_left_are_not_reported_as_forgotten() -> None:
     asyncio.run(main())
     gc.collect()
     assert complaints == []
+
+
+def test_slots_go_by_order_and_survive_those_who_leave() -> None:
+    async def main() -> None:
+        slots, held = Slots(2), []
+
+        async def work(name: str, order: float) -> None:
+            await slots.acquire(order)
+            held.append(name)
+
+        await work("a", 9)
+        await work("b", 9)
+        tasks = {name: asyncio.create_task(work(name, order)) for name, order in (("c", 3), ("d", 1), ("e", 1), ("f", 2))}
+        await asyncio.sleep(0)
+        assert held == ["a", "b"]
+        tasks["e"].cancel()
+        slots.release()
+        tasks["d"].cancel()  # in the moment its turn has come
+        await asyncio.wait(tasks.values(), timeout=0.05)
+        assert held == ["a", "b", "f"]
+        slots.release()
+        await tasks["c"]
+        slots.release()
+        slots.release()
+        await asyncio.wait_for(asyncio.gather(work("g", 0), work("h", 0)), 1)
+        assert held == ["a", "b", "f", "c", "g", "h"]
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("when", ["opening", "held"])

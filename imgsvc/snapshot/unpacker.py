@@ -22,13 +22,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from imgsvc import children, errors, failpoints
+from imgsvc.concurrency import Slots
 from imgsvc.errors import Cancelled, DataLoss, ImgsvcError, Unavailable
-from imgsvc.oci import Digest
+from imgsvc.oci import MIB, Digest
 from imgsvc.snapshot.interfaces import COUNT, Applied, LayerInput, Limits, Mount, Unpacker, UnpackJob, Usage
 
 log = logging.getLogger(__name__)
 
 _VERDICT_LIMIT: Final = 64 * 1024  # [bytes]
+_SPEED: Final = 40 * MIB  # [bytes/s], about, of a stored layer. What takes long begins first, unless others wait for longer than that
 _CATEGORIES: Final = {c.code: c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, ImgsvcError)}
 
 
@@ -138,7 +140,7 @@ class WorkerJob:
         """Take a slot and a worker."""
         began = time.monotonic()
         self._slots = self._owner.slots
-        await self._slots.acquire()
+        await self._slots.acquire(began - self.layer.size / _SPEED)
         self._owner.queued(time.monotonic() - began)
         try:
             self._worker = await self._owner.spawn(self.layer.digest, self.order, self.journal, self.source)
@@ -219,7 +221,7 @@ class WorkerUnpacker:
     def configure(self, max_concurrent: int, limits: Limits) -> None:
         """Go by these from the next layer on; those that are being unpacked keep the slot they have."""
         if max_concurrent != self._max_concurrent:
-            self.slots = asyncio.Semaphore(max_concurrent)
+            self.slots = Slots(max_concurrent)
             self._settling = asyncio.Semaphore(max_concurrent)  # short and last: not queued behind layers waiting for bytes
         self._max_concurrent = max_concurrent
         self._limits = {"unpacked_bytes": limits.unpacked_bytes, "entries": limits.entries, "ratio": limits.ratio}
