@@ -6,7 +6,7 @@ Source: OCI distribution-spec 1.1; containerd docs/hosts.md for mirror semantics
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from imgsvc.errors import ImgsvcError
@@ -48,15 +48,24 @@ class PullFailed(ImgsvcError):
     """Every endpoint failed. `code` is that of the most telling attempt, not of the last one."""
 
     def __init__(self, what: str, attempts: Sequence[Attempt], code: str, *, retryable: bool, where: str = "", hint: str = "") -> None:
-        tried = " | ".join(
-            f"{a.endpoint} [{a.phase}] {a.status or 'no answer'} in {a.elapsed:.2f}s, credential {a.credential}: {a.error}"
-            for a in attempts
-        )
+        tried = " | ".join(_told(attempts))
         super().__init__(f"{what} (tried: {tried})" if tried else what, where=where, hint=hint)
         self.attempts = tuple(attempts)
         self.reason = "RegistryUnavailable" if code == "UNAVAILABLE" else ""
         self.code = code  # type: ignore[misc]  # an instance may narrow the class's category
         self.retryable = retryable  # type: ignore[misc]  # likewise
+
+
+def _told(attempts: Sequence[Attempt]) -> list[str]:
+    """A line for each attempt, one for all that went the same way; in the order of the first of each."""
+    alike: dict[Attempt, list[float]] = {}
+    for attempt in attempts:
+        alike.setdefault(replace(attempt, elapsed=0), []).append(attempt.elapsed)
+    return [
+        f"{a.endpoint} [{a.phase}] {a.status or 'no answer'}{f', {len(spent)} times' * (len(spent) > 1)} in {sum(spent):.2f}s, "
+        f"credential {a.credential}: {a.error}"
+        for a, spent in alike.items()
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -252,7 +252,11 @@ def _enter(name: bytes, dir_fd: int) -> int:
     try:
         return os.open(name, _OPEN_DIR, dir_fd=dir_fd)
     except PermissionError:  # only without CAP_DAC_OVERRIDE: the image's own modes keep us out of our own files
-        os.chmod(name, 0o700, dir_fd=dir_fd)
+        fd = os.open(name, os.O_PATH | _OPEN_DIR, dir_fd=dir_fd)
+        try:
+            os.chmod(f"/proc/self/fd/{fd}", 0o700)
+        finally:
+            os.close(fd)
         return os.open(name, _OPEN_DIR, dir_fd=dir_fd)
 
 

@@ -1,0 +1,18 @@
+"""What a failed pull says of its attempts."""
+
+from __future__ import annotations
+
+from imgsvc.registry.interfaces import Attempt, PullFailed
+
+
+def test_attempts_that_went_the_same_way_are_told_once() -> None:
+    refused = [Attempt("http://m/v2", "connect", 0, seconds, "none", "refused") for seconds in (0.1, 0.2, 0.4)]
+    denied = Attempt("http://r/v2", "resolve", 403, 0.5, "file", "DENIED")
+
+    error = PullFailed("no", [refused[0], denied, *refused[1:]], "UNAVAILABLE", retryable=True)
+
+    assert error.what == (
+        "no (tried: http://m/v2 [connect] no answer, 3 times in 0.70s, credential none: refused"
+        " | http://r/v2 [resolve] 403 in 0.50s, credential file: DENIED)"
+    )
+    assert len(error.attempts) == 4
