@@ -128,8 +128,8 @@ def test_compressed_archives_and_directories_are_read_as_well(image_daemon: Daem
     assert image_daemon.cli("rmi", pulled).returncode == 0
     file = image_daemon.directory / f"archive.{form}"
     if form == "directory":
-        with tarfile.open(plain) as archive:
-            archive.extractall(file, filter="data")
+        file.mkdir()
+        subprocess.run(["tar", "-x", "-f", str(plain), "-C", str(file)], check=True, timeout=60)
     else:
         shut: dict[str, Callable[[bytes], bytes]] = {
             "gz": gzip.compress,
