@@ -76,12 +76,15 @@ class Peer:
         """A connection of its own."""
         return grpc.insecure_channel(self._address, options=[("grpc.use_local_subchannel_pool", 1)])
 
-    def pull(self, reference: str) -> Cost:
+    def pull(self, reference: str) -> None:
+        """Pull, and have nothing looked at meanwhile."""
+        self._images.PullImage(cri_pb2.PullImageRequest(image=cri_pb2.ImageSpec(image=reference)), timeout=600)
+
+    def measure(self, reference: str) -> Cost:
         """Pull and measure."""
-        spec = cri_pb2.ImageSpec(image=reference)
         with _sampling(self.pid) as sampled:
             cpu, began = _cpu(self.pid), time.monotonic()
-            self._images.PullImage(cri_pb2.PullImageRequest(image=spec), timeout=600)
+            self.pull(reference)
             wall = time.monotonic() - began
         return Cost(wall, _cpu(self.pid) - cpu, sampled.peak)
 
@@ -233,7 +236,7 @@ def compare(
     floors: list[Cost] = []
     for _ in range(rounds):
         for peer in peers:
-            costs[peer.name].append(peer.pull(reference))
+            costs[peer.name].append(peer.measure(reference))
             peer.remove(reference)
         scratch = directory / "floor"
         floors.append(floor(registry, f"bench/{name}", document, scratch))

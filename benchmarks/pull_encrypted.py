@@ -43,7 +43,7 @@ def compare(peer: Peer, rounds: int) -> float:
     costs: dict[str, list[Cost]] = {"plain": [], "encrypted": []}
     for _ in range(rounds):
         for name, found in costs.items():
-            found.append(peer.pull(f"{HOST}/bench/{name}:latest"))
+            found.append(peer.measure(f"{HOST}/bench/{name}:latest"))
             peer.remove(f"{HOST}/bench/{name}:latest")
     for name, found in costs.items():
         wall, cpu = statistics.median(c.wall for c in found), statistics.median(c.cpu for c in found)
