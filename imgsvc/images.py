@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from imgsvc.concurrency import to_the_end
 from imgsvc.errors import InvalidArgument, NotFound, printable
 from imgsvc.failpoints import afailpoint
 from imgsvc.metadb import MetaDB, Record, WriteTxn
@@ -179,8 +180,7 @@ class ImageStore:
             holder = self._images.get(self._names.get(tag, ""))
             if holder and holder.image_id != image.image_id:
                 touched.append(_without(holder, tag))
-            await self._write(touched)
-            self._tell("added", touched[0])
+            await self._write(touched, "added")
             return touched[0]
 
     async def tag(self, source: str, name: Reference) -> Image:
@@ -194,14 +194,18 @@ class ImageStore:
 
     async def remove(self, image_id: str) -> Image | None:
         """Forget an image with all its names; None when it was not here. Its parts go with the next collection."""
-        async with self._changing:
-            await afailpoint("image.remove")
+
+        async def forget() -> Image | None:
             await self._db.awrite(lambda txn: txn.delete(TABLE, image_id))
             await afailpoint("image.removed")
             gone = self._hide(image_id)
             if gone is not None:
                 self._tell("removed", gone)
             return gone
+
+        async with self._changing:
+            await afailpoint("image.remove")
+            return await to_the_end(forget())
 
     async def untag(self, name: str) -> Image | None:
         """Remove one name; an image without names is removed. Returns the image that had it, None when none had."""
@@ -215,22 +219,28 @@ class ImageStore:
             await self.remove(image.image_id)
             return image
         async with self._changing:
-            await self._write([rest])
-            self._tell("untagged", rest)
+            await self._write([rest], "untagged")
         return image
 
-    async def _write(self, images: Sequence[Image]) -> None:
-        """One transaction for all, then the copies in memory; the caller holds `_changing`."""
+    async def _write(self, images: Sequence[Image], change: str) -> None:
+        """One transaction for all, then the copies in memory, then the watchers; the caller holds `_changing`.
 
-        def change(txn: WriteTxn) -> None:
+        Once begun it goes to its end, or an image that a collection knows nothing of would be back after the next start.
+        """
+
+        def put(txn: WriteTxn) -> None:
             for image in images:
                 txn.put(TABLE, image.image_id, _encode(image))
 
+        async def show() -> None:
+            await self._db.awrite(put)
+            await afailpoint("image.added")
+            for image in reversed(images):
+                self._show(image.image_id, image)
+            self._tell(change, images[0])
+
         await afailpoint("image.add")
-        await self._db.awrite(change)
-        await afailpoint("image.added")
-        for image in reversed(images):
-            self._show(image.image_id, image)
+        await to_the_end(show())
 
     def _show(self, image_id: str, image: Image) -> None:
         self._hide(image_id)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from imgsvc import failpoints
 from imgsvc.errors import InvalidArgument, NotFound
 from imgsvc.images import Image, ImageStore, Layer
 from imgsvc.metadb import MetaDB
@@ -184,3 +185,26 @@ def test_an_artifact_needs_no_image_config(db: MetaDB) -> None:
     assert again is not None
     assert again.artifact
     assert again.config.diff_ids == ()
+
+
+def test_a_caller_who_leaves_while_it_is_written_leaves_disk_and_memory_alike(tmp_path: Path) -> None:
+    async def life() -> None:
+        db = MetaDB(tmp_path, sync=False)
+        store, here, told = ImageStore(db), image("here"), []
+        await store.add(here, f"{NAME}:here", "")
+        store.watch(lambda change, of: told.append(change))
+        failpoints.arm("metadb.commit=delay:100*2")
+        for work in (store.add(image("new"), f"{NAME}:new", ""), store.remove(here.image_id)):
+            leaving = asyncio.create_task(work)
+            await asyncio.sleep(0.02)
+            leaving.cancel()
+            await asyncio.wait([leaving])
+            assert leaving.cancelled()
+        await db.awrite(lambda txn: None)  # behind all that was begun
+        assert told == ["added", "removed"]
+        for each in (store, ImageStore(db)):
+            assert [found.repo_tags for found in each.all()] == [(f"{NAME}:new",)]
+        failpoints.arm("")
+        db.close()
+
+    asyncio.run(life())
