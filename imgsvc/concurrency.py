@@ -9,12 +9,13 @@ import asyncio
 import functools
 import heapq
 import itertools
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Generic, ParamSpec, Self, TypeVar, cast
 
 from imgsvc.errors import Cancelled
 
@@ -37,6 +38,44 @@ class CancelToken:
         """Raises: Cancelled once cancel() was called."""
         if self._event.is_set():
             raise Cancelled("cancelled")
+
+
+class _TimeLimit:
+    """asyncio.timeout as Python 3.11.4 has it. Before, one that ran out in a task that is being cancelled, and cleans up, went
+    on as that cancellation: what was to come after it was left out.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._timer: asyncio.TimerHandle | None = None
+        self._expired = False
+
+    async def __aenter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._cancelling = task, task.cancelling()
+        if self._seconds is not None:
+            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._expire)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise TimeoutError from error
+
+    def expired(self) -> bool:
+        """Whether the time has run out."""
+        return self._expired
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._task.cancel()
+
+
+def time_limit(seconds: float | None) -> asyncio.Timeout | _TimeLimit:
+    """For an `async with` block that raises TimeoutError after so long; None: never. Use it instead of asyncio.timeout."""
+    return asyncio.timeout(seconds) if sys.version_info >= (3, 11, 4) else _TimeLimit(seconds)  # noqa: TID251  # here it is told apart
 
 
 class KeyedLock:

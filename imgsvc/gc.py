@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from imgsvc.concurrency import Threads
+from imgsvc.concurrency import Threads, time_limit
 from imgsvc.errors import ImgsvcError
 from imgsvc.failpoints import afailpoint, failpoint
 from imgsvc.fsutil import free_space
@@ -274,7 +274,7 @@ class Collector:
         hopeless = False  # low on space, and the last collection found nothing to give
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SPACE_INTERVAL):
+                async with time_limit(SPACE_INTERVAL):
                     await self._triggered.wait()
             low = free_space(self._root) < self.policy.min_free
             hopeless &= low

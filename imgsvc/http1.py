@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, unquote
 
 import h11
 
+from imgsvc.concurrency import time_limit
 from imgsvc.errors import InvalidArgument, Unavailable, from_os_error
 from imgsvc.oci import KIB, MIB
 
@@ -156,12 +157,12 @@ class _Connection:
             self._protocol.start_next_cycle()
         with contextlib.suppress(ssl.SSLError):
             self._writer.close()
-            async with asyncio.timeout(1.0):
+            async with time_limit(1.0):
                 await self._writer.wait_closed()
 
     async def _next_request(self) -> Request | None:
         request: Request | None = None
-        async with asyncio.timeout(IDLE_S):
+        async with time_limit(IDLE_S):
             while True:
                 event = self._protocol.next_event()
                 if event is h11.NEED_DATA:
@@ -213,7 +214,7 @@ class _Connection:
             elif body:
                 self._writer.write(self._protocol.send(h11.Data(data=body)) or b"")
             self._writer.write(self._protocol.send(h11.EndOfMessage()) or b"")
-            async with asyncio.timeout(STALL_S):
+            async with time_limit(STALL_S):
                 await self._writer.drain()
         finally:
             if isinstance(body, FileBody):
@@ -229,7 +230,7 @@ class _Connection:
         loop, offset, end = asyncio.get_running_loop(), body.offset, body.offset + body.count
         with os.fdopen(os.dup(body.fd), "rb", buffering=0) as file:
             while offset < end:
-                async with asyncio.timeout(STALL_S):
+                async with time_limit(STALL_S):
                     sent = await loop.sendfile(self._writer.transport, file, offset, min(_SEND, end - offset))
                 if not sent:
                     raise OSError("the file is shorter than it was")

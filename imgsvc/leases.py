@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple, Protocol
 
-from imgsvc.concurrency import KeyedLock, to_the_end
+from imgsvc.concurrency import KeyedLock, time_limit, to_the_end
 from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, printable
 from imgsvc.failpoints import afailpoint
 from imgsvc.metadb import MetaDB, Record
@@ -224,7 +224,7 @@ class LeaseBook:
                 await asyncio.sleep(_RETRY)
             async with self._changed:
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._until_next()):
+                    async with time_limit(self._until_next()):
                         await self._changed.wait()
 
     def _until_next(self) -> float:

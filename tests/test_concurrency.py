@@ -4,10 +4,12 @@ import asyncio
 import gc
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from imgsvc.concurrency import CancelToken, Coalesced, KeyedLock, SingleFlight, Slots, Threads, all_of, both
+from imgsvc.concurrency import CancelToken, Coalesced, KeyedLock, SingleFlight, Slots, Threads, _TimeLimit, all_of, both, time_limit
 from imgsvc.errors import Cancelled, NotFound
 
 
@@ -259,6 +261,44 @@ def test_failures_after_everybody_left_are_not_reported_as_forgotten() -> None:
     asyncio.run(main())
     gc.collect()
     assert complaints == []
+
+
+@pytest.mark.parametrize("limit", [_TimeLimit, time_limit])
+def test_a_time_limit_holds_in_a_task_that_is_being_cancelled_too(limit: Callable[[float | None], Any]) -> None:
+    async def main() -> None:
+        seen: list[str] = []
+
+        async def work() -> None:
+            try:
+                await asyncio.sleep(10)
+            finally:
+                short = limit(0.01)
+                try:
+                    async with short:
+                        await asyncio.sleep(10)
+                except TimeoutError:
+                    seen.append(f"out of time, {short.expired()}")
+                async with limit(None):
+                    seen.append("cleaned up")
+
+        task = asyncio.create_task(work())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=5)
+        assert task.cancelled()
+        assert seen == ["out of time, True", "cleaned up"]
+
+        async def cancelled() -> None:
+            async with limit(10):
+                await asyncio.sleep(10)
+
+        task = asyncio.create_task(cancelled())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=5)
+        assert task.cancelled()
+
+    asyncio.run(main())
 
 
 def test_slots_go_by_order_and_survive_those_who_leave() -> None:

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.concurrency import Threads
+from imgsvc.concurrency import Threads, time_limit
 from imgsvc.errors import ImgsvcError
 from imgsvc.failpoints import afailpoint
 from imgsvc.images import ImageStore
@@ -109,7 +109,7 @@ class Prepull:
                     if loaded.plan is not None:
                         self._start_due(loaded.plan, loaded.throttle)
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._poll_s):
+                    async with time_limit(self._poll_s):
                         await self._wake.wait()
                 self._wake.clear()
         finally:
@@ -233,7 +233,7 @@ class Prepull:
 
     async def _bring(self, wanted: Wanted, left: timedelta, throttle: Throttle | None) -> None:
         memory = self._memory.get(wanted.key, Memory())
-        window = asyncio.timeout(left.total_seconds())
+        window = time_limit(left.total_seconds())
         try:
             async with window:
                 credential = await self._threads.run(wanted.credential)

@@ -19,6 +19,7 @@ from typing import Final, Protocol
 from urllib.parse import urlencode, urljoin, urlsplit
 
 from imgsvc import __version__, tracing
+from imgsvc.concurrency import time_limit
 from imgsvc.errors import ImgsvcError, InvalidArgument, Unavailable, printable
 from imgsvc.registry.auth import Answer, Authorizer, Peer, secrets_of
 from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, OWN, Capability, Host, Tls, canonical_name, is_local
@@ -190,7 +191,7 @@ class Endpoint:
         (ask, answer), self._unexplained = self._unexplained, None
         ask = replace(ask, method="GET")
         try:
-            async with asyncio.timeout(_REASON_TIMEOUT_S), await self._send_with_fallback(ask, answer) as response:
+            async with time_limit(_REASON_TIMEOUT_S), await self._send_with_fallback(ask, answer) as response:
                 if response.status < 400:
                     return None  # it does not know HEAD
                 told = await self._status_error(response, ask)

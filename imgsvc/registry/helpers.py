@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from imgsvc import yamlfile
+from imgsvc.concurrency import time_limit
 from imgsvc.errors import ImgsvcError, InvalidArgument, Unavailable
 from imgsvc.oci import MIB, load_json_object
 from imgsvc.registry.dockerconfig import helper_server, parse_helper_answer
@@ -50,7 +51,7 @@ async def run(argv: Sequence[str], data: bytes, *, env: Mapping[str, str], timeo
             f"credential program not started: {error.strerror}", where=argv[0], hint="install it where the daemon finds it"
         ) from error
     try:
-        async with asyncio.timeout(timeout_s):
+        async with time_limit(timeout_s):
             stdout, stderr, _ = await asyncio.gather(_bounded(process.stdout), _bounded(process.stderr), _feed(process, data))
             status = await process.wait()
     except TimeoutError as error:

@@ -19,6 +19,7 @@ from typing import Any, Final, cast
 
 import httpcore
 
+from imgsvc.concurrency import time_limit
 from imgsvc.registry.netguard import Reach, reach_of
 from imgsvc.registry.tls import reason_of
 
@@ -65,7 +66,7 @@ class Backend(httpcore.AsyncNetworkBackend):
         if local_address or socket_options:
             raise ConnectFailed("local address and socket options are not supported")
         try:
-            async with asyncio.timeout(timeout):
+            async with time_limit(timeout):
                 return SocketStream(await self._connect(host, port), self._scratch)
         except TimeoutError as error:
             raise httpcore.ConnectTimeout(f"no connection within {timeout:g} s") from error
@@ -165,7 +166,7 @@ class SocketStream(httpcore.AsyncNetworkStream):
             await asyncio.sleep(0)
             data = self._take(size)
             if data is None:
-                async with asyncio.timeout(timeout):
+                async with time_limit(timeout):
                     while data is None:
                         await self._readable()
                         data = self._take(size)
@@ -207,7 +208,7 @@ class SocketStream(httpcore.AsyncNetworkStream):
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Send all of it."""
         try:
-            async with asyncio.timeout(timeout):
+            async with time_limit(timeout):
                 await self._loop.sock_sendall(self._sock, buffer)
         except TimeoutError as error:
             raise httpcore.WriteTimeout(f"the peer took no data for {timeout:g} s") from error
@@ -246,7 +247,7 @@ class TlsStream(httpcore.AsyncNetworkStream):
     async def handshake(self, timeout: float | None) -> None:
         """Raises: TlsFailed."""
         try:
-            async with asyncio.timeout(timeout):
+            async with time_limit(timeout):
                 await self._handshake()
         except TimeoutError as error:
             raise TlsFailed(f"no TLS session within {timeout:g} s", plain=False) from error

@@ -26,6 +26,7 @@ from urllib.parse import unquote, urlsplit
 import httpcore
 from h2.exceptions import H2Error
 
+from imgsvc.concurrency import time_limit
 from imgsvc.errors import ImgsvcError, ResourceExhausted, printable
 from imgsvc.registry.hosts import Tls
 from imgsvc.registry.netguard import ANYWHERE, Reach, reach_of
@@ -168,7 +169,7 @@ class Response:
         """The start of the body, whatever happens after it: for error texts."""
         parts, total = [], 0
         try:
-            async with asyncio.timeout(5), contextlib.aclosing(self.chunks()) as chunks:
+            async with time_limit(5), contextlib.aclosing(self.chunks()) as chunks:
                 async for chunk in chunks:
                     parts.append(chunk[: limit - total])
                     total += len(parts[-1])
@@ -228,7 +229,7 @@ class Transport:
         limit = None if method in ("PUT", "PATCH", "POST") else connect + self.timeouts.headers
         began = time.monotonic()
         try:
-            async with asyncio.timeout(limit):
+            async with time_limit(limit):
                 response = await self._exchange(request, url, route, phase, can_repeat=isinstance(body, bytes))
         except TimeoutError as error:
             what = f"no complete answer within {limit:g} s"

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from imgsvc.concurrency import time_limit
 from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, printable
 from imgsvc.failpoints import afailpoint
 from imgsvc.runtime import cgroups, spec, validate
@@ -292,7 +293,7 @@ class Containers:
         if ended is None:
             return True
         try:
-            async with asyncio.timeout(timeout_s):
+            async with time_limit(timeout_s):
                 await ended.wait()
         except TimeoutError:
             return False

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from imgsvc.concurrency import time_limit
 from imgsvc.errors import DeadlineExceeded, FailedPrecondition, NotFound, from_os_error, printable
 from imgsvc.runtime.exits import UNKNOWN_EXIT, now_ns, process_gone, read_exit_file, settle, start_time
 from imgsvc.runtime.interfaces import Exit, NewTask
@@ -76,7 +77,7 @@ class Conmon:
             os.write(start_write, b"\0")
             os.close(start_write)
             start_write = -1
-            async with asyncio.timeout(CREATE_TIMEOUT_S):
+            async with time_limit(CREATE_TIMEOUT_S):
                 await launcher.wait()
                 answer = await _read_line(sync_read)
             self._reaper.adopt(self.pid(task.container_id))
@@ -162,7 +163,7 @@ class Conmon:
         """Until conmon has ended (bounded), then remove what it left outside the bundle."""
         monitor = self.pid(container_id)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_EXIT_FILE_WAIT_S):
+            async with time_limit(_EXIT_FILE_WAIT_S):
                 await process_gone(monitor, start_time(monitor))
         (self._paths.exits / container_id).unlink(missing_ok=True)
         (self._paths.sockets / container_id).unlink(missing_ok=True)

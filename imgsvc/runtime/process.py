@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from imgsvc.concurrency import time_limit
 from imgsvc.errors import DeadlineExceeded, NotFound, from_os_error, printable
 from imgsvc.oci import MIB
 
@@ -50,7 +51,7 @@ async def run(
     assert process.stdout
     assert process.stderr
     try:
-        async with asyncio.timeout(timeout_s):
+        async with time_limit(timeout_s):
             _, stdout, stderr, status = await asyncio.gather(
                 _feed(process.stdin, stdin), _collect(process.stdout), _collect(process.stderr), process.wait()
             )

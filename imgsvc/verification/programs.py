@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imgsvc.concurrency import Threads
+from imgsvc.concurrency import Threads, time_limit
 from imgsvc.errors import from_os_error, printable
 from imgsvc.oci import Descriptor
 from imgsvc.verification.confine import confined
@@ -105,7 +105,7 @@ class Programs:
             except OSError as error:
                 return f"cannot be started: {error.strerror}", ""
             try:
-                async with asyncio.timeout(self.timeout_s):
+                async with time_limit(self.timeout_s):
                     status, reason = await _converse(child, json.dumps(target.to_json()).encode())
             except TimeoutError:
                 return f"gave no answer within {self.timeout_s:g} s", ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -17,6 +16,7 @@ from google.protobuf import any_pb2, empty_pb2
 
 from imgsvc.api import events_pb2, runc_options_pb2, runtime_options_pb2, ttrpc_events_pb2
 from imgsvc.api import task_v2_pb2 as task
+from imgsvc.concurrency import time_limit
 from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound, Unavailable, Unimplemented
 from imgsvc.runtime.exits import UNKNOWN_EXIT, now_ns
 from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask, OCIRuntime
@@ -293,7 +293,7 @@ class ShimRuntime:
         """See OCIRuntime."""
         stdout, stderr = _Kept(), _Kept()
         try:
-            async with asyncio.timeout(timeout_s or None):
+            async with time_limit(timeout_s or None):
                 code = await self.exec_target(container_id, command, terminal=False).run(Streams(stdout=stdout, stderr=stderr))
         except TimeoutError as error:
             raise DeadlineExceeded(f"the command did not end within {timeout_s:g} s and was killed") from error

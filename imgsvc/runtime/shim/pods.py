@@ -8,7 +8,6 @@ Source: containerd api/runtime/sandbox/v1/sandbox.proto; its sandbox controller 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -20,6 +19,7 @@ from google.protobuf import any_pb2, empty_pb2
 
 from imgsvc.api import cri_pb2, task_v2_pb2
 from imgsvc.api import sandbox_pb2 as api
+from imgsvc.concurrency import time_limit
 from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound, Unavailable, Unimplemented, printable
 from imgsvc.runtime.codec import fill_proto
 from imgsvc.runtime.interfaces import NewPod, PodRuntime
@@ -111,7 +111,7 @@ class ShimPods:
             client = await self._connections.client(endpoint)
             await self._stop(endpoint, sandbox_id)
             await self._shut_down(endpoint, sandbox_id)
-            async with asyncio.timeout(_EXIT_S):
+            async with time_limit(_EXIT_S):
                 await client.closed.wait()
         except (Unavailable, TimeoutError):
             with contextlib.suppress(FailedPrecondition):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from imgsvc.api import ttrpc_pb2
+from imgsvc.concurrency import time_limit
 from imgsvc.errors import (
     DataLoss,
     DeadlineExceeded,
@@ -83,7 +84,7 @@ class Client:
         """Connect to unix:///path, /path, or an abstract name without scheme. Raises: Unavailable."""
         path = address.removeprefix("unix://")
         try:
-            async with asyncio.timeout(timeout_s):
+            async with time_limit(timeout_s):
                 reader, writer = await asyncio.open_unix_connection(path if path.startswith("/") else f"\0{path.lstrip('@')}")
         except OSError as error:
             raise Unavailable(f"the shim does not answer: {error}", where=address) from error
@@ -101,7 +102,7 @@ class Client:
         future = self._waiting[stream] = asyncio.get_running_loop().create_future()
         try:
             self._writer.write(encode(Frame(stream, _REQUEST, request.SerializeToString())))
-            async with asyncio.timeout(timeout_s):
+            async with time_limit(timeout_s):
                 payload = await future
         except TimeoutError as error:
             raise DeadlineExceeded(f"the shim did not answer {method} within {timeout_s:g} s") from error

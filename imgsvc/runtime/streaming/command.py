@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
+from imgsvc.concurrency import time_limit
 from imgsvc.errors import DeadlineExceeded, ImgsvcError
 from imgsvc.runtime.streaming import remotecommand, spdy, websocket
 from imgsvc.runtime.streaming.flow import Inbox, SizeBox, until_first
@@ -223,7 +224,7 @@ class CommandSession:
     async def _run(self, peer: Peer, creation_timeout_s: float) -> None:
         await peer.send(self.wire.greeting())
         try:
-            async with asyncio.timeout(creation_timeout_s):
+            async with time_limit(creation_timeout_s):
                 await self.wire.ready.wait()
         except TimeoutError as error:
             raise DeadlineExceeded(f"the client did not open its streams within {creation_timeout_s:g} s") from error

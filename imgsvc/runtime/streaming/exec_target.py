@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from imgsvc.concurrency import time_limit, to_the_end
 from imgsvc.errors import DeadlineExceeded, Internal, printable
 from imgsvc.runtime.streaming.child import Child, Orphan, signal_group_of
 from imgsvc.runtime.streaming.fdio import FdReader, FdWriter
@@ -83,7 +84,7 @@ class ExecTarget:
                 try:
                     return await _carry(wires, streams, self.drain_s)
                 finally:
-                    await _end(wires.process, self.hangup_s)
+                    await to_the_end(_end(wires.process, self.hangup_s))
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
@@ -242,12 +243,12 @@ async def _end(process: Orphan, hangup_s: float) -> None:
     if process.running and hangup_s:
         process.signal_group(signal.SIGHUP)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(hangup_s):
+            async with time_limit(hangup_s):
                 await process.wait()
     if process.running:
         process.signal_group(signal.SIGKILL)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(KILL_S):
+            async with time_limit(KILL_S):
                 await process.wait()
 
 
@@ -314,7 +315,7 @@ async def exec_sync(
     target = ExecTarget(container, tuple(command), False, scratch, drain_s=drain_s, hangup_s=0.0)
     stdout, stderr = _Collector(), _Collector()
     try:
-        async with asyncio.timeout(timeout_s or None):
+        async with time_limit(timeout_s or None):
             code = await target.run(Streams(stdout=stdout, stderr=stderr))
     except TimeoutError as error:
         raise DeadlineExceeded(f"the command did not end within {timeout_s:g} s and was killed") from error

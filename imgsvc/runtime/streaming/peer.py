@@ -7,6 +7,7 @@ import contextlib
 import socket
 from typing import Final
 
+from imgsvc.concurrency import time_limit
 from imgsvc.errors import Cancelled, DeadlineExceeded
 from imgsvc.runtime.streaming.interfaces import CHUNK
 
@@ -84,7 +85,7 @@ class Peer:
         last, the exit status, could be lost on the way.
         """
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LINGER_S):
+            async with time_limit(_LINGER_S):
                 while await self.receive():
                     pass
 

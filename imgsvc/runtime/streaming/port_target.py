@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from imgsvc.concurrency import time_limit
 from imgsvc.errors import Unavailable, from_os_error
 from imgsvc.runtime.kernel import CLONE_NEWNET, in_fresh_thread, setns
 from imgsvc.runtime.streaming.fdio import SocketConnection
@@ -36,7 +37,7 @@ class PodPorts:
             if sock is None:
                 continue
             try:
-                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                async with time_limit(CONNECT_TIMEOUT_S):
                     await asyncio.get_running_loop().sock_connect(sock, (address, port))
             except OSError as refused:  # TimeoutError is one
                 sock.close()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
+from imgsvc.concurrency import time_limit
 from imgsvc.config import Stream
 from imgsvc.errors import ImgsvcError, InvalidArgument, Unavailable
 from imgsvc.runtime.streaming.command import CommandSession, CommandWire, SpdyCommand, WebSocketCommand
@@ -166,7 +167,7 @@ class StreamServer:
             raise HttpRefusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections without a session")
         self._handshakes += 1
         try:
-            async with asyncio.timeout(HEAD_TIMEOUT_S):
+            async with time_limit(HEAD_TIMEOUT_S):
                 request = parse_head(await _read_head(reader))
         except TimeoutError as error:
             raise HttpRefusal(HTTPStatus.REQUEST_TIMEOUT, "no complete request in time") from error
