@@ -363,7 +363,9 @@ def _start_server(control: int, transform: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-I", "-m", "imgsvc.snapshot.unpack_worker", str(control), transform]
     null = subprocess.DEVNULL
     environment = {name: value for name, value in os.environ.items() if name == failpoints.ENV}  # and nothing of the daemon's own
-    return subprocess.Popen(command, pass_fds=(control,), stdin=null, stdout=null, env=environment, cwd="/", start_new_session=True)
+    # A process group, for signals of a terminal, but the daemon's session: where the kernel schedules by sessions (autogroup), the
+    # niceness of workers would mean nothing against a daemon in another one.
+    return subprocess.Popen(command, pass_fds=(control,), stdin=null, stdout=null, env=environment, cwd="/", process_group=0)
 
 
 async def _receive_fd(control: socket.socket) -> int:
