@@ -170,7 +170,7 @@ class LeaseBook:
             await afailpoint("lease.delete")
             # Memory first: if the disk fails now, or the caller leaves, the lease is over and only its record waits.
             self._hide(lease_id)
-            await self._db.awrite(lambda txn: txn.delete(TABLE, lease_id))
+            await self._write(lease_id, None)
 
     def leases(self) -> list[Lease]:
         """See LeaseManager."""
@@ -241,22 +241,23 @@ class LeaseBook:
             async with self._changed:
                 self._changed.notify_all()
                 await self._changed.wait_for(lambda: self._removing.isdisjoint(lease.resources))
-            await self._db.awrite(lambda txn: txn.put(TABLE, lease.id, _encode(lease)))
+            await self._write(lease.id, lease)
         except BaseException as error:
             self._hide(lease.id)
             if old is not None:
                 self._show(old)
             if isinstance(error, asyncio.CancelledError):
-                await to_the_end(self._record(lease.id, old))
+                # What a caller who left had begun to write is written all the same.
+                with contextlib.suppress(ImgsvcError):  # the next start finds a lease that ends soon
+                    await to_the_end(self._write(lease.id, old))
             raise
 
-    async def _record(self, lease_id: str, lease: Lease | None) -> None:
-        """What a caller who left had begun to write is written all the same; make the record what it was before."""
-        with contextlib.suppress(ImgsvcError):  # the next start finds a lease that ends soon
-            if lease is None:
-                await self._db.awrite(lambda txn: txn.delete(TABLE, lease_id))
-            else:
-                await self._db.awrite(lambda txn: txn.put(TABLE, lease_id, _encode(lease)))
+    async def _write(self, lease_id: str, lease: Lease | None) -> None:
+        """Make the record say what is; None: that there is none."""
+        if lease is None:
+            await self._db.awrite(lambda txn: txn.delete(TABLE, lease_id))
+        else:
+            await self._db.awrite(lambda txn: txn.put(TABLE, lease_id, _encode(lease)))
 
     def _get(self, lease_id: str) -> Lease:
         lease = self._leases.get(lease_id)

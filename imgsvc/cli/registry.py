@@ -54,7 +54,7 @@ async def _check(arguments: argparse.Namespace) -> int:
     from imgsvc.registry.interfaces import Credential
 
     registries = open_registries(config.load(arguments.config))
-    results = []
+    results, unasked = [], []
     try:
         if arguments.reference:
             credential = Credential("command line", *arguments.creds) if arguments.creds else None
@@ -62,10 +62,12 @@ async def _check(arguments: argparse.Namespace) -> int:
         else:
             for namespace, prefix in registries.client.directories.namespaces():
                 results += await check_namespace(registries.client, namespace, prefix)
+            unasked = registries.client.directories.patterns()
     finally:
         await registries.client.close()
     if arguments.json:
         print_json([result.to_json() for result in results])
     else:
-        print("\n".join(render(results)) if results else "no registry is configured; name an image to check its registry")
+        lines = [*render(results), *(f"{path}: not asked (stands for any registry; name an image of one)" for path in unasked)]
+        print("\n".join(lines or ["no registry is configured; name an image to check its registry"]))
     return 0 if all(result.ok for result in results) else 1

@@ -65,12 +65,18 @@ class HostDirectories:
     def namespaces(self) -> list[tuple[str, str]]:
         """(registry, repository prefix) of all that have a file of their own, or an entry of the legacy tables; "" is the registry."""
         found = {(name, "") for name in self._inline if name != "*"}
-        for root in filter(os.path.isdir, self._roots):
-            for name in os.listdir(root):
-                path = os.path.join(root, name)
-                if name != "_default" and "*" not in name and os.path.isdir(path):
-                    found.update((namespace_of(name), prefix) for prefix in ("", *_prefixes_with_files(path)))
+        for path in self._directories():
+            if not _is_pattern(path.name):
+                found.update((namespace_of(path.name), prefix) for prefix in ("", *_prefixes_with_files(path)))
         return sorted(found)
+
+    def patterns(self) -> list[str]:
+        """Directories that stand for registries by no name of their own: `_default` and wildcards."""
+        return sorted(str(path) for path in self._directories() if _is_pattern(path.name))
+
+    def _directories(self) -> Iterator[Path]:
+        for root in filter(os.path.isdir, self._roots):
+            yield from filter(Path.is_dir, Path(root).iterdir())
 
     def lookup(self, namespace: str, repository: str = "") -> HostsConfig:
         """The endpoints for a repository of a namespace. What is odd about their file without being wrong is logged once.
@@ -159,6 +165,10 @@ class HostDirectories:
         return config
 
 
+def _is_pattern(name: str) -> bool:
+    return name == "_default" or "*" in name
+
+
 def _mode(path: Path, *, follow: bool = True) -> int:
     """Of what is there, 0 when nothing is. Raises: PermissionDenied and others: what cannot be looked at may decide."""
     try:
@@ -189,7 +199,7 @@ def _most_specific(directory: Path, namespace: str, repository: str, searched: l
     return found
 
 
-def _prefixes_with_files(directory: str | Path) -> Iterator[str]:
+def _prefixes_with_files(directory: Path) -> Iterator[str]:
     """The repository prefixes that have a file below a registry's directory."""
     for path, directories, _ in os.walk(directory):
         directories.sort()

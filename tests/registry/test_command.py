@@ -214,6 +214,13 @@ def test_check_takes_only_directories_for_registries(node: Path, imgsvc: Imgsvc,
     assert [entry["endpoint"] for entry in parsed(imgsvc("check", "--json"))] == [f"{fake.url}/v2"]
 
 
+def test_check_says_of_what_it_asks_nobody(node: Path, imgsvc: Imgsvc) -> None:
+    hosts_d(node / "hosts.d", {"_default": f'[host."http://{DEAD}"]\n', "*.corp.test": "blocked = true\n"})
+    lines = imgsvc("check").stdout.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [f"{node}/hosts.d/{name}" for name in ("*.corp.test", "_default")]
+    assert all("name an image" in line for line in lines)
+
+
 def test_check_of_a_registry_with_a_broken_file_says_where_and_checks_the_others(node: Path, imgsvc: Imgsvc, fake: FakeRegistry) -> None:
     hosts_d(node / "hosts.d", {"a.test": "[host.\n", "docker.io": f'server = "{fake.url}"\n'})
     done = imgsvc("check")
