@@ -1,20 +1,24 @@
-"""The process that unpacks: a small server that is started by exec, and the children it forks, one per job.
+"""The process that unpacks: a small server that is started by exec, and the children it forks.
 
 The server holds no threads and reads no layer, so forking it is safe and takes a millisecond where starting Python and
-importing takes thirty; every job still gets a process that has never seen another layer. A job's process gives up what
+importing takes thirty; every layer still gets a process that has never seen another one. That process gives up what
 it does not need before it looks at a byte of the layer: namespaces, capabilities, resources, the daemon's descriptors.
-It may be killed at any time; the caller removes the snapshot then.
+Settling needs CAP_SYS_ADMIN, which a process that parsed a layer must not get back; it reads no layer, and its processes
+go on from one to the next. Any of them may be killed at any time; the caller removes the snapshot then.
 
 Protocol (SOCK_SEQPACKET sockets, messages of one process to the other, in both directions in order):
-* to the server: b"job" with descriptors [job socket, journal, source]; answer: b"pid" with a pidfd.
-* on the job socket to the child: one JSON object (see unpacker.py), then 8-byte big-endian counts of readable bytes.
-* on the job socket from the child: 8-byte big-endian counts of bytes it is done with, then one JSON object, its verdict. No verdict means that the process died.
+* to the server: b"job" with the child's job socket; answer: b"pid" with a pidfd.
+* on the job socket to the child: one JSON object (see unpacker.py), its order, with descriptors: [journal, source] to unpack,
+  [journal] to settle. When it is to unpack, 8-byte big-endian counts of readable bytes follow.
+* on the job socket from the child: 8-byte big-endian counts of bytes it is done with, then one JSON object, its verdict. No verdict means that the
+  process died. One that has settled takes another order after it.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -66,7 +70,7 @@ def serve(control: socket.socket, transform: str) -> None:
     gc.disable()  # nothing here makes cycles; without it forked pages stay shared
     gc.freeze()
     while True:
-        _, fds, _, _ = socket.recv_fds(control, 16, 3)
+        _, fds, _, _ = socket.recv_fds(control, 16, 1)
         if not fds:
             return
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # the pid stays ours until its pidfd is open
@@ -76,7 +80,7 @@ def serve(control: socket.socket, transform: str) -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
             kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-            _child(fds, make_transform)
+            _child(socket.socket(fileno=fds[0]), make_transform)
         pidfd = os.pidfd_open(pid)
         for fd in fds:
             os.close(fd)
@@ -104,38 +108,42 @@ def _reap(_signal: int, _frame: object) -> None:
         pass
 
 
-def _child(fds: list[int], make_transform: Callable[[bytes], Transform] | None) -> None:
-    """One job, from its description to its verdict. Never returns."""
-    job = socket.socket(fileno=fds[0])
+def _child(job: socket.socket, make_transform: Callable[[bytes], Transform] | None) -> None:
+    """Orders and verdicts, until one has failed, a layer is unpacked or nobody is there any more. Never returns."""
     try:
-        verdict = _run(job, fds[1], fds[2], make_transform)
-    except ImgsvcError as error:
-        verdict = {"error": {"code": error.code, "what": error.what, "hint": error.hint, "needs_parents": isinstance(error, NeedsParents)}}
-    except RecursionError:
-        verdict = {"error": {"code": BadLayer.code, "what": "bad layer: directories nested too deeply", "hint": ""}}
-    except MemoryError:
-        verdict = {"error": {"code": "RESOURCE_EXHAUSTED", "what": "the layer needs more memory than a worker may use", "hint": ""}}
-    except OSError as error:
-        failed = from_os_error(error, "unpacking failed")
-        verdict = {"error": {"code": failed.code, "what": failed.what, "hint": failed.hint}}
-    except BaseException:  # noqa: BLE001  # the edge of the process
-        traceback.print_exc()
-        verdict = {"error": {"code": Internal.code, "what": "the unpack worker met a bug of ours; its trace is in the log", "hint": ""}}
-    try:
-        job.send(json.dumps(verdict).encode())
+        _limit_resources()
+        again = True
+        while again:
+            message, fds, _, _ = socket.recv_fds(job, MAX_MESSAGE, 2, socket.MSG_CMSG_CLOEXEC)
+            if not message:
+                break
+            order = json.loads(message)
+            verdict = _verdict(order, job, fds, make_transform)
+            again = order["do"] == "settle" and "error" not in verdict
+            job.send(json.dumps(verdict).encode())
     finally:
         os._exit(0)
 
 
-def _run(job: socket.socket, journal: int, source: int, make_transform: Callable[[bytes], Transform] | None) -> dict[str, Any]:
-    message = job.recv(MAX_MESSAGE)
-    if not message:
-        os._exit(0)  # whoever wanted the job has left
-    order = json.loads(message)
-    _limit_resources()
-    if order["do"] == "settle":
-        return _settle(order, journal)
-    return _unpack(order, job, journal, source, make_transform)
+def _verdict(
+    order: dict[str, Any], job: socket.socket, fds: list[int], make_transform: Callable[[bytes], Transform] | None
+) -> dict[str, Any]:
+    try:
+        if order["do"] == "settle":
+            return _settle(order, fds[0])
+        return _unpack(order, job, fds[0], fds[1], make_transform)
+    except ImgsvcError as error:
+        return {"error": {"code": error.code, "what": error.what, "hint": error.hint, "needs_parents": isinstance(error, NeedsParents)}}
+    except RecursionError:
+        return {"error": {"code": BadLayer.code, "what": "bad layer: directories nested too deeply", "hint": ""}}
+    except MemoryError:
+        return {"error": {"code": "RESOURCE_EXHAUSTED", "what": "the layer needs more memory than a worker may use", "hint": ""}}
+    except OSError as error:
+        failed = from_os_error(error, "unpacking failed")
+        return {"error": {"code": failed.code, "what": failed.what, "hint": failed.hint}}
+    except BaseException:  # noqa: BLE001  # the edge of the process
+        traceback.print_exc()
+        return {"error": {"code": Internal.code, "what": "the unpack worker met a bug of ours; its trace is in the log", "hint": ""}}
 
 
 def _limit_resources() -> None:
@@ -272,32 +280,57 @@ def _target_of(mounts: list[Mount]) -> str:
 
 
 def _mounted(mounts: list[Mount], place: str) -> int:
-    """A descriptor of the root mounted on the directory `place`, which the mounts may be below of. Nobody else sees the mount; it is gone with this process."""
+    """A descriptor of the root mounted on the directory `place`, which the mounts may be below of. Nobody else sees the mount; it is gone when that is closed."""
+    _leave_the_mounts()
+    mount_all(mounts, place)
+    try:
+        return os.open(place, _OPEN_DIR)
+    finally:
+        for _ in mounts:
+            kernel.umount(place, kernel.MNT_DETACH)
+
+
+@functools.cache
+def _leave_the_mounts() -> None:
     kernel.unshare(kernel.CLONE_NEWNS)
     kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE, "")  # slave: unmounts of the host still reach us
-    mount_all(mounts, place)
-    return os.open(place, _OPEN_DIR)
 
 
 def _settle(order: dict[str, Any], journal: int) -> dict[str, Any]:
     failpoint("unpack.settle")
-    mounts = [Mount(m[0], m[1], tuple(m[2])) for m in order["mounts"]]
-    target = _target_of(mounts)
-    upper = Tree(os.open(target, _OPEN_DIR))
-    lower = None
-    options = [option for mount in mounts for option in mount.options]
-    lowers = [o.removeprefix("lowerdir=") for o in options if o.startswith("lowerdir=")]
-    if lowers and ":" in lowers[0]:
-        kept = tuple(o for o in options if not o.startswith(("upperdir=", "workdir=", "volatile")))
-        lower = Tree(_mounted([Mount("overlay", "overlay", ("ro", *kept))], os.path.dirname(target)))
-    elif lowers:
-        lower = Tree(os.open(lowers[0], _OPEN_DIR))
     kernel.keep_capabilities(_SETTLE_CAPABILITIES)
-    xattr = "user.overlay.opaque" if "userxattr" in options else "trusted.overlay.opaque"
-    settler = Settler(upper, lower, Journal.load(os.pread(journal, os.fstat(journal).st_size, 0)), opaque_xattr=xattr)
-    settler.run()
+    mounts = [Mount(m[0], m[1], tuple(m[2])) for m in order["mounts"]]
+    options = [option for mount in mounts for option in mount.options]
+    with contextlib.ExitStack() as opened:
+        opened.callback(os.close, journal)
+        upper = _tree(os.open(_target_of(mounts), _OPEN_DIR), opened)
+        below = _parents(mounts)
+        lower = None if below is None else _tree(below, opened)
+        xattr = "user.overlay.opaque" if "userxattr" in options else "trusted.overlay.opaque"
+        settler = Settler(upper, lower, Journal.load(os.pread(journal, os.fstat(journal).st_size, 0)), opaque_xattr=xattr)
+        settler.run()
     failpoint("unpack.settled")
     return {"size": settler.size, "inodes": settler.inodes}
+
+
+def _tree(root: int, opened: contextlib.ExitStack) -> Tree:
+    """A tree that is closed with its root."""
+    opened.callback(os.close, root)
+    tree = Tree(root)
+    opened.callback(tree.close)
+    return tree
+
+
+def _parents(mounts: list[Mount]) -> int | None:
+    """A descriptor of the merged view of all parents of an active overlayfs snapshot, None when it has none."""
+    options = [option for mount in mounts for option in mount.options]
+    lowers = [o.removeprefix("lowerdir=") for o in options if o.startswith("lowerdir=")]
+    if not lowers:
+        return None
+    if ":" not in lowers[0]:
+        return os.open(lowers[0], _OPEN_DIR)
+    kept = tuple(o for o in options if not o.startswith(("upperdir=", "workdir=", "volatile")))
+    return _mounted([Mount("overlay", "overlay", ("ro", *kept))], os.path.dirname(_target_of(mounts)))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,14 @@ class _Worker:
         self._pidfd = pidfd
         self._unsent: int | None = None
 
+    def give(self, layer: Digest, order: Mapping[str, Any], fds: Sequence[int]) -> None:
+        """An order, with what it is about. Raises: WorkerKilled when there is nobody to take it."""
+        self._layer = layer
+        try:
+            self._job.sendmsg([json.dumps(order).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+        except OSError as error:
+            raise WorkerKilled(layer) from error
+
     def advance(self, available: int) -> None:
         """Send a count; when the socket is full, only the newest one is sent later."""
         if self._unsent is not None:
@@ -103,6 +111,11 @@ class _Worker:
                 break
         return data
 
+    def dismiss(self) -> None:
+        """Let a process that has nothing to do end by itself."""
+        os.close(self._pidfd)
+        self._job.close()
+
     async def end(self) -> None:
         """Kill the process if it still runs, and wait until it is gone: nothing writes to the snapshot afterwards."""
         if self._pidfd < 0:
@@ -132,6 +145,7 @@ class WorkerJob:
         self.journal = os.memfd_create("imgsvc-journal", os.MFD_CLOEXEC)
         self.usage: Usage | None = None
         self._owner = owner
+        owner.opened()
         self._slots = owner.slots
         self._worker: _Worker | None = None
         self._available = 0
@@ -143,7 +157,7 @@ class WorkerJob:
         await self._slots.acquire(began - self.layer.size / _SPEED)
         self._owner.queued(time.monotonic() - began)
         try:
-            self._worker = await self._owner.spawn(self.layer.digest, self.order, self.journal, self.source)
+            self._worker = await self._owner.hire(self.layer.digest, self.order, [self.journal, self.source])
         except BaseException:
             self._slots.release()
             raise
@@ -186,9 +200,10 @@ class WorkerJob:
 
     def close(self) -> None:
         """Give descriptors back. Idempotent."""
-        for fd in (self.journal, self.source):
-            if fd >= 0:
-                os.close(fd)
+        if self.journal >= 0:
+            os.close(self.journal)
+            os.close(self.source)
+            self._owner.closed()
         self.journal = self.source = -1
 
     async def _release(self) -> None:
@@ -217,6 +232,8 @@ class WorkerUnpacker:
         self._server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._lock = asyncio.Lock()
+        self._open = 0  # jobs
+        self._settlers: list[_Worker] = []  # that wait for the next layer to settle; while there are jobs
 
     def configure(self, max_concurrent: int, limits: Limits) -> None:
         """Go by these from the next layer on; those that are being unpacked keep the slot they have."""
@@ -259,11 +276,7 @@ class WorkerUnpacker:
             if not job.order["rebase"] or not os.fstat(job.journal).st_size:
                 return job.usage  # nothing was left to do
             async with self._settling:
-                worker = await self.spawn(job.layer.digest, {"do": "settle", "mounts": _plain(mounts)}, job.journal, job.journal)
-                try:
-                    verdict = await worker.verdict()
-                finally:
-                    await worker.end()
+                verdict = await self._settled(job.layer.digest, {"do": "settle", "mounts": _plain(mounts)}, job.journal)
             if verdict.get("error", {}).get("needs_parents") and stat.S_ISREG(os.fstat(job.source).st_mode):
                 return await self._again(mounts, job)
             added = _checked(verdict, job.layer, _directory(job.order["mounts"]))
@@ -271,6 +284,38 @@ class WorkerUnpacker:
             return Usage(job.usage.size + added["size"], job.usage.inodes + added["inodes"])
         finally:
             job.close()
+
+    async def _settled(self, layer: Digest, order: Mapping[str, Any], journal: int) -> dict[str, Any]:
+        """The verdict of a process that settles, one that has done so before if there is one."""
+        worker = None
+        while worker is None and self._settlers:
+            worker = self._settlers.pop()
+            try:
+                worker.give(layer, order, [journal])
+            except WorkerKilled:
+                await worker.end()
+                worker = None
+        worker = worker or await self.hire(layer, order, [journal])
+        try:
+            verdict = await worker.verdict()
+        except BaseException:
+            await worker.end()
+            raise
+        if "error" in verdict:
+            await worker.end()
+        else:
+            self._settlers.append(worker)
+        return verdict
+
+    def opened(self) -> None:
+        """A job has begun its life."""
+        self._open += 1
+
+    def closed(self) -> None:
+        """A job has ended; after the last one nobody has anything to settle."""
+        self._open -= 1
+        while not self._open and self._settlers:
+            self._settlers.pop().dismiss()
 
     async def _again(self, mounts: Sequence[Mount], job: WorkerJob) -> Usage | None:
         """Unpack the layer once more, in place on its mounted parents."""
@@ -285,44 +330,46 @@ class WorkerUnpacker:
 
     async def close(self) -> None:
         """Stop the server; its children die with it."""
+        while self._settlers:
+            self._settlers.pop().dismiss()
         async with self._lock:
             self._stop()
 
-    async def spawn(self, layer: Digest, order: Mapping[str, Any], journal: int, source: int) -> _Worker:
+    async def hire(self, layer: Digest, order: Mapping[str, Any], fds: Sequence[int]) -> _Worker:
         """A fresh worker process with an order. Raises: Unavailable when none can be started, or when it died at once."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
                 ours.setblocking(False)
-                pidfd = await self._fork([theirs.fileno(), journal, source])
+                pidfd = await self._fork(theirs.fileno())
         except BaseException:
             ours.close()
             raise
         worker = _Worker(layer, ours, pidfd)
         try:
-            ours.send(json.dumps(order).encode())
-        except OSError as error:
+            worker.give(layer, order, fds)
+        except BaseException:
             await worker.end()
-            raise WorkerKilled(layer) from error
+            raise
         return worker
 
-    async def _fork(self, fds: list[int]) -> int:
+    async def _fork(self, job: int) -> int:
         # Shielded: an answer nobody waits for would be taken for that of the next request.
-        exchange = asyncio.ensure_future(self._exchange([os.dup(fd) for fd in fds]))
+        exchange = asyncio.ensure_future(self._exchange(os.dup(job)))
         try:
             return await asyncio.shield(exchange)
         except asyncio.CancelledError:
             exchange.add_done_callback(lambda done: None if done.exception() else os.close(done.result()))
             raise
 
-    async def _exchange(self, fds: list[int]) -> int:
-        """Ask the server for a child that gets `fds`; its pidfd. Closes `fds`."""
+    async def _exchange(self, job: int) -> int:
+        """Ask the server for a child with a job socket; its pidfd. Closes `job`."""
         try:
             async with self._lock:
                 for last in (False, True):
                     try:
                         control = await self._connect()
-                        control.sendmsg([b"job"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+                        control.sendmsg([b"job"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [job]))])
                         return await _receive_fd(control)
                     except OSError as error:
                         self._stop()
@@ -330,8 +377,7 @@ class WorkerUnpacker:
                             raise Unavailable("the unpack worker server does not answer", where=sys.executable) from error
             raise AssertionError
         finally:
-            for fd in fds:
-                os.close(fd)
+            os.close(job)
 
     async def _connect(self) -> socket.socket:
         if self._control is None:

@@ -22,7 +22,7 @@ from imgsvc.errors import DataLoss, ImgsvcError, InvalidArgument, ResourceExhaus
 from imgsvc.oci import MIB, Digest
 from imgsvc.snapshot.copying import copy_tree
 from imgsvc.snapshot.interfaces import LayerInput, Limits, Name, Snapshotter
-from tests.snapshot.bench import Bench
+from tests.snapshot.bench import Bench, children, workers
 from tests.snapshot.layers import END, Entry, directory, gz, link, pax_block, raw_header, record, symlink, tar
 from tests.support.swapper import LAST, Swapper
 
@@ -546,31 +546,19 @@ class _held_job:  # noqa: N801  # used as a context manager only
         return self._bench.run(self._start)
 
     async def _start(self) -> int:
-        before = _children()
+        before = workers()
         fd = os.memfd_create("layer")
         os.write(fd, self._layer)
         layer = LayerInput("x.tar", Digest.of(self._layer), Digest.of(self._layer), fd, len(self._layer))
         self._job = await self._bench.unpacker.start(layer, self._bench.overlay.prepare(self._key, None), rebase=True)  # type: ignore[arg-type]
         os.close(fd)
-        (pid,) = _children() - before
+        (pid,) = workers() - before
         while "skb" not in Path(f"/proc/{pid}/wchan").read_text():  # noqa: ASYNC110  # another process, it waits for its bytes then
             await asyncio.sleep(0.01)
         return pid
 
     def __exit__(self, *_: object) -> None:
         self._bench.run(self._job.abort)
-
-
-def _children() -> set[int]:
-    """Workers: processes whose parent is a worker server of this process."""
-    found = set()
-    for server in _of(os.getpid()):
-        found |= set(_of(server))
-    return found
-
-
-def _of(pid: int) -> list[int]:
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
 def test_workers_drop_what_they_do_not_need(bench: Bench) -> None:
@@ -598,7 +586,7 @@ def test_a_killed_worker_is_an_error_and_leaves_nothing_running(bench: Bench) ->
 
 def test_a_killed_server_is_started_again(bench: Bench) -> None:
     assert set(unpack(bench, "beside", WHOLE)) == {"f"}
-    for server in _of(os.getpid()):
+    for server in children(os.getpid()):
         if b"unpack_worker" in Path(f"/proc/{server}/cmdline").read_bytes():
             os.kill(server, 9)
             while "zombie" not in Path(f"/proc/{server}/status").read_text():

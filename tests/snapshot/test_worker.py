@@ -8,6 +8,7 @@ import errno
 import gzip
 import hashlib
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from imgsvc.snapshot.interfaces import LayerInput, Limits
 from imgsvc.snapshot.laying import OverlayStyle
 from imgsvc.snapshot.tree import Tree
 from tests.decrypt.vectors import Sealed, seal
-from tests.snapshot.bench import Bench
+from tests.snapshot.bench import Bench, workers
 from tests.snapshot.layers import Entry, directory, gz, symlink, tar
 
 pytestmark = pytest.mark.root
@@ -59,9 +60,7 @@ def test_a_layer_is_unpacked_while_it_arrives(bench: Bench, tmp_path: Path, pack
                 file.write(blob[at : at + 7919])
                 job.advance(min(at + 7919, len(blob)))
                 if len(blob) * 3 // 4 < at < len(blob) - 20_000:
-                    async with asyncio.timeout(5):
-                        while not os.path.exists(f"{mounts[0].source}/d/f"):  # noqa: ASYNC110  # another process makes it
-                            await asyncio.sleep(0.01)
+                    await until(lambda: os.path.exists(f"{mounts[0].source}/d/f"))
                     assert not verdict.done()
             applied = await verdict
             assert applied.diff_id == Digest.of(PLAIN)
@@ -121,6 +120,31 @@ def test_a_piped_layer_that_needs_its_parents_says_so(bench: Bench) -> None:
             await bench.unpacker.settle(bench.overlay.mounts(key, below=[parent]), job)
 
     bench.run(work)
+
+
+def test_a_process_that_settles_goes_on_and_is_replaced_when_it_dies(bench: Bench) -> None:
+    async def work() -> None:
+        keys = [bench.key() for _ in range(4)]
+        blobs = [tar([Entry(f"implied/{number}")]) for number in range(len(keys))]
+        applied = [await bench.apply(blob, bench.overlay.prepare(key, None), rebase=True) for blob, key in zip(blobs, keys, strict=True)]
+        met = []
+        for number, (_, settle) in enumerate(applied):
+            await settle(bench.overlay.mounts(keys[number], below=keys[:number][::-1]))
+            met += [worker for worker in workers() if number < len(keys) - 1]
+            if number == 1:
+                os.kill(met[0], signal.SIGKILL)
+                await until(lambda: not workers())
+        assert met == [met[0], met[0], met[-1]]
+        assert met[-1] != met[0]
+        await until(lambda: not workers())  # there is nothing left to settle
+
+    bench.run(work)
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not reached():  # noqa: ASYNC110  # other processes
+            await asyncio.sleep(0.01)
 
 
 def test_encrypted_layers_are_judged_before_the_verdict(sealed_bench: Bench) -> None:
