@@ -165,7 +165,7 @@ class Layers:
 
         Raises: as _ensure.
         """
-        here = await self._threads.run(lambda: [plan.snapshotter.stat(name) is not None for name in plan.names])
+        here = await self._here(plan, len(plan.names))
         for layer, there in zip(plan.layers, here, strict=True):
             if not there:
                 plan.report(layer, 0, "waiting")  # all at once, so that whoever watches knows how much there is to come
@@ -174,6 +174,10 @@ class Layers:
                 await self._ensure(plan, position)
         states = ["exists" if there else "done" for there in here]
         await all_of(*(self._ensure_and_tell(plan, position, state) for position, state in enumerate(states)))
+
+    async def _here(self, plan: LayerPlan, count: int) -> list[bool]:
+        """Which of the first layers are committed."""
+        return await self._threads.run(lambda: [plan.snapshotter.stat(name) is not None for name in plan.names[:count]])
 
     async def unpack_aside(self, plan: LayerPlan, position: int, key: Key) -> None:
         """Unpack one layer into a new active snapshot `key`, as it was unpacked into plan.names[position]. For comparing.
@@ -269,8 +273,9 @@ class Layers:
         """The layer on its parents, of which some may be settled but not committed yet."""
         for _ in plan.names:
             below: list[str] = []
-            for name in reversed(plan.names[:position]):
-                if await self._threads.run(plan.snapshotter.stat, name) is not None:
+            committed = await self._here(plan, position)
+            for name, there in zip(reversed(plan.names[:position]), reversed(committed), strict=True):
+                if there:
                     below.append(name)
                     break
                 with self._stages.use(f"{plan.snapshotter.name}/{name}") as stage:
