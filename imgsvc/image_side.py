@@ -12,6 +12,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from imgsvc import kernel
 from imgsvc.archive.service import Archives
 from imgsvc.concurrency import Threads
 from imgsvc.config import Config, Loaded
@@ -33,7 +34,6 @@ from imgsvc.registry.interfaces import Registry
 from imgsvc.reload import Commit, Live
 from imgsvc.roots import ContainerRoots
 from imgsvc.runtime.interfaces import RootMount
-from imgsvc.snapshot import kernel
 from imgsvc.snapshot.interfaces import Mount
 from imgsvc.snapshot.mount import mount_all
 from imgsvc.snapshot.tarstream import TarStream
@@ -130,7 +130,9 @@ async def start_image_side(settings: Config, parts: Parts, watch: Watch, stack: 
     lives = await _start_mirror(settings, parts, watch, stack)
     life = asyncio.ensure_future(prepull.run())
     stack.push_async_callback(_stopped, life)
-    mounts = ImageMounts(parts.images, parts.roots, parts.leases, parts.threads, parts.snapshotter, _mount_all, kernel.umount)
+    mounts = ImageMounts(
+        parts.images, parts.roots, parts.leases, parts.threads, parts.snapshotter, _mount_all, partial(kernel.umount, in_use=False)
+    )
 
     def verify(loaded: Loaded) -> Commit:
         policy, programs = _judges(loaded.config, parts.threads)

@@ -19,7 +19,7 @@ from imgsvc.roots import KEY_PREFIX, ContainerRoots
 from imgsvc.runtime.interfaces import RootMount
 
 MountAll = Callable[[Sequence[RootMount], str], None]  # blocking; mounts on a directory of the host's
-Unmount = Callable[[str], None]  # blocking; raises OSError
+Unmount = Callable[[str], object]  # blocking; raises OSError, also while it is in use
 
 
 class ImageMounts:

@@ -16,7 +16,7 @@
     oci_runtime, monitor  handler kind 1: an OCI CLI (runc, crun) under one conmon per container
     shim/                 handler kind 2: containerd shims (`io.containerd.NAME.vN`) over ttrpc
     cni, network          the CNI protocol; the pod network on top of it
-    namespaces, kernel    namespaces pinned by bind mounts; system calls that Python 3.11 lacks
+    namespaces            namespaces pinned by bind mounts
     cgroups, podlimits, usage
                           drivers (cgroupfs, systemd), version 1 and 2; limits of a pod; what a cgroup has used
     oom                   kills for memory in cgroups that are gone already

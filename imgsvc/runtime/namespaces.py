@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from imgsvc import kernel
 from imgsvc.errors import FailedPrecondition, Internal
-from imgsvc.runtime import kernel
 from imgsvc.runtime.model import IDMapping, UserNamespace
 
 KINDS: Final[Mapping[str, int]] = {"net": kernel.CLONE_NEWNET, "ipc": kernel.CLONE_NEWIPC, "uts": kernel.CLONE_NEWUTS}

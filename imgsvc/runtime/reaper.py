@@ -24,8 +24,7 @@ import signal
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from imgsvc import children
-from imgsvc.runtime import kernel
+from imgsvc import children, kernel
 
 _DELAY_S: Final = 0.005  # collects the SIGCHLDs of one burst into one look
 _SWEEP_S: Final = 5.0  # for children that were adopted as zombies already: they send no signal

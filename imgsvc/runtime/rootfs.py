@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from imgsvc import kernel
 from imgsvc.errors import FailedPrecondition
-from imgsvc.runtime import kernel, selinux
+from imgsvc.runtime import selinux
 from imgsvc.runtime.interfaces import RootMount
 from imgsvc.runtime.model import UserNamespace
 from imgsvc.runtime.namespaces import userns_fd
@@ -53,7 +54,7 @@ def mount_idmapped(mounts: Sequence[RootMount], target: Path, scratch: Path, fd:
             kernel.mount_with_options(m.source, str(target), m.type, (*m.options, *context))
             continue
         if m.type != "overlay":
-            kernel.idmapped_clone(m.source, str(target), fd)
+            kernel.idmapped_mount(m.source, str(target), fd)
             continue
         options = list(context)
         for option in m.options:
@@ -70,7 +71,7 @@ def mount_idmapped(mounts: Sequence[RootMount], target: Path, scratch: Path, fd:
 
 def _mapped_lower(layer: str, place: Path, fd: int) -> str:
     place.mkdir(mode=0o711, parents=True)
-    kernel.idmapped_clone(layer, str(place), fd)
+    kernel.idmapped_mount(layer, str(place), fd)
     return str(place)
 
 
@@ -82,7 +83,7 @@ def idmapped_volume(bound: BoundMount, place: Path, user: UserNamespace) -> Boun
         place.touch()
     with mapping_fd(user) as fd:
         try:
-            kernel.idmapped_clone(bound.source, str(place), fd, recursive="rbind" in bound.options)
+            kernel.idmapped_mount(bound.source, str(place), fd, recursive="rbind" in bound.options)
         except OSError as error:
             raise FailedPrecondition(f"the volume's file system cannot be ID-mapped: {error.strerror}", where=bound.source) from error
     return BoundMount(bound.destination, str(place), bound.options)

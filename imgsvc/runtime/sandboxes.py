@@ -14,9 +14,10 @@ import shutil
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
+from imgsvc import kernel
 from imgsvc.errors import FailedPrecondition, ImgsvcError
 from imgsvc.failpoints import afailpoint
-from imgsvc.runtime import cgroups, kernel, podfiles, podlimits, selinux, validate
+from imgsvc.runtime import cgroups, podfiles, podlimits, selinux, validate
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from imgsvc import kernel
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.errors import ImgsvcError
-from imgsvc.runtime import cgroups, kernel, usage
+from imgsvc.runtime import cgroups, usage
 from imgsvc.runtime.codec import fill_proto
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.exits import now_ns

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from imgsvc import kernel
 from imgsvc.errors import InvalidArgument, NotFound, ResourceExhausted, from_os_error, printable
 from imgsvc.oci import MIB
-from imgsvc.runtime import kernel
 from imgsvc.runtime.model import LinuxContainerSecurityContext, SupplementalGroupsPolicy, User
 
 MAX_FILE: Final = 10 * MIB  # [bytes] of /etc/passwd and of /etc/group

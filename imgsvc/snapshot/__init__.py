@@ -13,7 +13,6 @@ Read in this order: interfaces.py (the contracts), then
                 tarheader, tarstream bytes → entries (pure)
                 extract, tree        entries → files, relative to held descriptors
                 laying, settle       whiteouts and what needs the parents: recorded first, settled later
-                kernel               system calls that Python lacks
 
 Decisions and their price:
 * Layers of one image are unpacked at the same time, each into its own upper directory, and completed bottom to top by

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imgsvc.errors import Internal, InvalidArgument, ResourceExhausted, printable
+from imgsvc.kernel import without_links
 from imgsvc.snapshot.interfaces import IDMapping
-from imgsvc.snapshot.kernel import without_links
 
 _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 

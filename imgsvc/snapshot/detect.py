@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from imgsvc import kernel
 from imgsvc.errors import ImgsvcError
 from imgsvc.fsutil import private_dir
-from imgsvc.snapshot import kernel, native, overlay
+from imgsvc.snapshot import native, overlay
 from imgsvc.snapshot.interfaces import Mount
 from imgsvc.snapshot.mount import in_own_namespace, mount_all, user_namespace
 from imgsvc.snapshot.overlay import OverlayOptions
@@ -91,7 +92,7 @@ def _mount_overlay(scratch: Path, lower: str, options: tuple[str, ...]) -> None:
 
 def _try_idmap(scratch: Path) -> None:
     with user_namespace("0:100000:65536", "0:100000:65536") as namespace:
-        kernel.idmapped_mount(str(scratch / "lower"), str(scratch / "mapped"), namespace)
+        kernel.idmapped_mount(str(scratch / "lower"), str(scratch / "mapped"), namespace, read_only=True)
     if (scratch / "mapped").stat().st_uid != 100000 + os.geteuid():
         raise OSError(errno.ENOTSUP, "owners are not shifted")
 

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
+from imgsvc import kernel
 from imgsvc.errors import from_os_error
 from imgsvc.failpoints import failpoint
 from imgsvc.fsutil import private_dir
-from imgsvc.snapshot import kernel
 from imgsvc.snapshot.interfaces import Usage
 from imgsvc.snapshot.tree import Tree, remove_tree
 

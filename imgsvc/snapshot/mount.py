@@ -1,10 +1,9 @@
 """Mounting what a snapshotter describes, at a place of the caller's choice.
 
-Overlay mounts of many layers do not fit into the one page mount(2) takes: then the lower directories are given relative
-to the directory they share, from a thread with a working directory of its own. Idmapped lower directories (options
-uidmap= and gidmap=) are bound on temporary places first; the overlay keeps them after those are gone.
+Idmapped lower directories (options uidmap= and gidmap=) are bound on temporary places first; the overlay keeps them after
+those are gone.
 
-Source: mount(2), overlayfs.rst, mount_setattr(2); facts of runtime.md section 6.
+Source: overlayfs.rst, mount_setattr(2); facts of runtime.md section 6.
 """
 
 from __future__ import annotations
@@ -13,23 +12,11 @@ import contextlib
 import os
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
 
+from imgsvc import kernel
 from imgsvc.errors import ImgsvcError, from_os_error
-from imgsvc.snapshot import kernel
 from imgsvc.snapshot.interfaces import Mount
-
-_PAGE: Final = 4095  # [bytes] of mount(2) data
-_FLAGS: Final = {
-    "ro": kernel.MS_RDONLY,
-    "nosuid": kernel.MS_NOSUID,
-    "nodev": kernel.MS_NODEV,
-    "noexec": kernel.MS_NOEXEC,
-    "bind": kernel.MS_BIND,
-    "rbind": kernel.MS_BIND | kernel.MS_REC,
-}
 
 
 def mount_all(mounts: Sequence[Mount], target: str) -> None:
@@ -37,76 +24,19 @@ def mount_all(mounts: Sequence[Mount], target: str) -> None:
     for mount in mounts:
         try:
             with _idmapped(mount) as plain:
-                _mount_one(plain, target)
+                kernel.mount_with_options(plain.source, target, plain.type, plain.options)
         except OSError as error:
             raise from_os_error(error, f"cannot mount {mount.type} on {target}", where=mount.source) from error
-
-
-def _mount_one(mount: Mount, target: str) -> None:
-    flags, data = _split(mount.options)
-    if mount.type == "bind":
-        kernel.mount(mount.source, target, "", flags | kernel.MS_BIND, "")
-        if extra := flags & ~(kernel.MS_BIND | kernel.MS_REC):  # a bind takes them on the second call only
-            kernel.mount("", target, "", kernel.MS_REMOUNT | kernel.MS_BIND | extra, "")
-        return
-    joined = ",".join(data)
-    if len(joined.encode()) <= _PAGE:
-        kernel.mount(mount.source, target, mount.type, flags, joined)
-    else:
-        _mount_relative(mount, os.path.abspath(target), flags, data)
-
-
-def _split(options: Sequence[str]) -> tuple[int, list[str]]:
-    flags = 0
-    data = []
-    for option in options:
-        if option in _FLAGS:
-            flags |= _FLAGS[option]
-        elif option != "rw":
-            data.append(option)
-    return flags, data
-
-
-def _mount_relative(mount: Mount, target: str, flags: int, data: list[str]) -> None:
-    lowers = next(option for option in data if option.startswith("lowerdir=")).removeprefix("lowerdir=").split(":")
-    base = os.path.commonpath(lowers)
-    short = "lowerdir=" + ":".join(os.path.relpath(lower, base) for lower in lowers)
-    options = ",".join(short if option.startswith("lowerdir=") else option for option in data)
-
-    def run() -> None:
-        kernel.unshare(kernel.CLONE_FS)  # this thread only: the process keeps its working directory
-        os.chdir(base)
-        kernel.mount(mount.source, target, mount.type, flags, options)
-
-    in_own_thread(run)
-
-
-def in_own_thread(work: Callable[[], None]) -> None:
-    """Run `work` in a thread that ends with it, so that what it does to itself concerns nobody else. Raises: as `work`."""
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001  # carried over to the caller
-            failed.append(error)
-
-    thread = threading.Thread(target=run, name="mount")
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
 
 
 def in_own_namespace(work: Callable[[], None]) -> None:
     """Run `work` where its mounts are seen by nobody else and vanish afterwards. Raises: OSError, as `work`."""
 
     def run() -> None:
-        kernel.unshare(kernel.CLONE_NEWNS)
-        kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE, "")  # slave: unmounts of the host still get through
+        kernel.unshare_mounts()
         work()
 
-    in_own_thread(run)
+    kernel.in_fresh_thread(run)
 
 
 def mapping_option(mount: Mount, kind: str) -> str:
@@ -130,8 +60,8 @@ def _idmapped(mount: Mount) -> Iterator[Mount]:
         for index, lower in enumerate(lowers):
             place = os.path.join(base, str(index))
             os.mkdir(place)
-            kernel.idmapped_mount(lower, place, namespace)
-            stack.callback(kernel.umount, place, kernel.MNT_DETACH)
+            kernel.idmapped_mount(lower, place, namespace, read_only=True)
+            stack.callback(kernel.umount, place)
             places.append(place)
         yield Mount(mount.type, mount.source, (*options, "lowerdir=" + ":".join(places)))
 

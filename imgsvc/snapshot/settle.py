@@ -18,9 +18,9 @@ import os
 import stat
 from typing import Final
 
+from imgsvc import kernel
 from imgsvc.errors import Aborted
 from imgsvc.fsutil import copy_data
-from imgsvc.snapshot import kernel
 from imgsvc.snapshot.laying import IMPLIED_MODE, Journal
 from imgsvc.snapshot.tarheader import BadLayer
 from imgsvc.snapshot.tree import MissingDirectory, NoDirectory, Tree, rounded

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
-from imgsvc.snapshot import kernel
+from imgsvc import kernel
 from imgsvc.snapshot.tarheader import BadLayer
 
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

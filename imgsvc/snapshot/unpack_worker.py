@@ -32,10 +32,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from imgsvc import failpoints
+from imgsvc import failpoints, kernel
 from imgsvc.errors import DataLoss, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error
 from imgsvc.failpoints import failpoint
-from imgsvc.snapshot import kernel
 from imgsvc.snapshot.extract import Extractor
 from imgsvc.snapshot.inflate import READ_SIZE, Ahead, BlobReader, TarBytes, Transform, TransformReader, open_layer
 from imgsvc.snapshot.interfaces import COUNT, Mount
@@ -287,13 +286,12 @@ def _mounted(mounts: list[Mount], place: str) -> int:
         return os.open(place, _OPEN_DIR)
     finally:
         for _ in mounts:
-            kernel.umount(place, kernel.MNT_DETACH)
+            kernel.umount(place)
 
 
 @functools.cache
 def _leave_the_mounts() -> None:
-    kernel.unshare(kernel.CLONE_NEWNS)
-    kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE, "")  # slave: unmounts of the host still reach us
+    kernel.unshare_mounts()
 
 
 def _settle(order: dict[str, Any], journal: int) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from imgsvc import kernel
 from imgsvc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from imgsvc.metadb import MetaDB
-from imgsvc.snapshot import kernel
 from imgsvc.snapshot.detect import detect
 from imgsvc.snapshot.interfaces import IDMapping, Key, Kind, Mount, Name, Snapshotter, Usage
 from imgsvc.snapshot.mount import mount_all
@@ -59,7 +59,7 @@ def mounted(mounts: list[Mount], place: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        kernel.umount(str(place), kernel.MNT_DETACH)
+        kernel.umount(place)
 
 
 def layer(snapshotter: Snapshotter, name: Name, parent: Name | None, place: Path, **files: str) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from imgsvc import failpoints
+from imgsvc import failpoints, kernel
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.metadb import MetaDB, WriteTxn
-from imgsvc.runtime import kernel
 from tests.runtime.harness import TIMEOUT_S, Daemon
 from tests.runtime.test_life import MakeNode, assert_clean, wait_for
 

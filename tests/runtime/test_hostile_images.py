@@ -12,9 +12,10 @@ from typing import Any
 import grpc
 import pytest
 
+from imgsvc import kernel
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.errors import ImgsvcError, InvalidArgument, NotFound
-from imgsvc.runtime import kernel, volumes
+from imgsvc.runtime import volumes
 from tests.runtime.harness import Daemon
 from tests.runtime.images import BUSYBOX
 from tests.runtime.test_life import MakeNode

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.root  # becoming a subreaper needs none, but the daemon
 _PREAMBLE: Final = """
 import asyncio, os, subprocess, sys, time
 from imgsvc import children
-from imgsvc.runtime import kernel
+from imgsvc import kernel
 from imgsvc.runtime.reaper import Reaper, _look, _zombies
 
 kernel.become_subreaper()

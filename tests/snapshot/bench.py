@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from imgsvc import kernel
 from imgsvc.metadb import MetaDB
 from imgsvc.oci import Digest
-from imgsvc.snapshot import kernel
 from imgsvc.snapshot.interfaces import Applied, Key, LayerInput, Limits, Mount, Name, Snapshotter, Usage
 from imgsvc.snapshot.mount import mount_all
 from imgsvc.snapshot.native import native
@@ -138,7 +138,7 @@ class Bench:
         try:
             yield place
         finally:
-            kernel.umount(str(place), kernel.MNT_DETACH)
+            kernel.umount(place)
             place.rmdir()
             snapshotter.remove(key)
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from imgsvc.concurrency import time_limit
 from imgsvc.errors import Unavailable, from_os_error
-from imgsvc.runtime.kernel import CLONE_NEWNET, in_fresh_thread, setns
+from imgsvc.kernel import CLONE_NEWNET, in_fresh_thread, setns
 from imgsvc.runtime.streaming.fdio import SocketConnection
 from imgsvc.runtime.streaming.interfaces import Connection
 
