@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
 import shutil
 import sys
@@ -39,8 +40,9 @@ def new_disk(directory: Path, extra: Path, *, unit: str = "") -> Iterator[Path]:
     _add_checkout(root, unit or UNIT.read_text())
     shutil.copytree(extra, root, dirs_exist_ok=True)
     run_in(root, "chown", "-R", "docker-registry:", "/var/lib/docker-registry")
-    for name in ("vmlinuz", "initrd"):
-        shutil.copy(next((root / "boot").glob(f"{name}*")), directory / name)
+    shutil.copy(next((root / "boot").glob("vmlinuz*")), directory / "vmlinuz")
+    with gzip.open(next((root / "boot").glob("initrd*"))) as packed:  # here rather than at every boot
+        (directory / "initrd").write_bytes(packed.read())
     disk = directory / "disk.img"
     run(["mkfs.ext4", "-q", "-d", str(root), str(disk), SIZE])
     shutil.rmtree(root)

@@ -119,16 +119,14 @@ def across_a_reboot(vm: Machine) -> list[str]:
 
 
 def cut_at_a_random_moment(vm: Machine) -> Round:
-    """Cut the power during a pull, look, and take the pull up again."""
-    forget(vm)
-    seen = cut_during_pull(vm, random.Random().uniform(2, 12))
-    vm.check("imgsvc", "pull", CUT)
-    return seen
+    """Cut the power during a pull, and look."""
+    return cut_during_pull(vm, random.Random().uniform(2, 12))
 
 
 def cut_when_acknowledged(vm: Machine) -> Round:
-    """Cut the power right after PullImage has answered, and look."""
-    forget(vm)
+    """Take the pull up again if it was cut short, cut the power right after PullImage has answered, and look."""
+    if vm.run("imgsvc", "inspect", CUT).status == 0:
+        forget(vm)
     return cut_after_pull(vm)
 
 
