@@ -6,8 +6,9 @@ The image is made of the trees, once for each N of --layers as that many layers.
 (default: a tmpfs), so the file system is the same; both pull from one docker-registry on loopback through a mirror in
 hosts.toml. For each image it prints, as medians of the rounds and of the ratios round by round:
 
-* wall time, CPU seconds and peak memory of either daemon and of all its descendants, also those that ended; memory is the
-  largest sum of their resident pages, sampled, shared ones counted once.
+* wall time and CPU seconds of either daemon and of all its descendants, also those that ended; and their peak memory, the
+  largest sum of their resident pages, shared ones counted once, sampled during one more pull: looking at a process's pages
+  keeps it from getting others.
 * the floor: what the parts cost without any service, the same layers through `curl | igzip -d | tar -x`, two at a time. It
   neither hashes what it gets, nor keeps the blobs, nor syncs; containerd does not sync layers either. We do all of that;
   --sync none leaves the last out.
@@ -51,11 +52,10 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """One pull. Seconds, and bytes."""
+    """One pull [seconds]."""
 
     wall: float
     cpu: float
-    memory: int
 
 
 class Peer:
@@ -82,11 +82,16 @@ class Peer:
 
     def measure(self, reference: str) -> Cost:
         """Pull and measure."""
+        cpu, began = _cpu(self.pid), time.monotonic()
+        self.pull(reference)
+        wall = time.monotonic() - began
+        return Cost(wall, _cpu(self.pid) - cpu)
+
+    def peak(self, reference: str) -> int:
+        """The most memory that a pull takes [bytes]."""
         with _sampling(self.pid) as sampled:
-            cpu, began = _cpu(self.pid), time.monotonic()
             self.pull(reference)
-            wall = time.monotonic() - began
-        return Cost(wall, _cpu(self.pid) - cpu, sampled.peak)
+        return sampled.peak
 
     def remove(self, reference: str) -> None:
         """Forget the image and wait until its files are gone, so that the next pull starts from nothing."""
@@ -222,7 +227,7 @@ def floor(registry: RealRegistry, repository: str, document: BuiltDocument, dire
         running = [process for process in running if process.returncode is None]
         time.sleep(0.002)
     wall, after = time.monotonic() - began, os.times()
-    return Cost(wall, after.children_user + after.children_system - before.children_user - before.children_system, 0)
+    return Cost(wall, after.children_user + after.children_system - before.children_user - before.children_system)
 
 
 def compare(
@@ -241,19 +246,23 @@ def compare(
         scratch = directory / "floor"
         floors.append(floor(registry, f"bench/{name}", document, scratch))
         shutil.rmtree(scratch)
+    memory: dict[str, int] = {}
+    for peer in peers:
+        memory[peer.name] = peer.peak(reference)
+        peer.remove(reference)
     size = sum(len(data) for data in document.blobs.values())
     layers = len(document.blobs) - 1
     print(f"\n{name}: {layers} layers of {entries} entries, {size / MIB:.0f} MiB compressed; medians of {rounds} rounds")
-    for peer, found in costs.items():
+    for who, found in costs.items():
         print(
-            f"  {peer:11} wall {_median(found, lambda c: c.wall):7.3f} s   cpu {_median(found, lambda c: c.cpu):7.3f} s   "
-            f"peak {_median(found, lambda c: c.memory) / MIB:6.0f} MiB"
+            f"  {who:11} wall {_median(found, lambda c: c.wall):7.3f} s   cpu {_median(found, lambda c: c.cpu):7.3f} s   "
+            f"peak {memory[who] / MIB:6.0f} MiB"
         )
     print(f"  {'floor':11} wall {_median(floors, lambda c: c.wall):7.3f} s   cpu {_median(floors, lambda c: c.cpu):7.3f} s")
     ours, theirs = (costs[peer.name] for peer in peers)
-    for label, pick in (("wall", lambda c: c.wall), ("cpu", lambda c: c.cpu), ("memory", lambda c: c.memory)):
-        print(f"  ratio {label:7} {_ratio(ours, theirs, pick):5.2f} x {peers[1].name}", end="")
-        print("" if label == "memory" else f"   {_ratio(ours, floors, pick):5.2f} x floor")
+    for label, pick in (("wall", lambda c: c.wall), ("cpu", lambda c: c.cpu)):
+        print(f"  ratio {label:7} {_ratio(ours, theirs, pick):5.2f} x {peers[1].name}   {_ratio(ours, floors, pick):5.2f} x floor")
+    print(f"  ratio memory  {memory[peers[0].name] / memory[peers[1].name]:5.2f} x {peers[1].name}")
     clients = Clients(peers[0].pid, peers[0].connect)
     with clients.running():
         peers[0].pull(reference)

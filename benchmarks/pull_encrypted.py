@@ -47,7 +47,8 @@ def compare(peer: Peer, rounds: int) -> float:
             peer.remove(f"{HOST}/bench/{name}:latest")
     for name, found in costs.items():
         wall, cpu = statistics.median(c.wall for c in found), statistics.median(c.cpu for c in found)
-        peak = statistics.median(c.memory for c in found)
+        peak = peer.peak(f"{HOST}/bench/{name}:latest")
+        peer.remove(f"{HOST}/bench/{name}:latest")
         print(f"{name:10} wall {wall:7.3f} s   cpu {cpu:7.3f} s   peak {peak / MIB:5.0f} MiB")
     return statistics.median(e.wall / p.wall for p, e in zip(costs["plain"], costs["encrypted"], strict=True))
 
