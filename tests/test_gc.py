@@ -17,6 +17,7 @@ from imgsvc.gc import SLICE, Cached, Collector, Policy, Root, SweepReport, evict
 from imgsvc.leases import Node
 from tests.fakes.clock import FakeClock
 from tests.fakes.leases import MemoryLeases
+from tests.support.waiting import until
 
 GRAPH = st.dictionaries(st.integers(0, 12), st.lists(st.integers(0, 12), max_size=4), max_size=13)
 
@@ -143,11 +144,6 @@ def run(world: World, tmp_path: Path, check: Callable[[Collector, MemoryLeases],
             threads.close()
 
     asyncio.run(life())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110  # what is waited for happens on another thread, which knows no events
-        await asyncio.sleep(0.005)
 
 
 def test_a_collection_removes_garbage_and_reports(tmp_path: Path) -> None:

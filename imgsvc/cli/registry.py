@@ -68,6 +68,6 @@ async def _check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json([result.to_json() for result in results])
     else:
-        lines = [*render(results), *(f"{path}: not asked (stands for any registry; name an image of one)" for path in unasked)]
+        lines = [*render(results), *(f"{path}: not asked (it stands for more than one registry; name an image of one)" for path in unasked)]
         print("\n".join(lines or ["no registry is configured; name an image to check its registry"]))
     return 0 if all(result.ok for result in results) else 1

@@ -286,26 +286,30 @@ class WorkerUnpacker:
             job.close()
 
     async def _settled(self, layer: Digest, order: Mapping[str, Any], journal: int) -> dict[str, Any]:
-        """The verdict of a process that settles, one that has done so before if there is one."""
-        worker = None
-        while worker is None and self._settlers:
+        """The verdict of a process that settles; one that has done it may do it again."""
+        worker = await self._settler(layer, order, journal)
+        goes_on = False
+        try:
+            verdict = await worker.verdict()
+            goes_on = "error" not in verdict
+        finally:
+            if goes_on:
+                self._settlers.append(worker)
+            else:
+                await worker.end()
+        return verdict
+
+    async def _settler(self, layer: Digest, order: Mapping[str, Any], journal: int) -> _Worker:
+        """A process that has taken the order: one that waits for such, else a new one."""
+        while self._settlers:
             worker = self._settlers.pop()
             try:
                 worker.give(layer, order, [journal])
             except WorkerKilled:
                 await worker.end()
-                worker = None
-        worker = worker or await self.hire(layer, order, [journal])
-        try:
-            verdict = await worker.verdict()
-        except BaseException:
-            await worker.end()
-            raise
-        if "error" in verdict:
-            await worker.end()
-        else:
-            self._settlers.append(worker)
-        return verdict
+            else:
+                return worker
+        return await self.hire(layer, order, [journal])
 
     def opened(self) -> None:
         """A job has begun its life."""

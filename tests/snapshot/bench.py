@@ -141,13 +141,3 @@ class Bench:
             kernel.umount(place)
             place.rmdir()
             snapshotter.remove(key)
-
-
-def workers() -> set[int]:
-    """Processes whose parent is a worker server of this process."""
-    return {worker for server in children(os.getpid()) for worker in children(server)}
-
-
-def children(pid: int) -> list[int]:
-    """Those that a process started and that have not been waited for."""
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]

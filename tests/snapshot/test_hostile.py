@@ -22,9 +22,10 @@ from imgsvc.errors import DataLoss, ImgsvcError, InvalidArgument, ResourceExhaus
 from imgsvc.oci import MIB, Digest
 from imgsvc.snapshot.copying import copy_tree
 from imgsvc.snapshot.interfaces import LayerInput, Limits, Name, Snapshotter
-from tests.snapshot.bench import Bench, children, workers
+from tests.snapshot.bench import Bench
 from tests.snapshot.layers import END, Entry, directory, gz, link, pax_block, raw_header, record, symlink, tar
 from tests.support.swapper import LAST, Swapper
+from tests.support.vigil import children, workers
 
 pytestmark = pytest.mark.root
 
@@ -546,13 +547,13 @@ class _held_job:  # noqa: N801  # used as a context manager only
         return self._bench.run(self._start)
 
     async def _start(self) -> int:
-        before = workers()
+        before = set(workers(os.getpid()))
         fd = os.memfd_create("layer")
         os.write(fd, self._layer)
         layer = LayerInput("x.tar", Digest.of(self._layer), Digest.of(self._layer), fd, len(self._layer))
         self._job = await self._bench.unpacker.start(layer, self._bench.overlay.prepare(self._key, None), rebase=True)  # type: ignore[arg-type]
         os.close(fd)
-        (pid,) = workers() - before
+        (pid,) = set(workers(os.getpid())) - before
         while "skb" not in Path(f"/proc/{pid}/wchan").read_text():  # noqa: ASYNC110  # another process, it waits for its bytes then
             await asyncio.sleep(0.01)
         return pid

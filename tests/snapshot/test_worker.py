@@ -27,8 +27,10 @@ from imgsvc.snapshot.interfaces import LayerInput, Limits
 from imgsvc.snapshot.laying import OverlayStyle
 from imgsvc.snapshot.tree import Tree
 from tests.decrypt.vectors import Sealed, seal
-from tests.snapshot.bench import Bench, workers
+from tests.snapshot.bench import Bench
 from tests.snapshot.layers import Entry, directory, gz, symlink, tar
+from tests.support.vigil import workers
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.root
 
@@ -60,7 +62,7 @@ def test_a_layer_is_unpacked_while_it_arrives(bench: Bench, tmp_path: Path, pack
                 file.write(blob[at : at + 7919])
                 job.advance(min(at + 7919, len(blob)))
                 if len(blob) * 3 // 4 < at < len(blob) - 20_000:
-                    await until(lambda: os.path.exists(f"{mounts[0].source}/d/f"))
+                    await until(lambda: os.path.exists(f"{mounts[0].source}/d/f"), 5)
                     assert not verdict.done()
             applied = await verdict
             assert applied.diff_id == Digest.of(PLAIN)
@@ -130,21 +132,15 @@ def test_a_process_that_settles_goes_on_and_is_replaced_when_it_dies(bench: Benc
         met = []
         for number, (_, settle) in enumerate(applied):
             await settle(bench.overlay.mounts(keys[number], below=keys[:number][::-1]))
-            met += [worker for worker in workers() if number < len(keys) - 1]
+            met += [worker for worker in workers(os.getpid()) if number < len(keys) - 1]
             if number == 1:
                 os.kill(met[0], signal.SIGKILL)
-                await until(lambda: not workers())
+                await until(lambda pid=met[0]: not os.path.exists(f"/proc/{pid}"), 10)  # type: ignore[misc]
         assert met == [met[0], met[0], met[-1]]
         assert met[-1] != met[0]
-        await until(lambda: not workers())  # there is nothing left to settle
+        await until(lambda: not workers(os.getpid()), 10)  # there is nothing left to settle
 
     bench.run(work)
-
-
-async def until(reached: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not reached():  # noqa: ASYNC110  # other processes
-            await asyncio.sleep(0.01)
 
 
 def test_encrypted_layers_are_judged_before_the_verdict(sealed_bench: Bench) -> None:

@@ -12,8 +12,9 @@ import pytest
 from imgsvc.config import Stream
 from imgsvc.runtime.streaming.server import StreamServer
 from tests.runtime.streaming.targets import LoopbackPorts
-from tests.runtime.streaming.test_server import serving, until
+from tests.runtime.streaming.test_server import serving
 from tests.support.stream_client import SpdyClient, masked, spdy_session, tunnel_session, upgrade, websocket_headers, websocket_session
+from tests.support.waiting import until
 
 MB = 1000 * 1000
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

@@ -7,7 +7,6 @@ import os
 import random
 import socket
 import struct
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from tests.support.stream_client import (
     websocket_headers,
     websocket_session,
 )
+from tests.support.waiting import until
 
 MB = 1000 * 1000
 BIG = 50 * MB
@@ -46,13 +46,6 @@ async def serving(config: Stream | None = None, **settings: Any) -> AsyncIterato
         yield server
     finally:
         await server.close()
-
-
-async def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        await asyncio.sleep(0.01)
 
 
 def resident() -> int:

@@ -28,9 +28,10 @@ from imgsvc.runtime.streaming.interfaces import ContainerProcess, Streams, Strea
 from imgsvc.runtime.streaming.port_target import PodPorts
 from tests.runtime.streaming.targets import ALL, OUTPUT, TERMINAL
 from tests.runtime.streaming.test_forward import open_pair
-from tests.runtime.streaming.test_server import BIG, TRANSPORTS, Runner, serving, until
+from tests.runtime.streaming.test_server import BIG, TRANSPORTS, Runner, serving
 from tests.support.raw_container import RawContainer, raw_container
 from tests.support.stream_client import SpdyClient, run_spdy, spdy_session, websocket_session
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.root, pytest.mark.compat]
 INPUT_OUTPUT = StreamWants(stdin=True, stdout=True, stderr=False, tty=False)
