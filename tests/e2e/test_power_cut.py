@@ -22,7 +22,8 @@ from tests.support.daemon import RPC_TIMEOUT, Daemon
 from tests.support.disk import Disk, Expected
 from tests.support.faults import FailingDisk
 from tests.support.registries import RealRegistry
-from tests.vm.images import CUT, cut_layers
+from tests.vm.images import cut_layers
+from tests.vm.names import CUT
 
 pytestmark = pytest.mark.root
 

@@ -12,10 +12,8 @@ from tests.snapshot.layers import Entry, directory, link, symlink, tar
 from tests.snapshot.trees import as_seen, read_tree
 from tests.support import images
 from tests.support.registries import real_registry
+from tests.vm.names import EXPECTED
 
-BUSYBOX: Final = "docker.io/library/busybox:latest"
-CUT: Final = "docker.io/vm/cut:latest"  # the one that is pulled while the power goes
-EXPECTED: Final = Path("opt/checkout/expected")  # of CUT; a pickle of (tree, directories without times), see read_tree
 _REGISTRY: Final = Path("var/lib/docker-registry")
 
 

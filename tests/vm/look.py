@@ -17,7 +17,7 @@ from imgsvc.api.cri_pb2_grpc import ImageServiceStub
 from tests.snapshot.trees import read_tree
 from tests.support import cri
 from tests.support.disk import Disk
-from tests.vm.images import EXPECTED
+from tests.vm.names import EXPECTED
 
 ADDRESS = "unix:///run/imgsvc/imgsvc.sock"
 STORE = Path("/var/lib/imgsvc")

@@ -9,8 +9,8 @@ from pathlib import Path
 from imgsvc.api import cri_pb2 as pb
 from tests.support import cri
 from tests.support.disk import Disk
-from tests.vm.images import BUSYBOX
 from tests.vm.inside.node import RPC_TIMEOUT, Node
+from tests.vm.names import BUSYBOX
 
 STORE = Path("/var/lib/imgsvc")
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support import cri
-from tests.vm.images import BUSYBOX
 from tests.vm.inside.node import Node
+from tests.vm.names import BUSYBOX
 
 
 @pytest.fixture

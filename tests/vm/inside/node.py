@@ -13,7 +13,7 @@ import grpc
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.api.cri_pb2_grpc import ImageServiceStub, RuntimeServiceStub
 from tests.support import cri
-from tests.vm.images import BUSYBOX
+from tests.vm.names import BUSYBOX
 
 ADDRESS: Final = "unix:///run/imgsvc/imgsvc.sock"
 CGROUPS: Final = Path("/sys/fs/cgroup")

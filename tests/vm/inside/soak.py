@@ -19,8 +19,8 @@ import grpc
 from imgsvc.api import cri_pb2 as pb
 from tests.support import cri
 from tests.support.disk import Disk
-from tests.vm.images import BUSYBOX
 from tests.vm.inside.node import CGROUPS, RPC_TIMEOUT, Node, journal, processes, scope, shown, systemctl
+from tests.vm.names import BUSYBOX
 
 STATE: Final = Path("/run/imgsvc")
 STORE: Final = Path("/var/lib/imgsvc")
