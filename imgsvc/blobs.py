@@ -8,7 +8,7 @@ import fcntl
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from imgsvc.concurrency import Shared, SingleFlight, Threads
@@ -162,7 +162,7 @@ class Feed:
 
 
 class _Sink:
-    """A download's way into the content store: one hop to a thread per chunk, then the followers are told."""
+    """A download's way into the content store: one hop to a thread per write, then the followers are told."""
 
     def __init__(self, writer: Writer, blob: GrowingBlob, threads: Threads, progress: Progress) -> None:
         self._writer, self._blob, self._threads, self._progress = writer, blob, threads, progress
@@ -170,13 +170,15 @@ class _Sink:
     def missing(self) -> list[tuple[int, int]]:
         return self._writer.missing()
 
-    async def write_at(self, offset: int, data: bytes) -> None:
-        available = await self._threads.run(self._write, offset, data)
+    async def write_at(self, offset: int, parts: Sequence[bytes]) -> None:
+        available = await self._threads.run(self._write, offset, parts)
         self._blob.grew(available)
         self._progress(available)
 
-    def _write(self, offset: int, data: bytes) -> int:
-        self._writer.write_at(offset, data)
+    def _write(self, offset: int, parts: Sequence[bytes]) -> int:
+        for part in parts:
+            self._writer.write_at(offset, part)
+            offset += len(part)
         return self._writer.status().offset
 
 

@@ -318,9 +318,8 @@ class _Writes:
 
     async def _flush(self) -> None:
         await self._settle()
-        data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        self._pending = asyncio.create_task(_write(self._sink, self._offset, data))
-        self._offset += len(data)
+        self._pending = asyncio.create_task(_write(self._sink, self._offset, self._parts))
+        self._offset += self._size
         self._parts, self._size = [], 0
 
     async def _settle(self) -> None:
@@ -341,5 +340,5 @@ class _Writes:
         await self._settle()
 
 
-async def _write(sink: BlobSink, offset: int, data: bytes) -> None:
-    await sink.write_at(offset, data)
+async def _write(sink: BlobSink, offset: int, parts: Sequence[bytes]) -> None:
+    await sink.write_at(offset, parts)

@@ -1,7 +1,7 @@
 """The network below httpcore: sockets that are checked before they connect, and reads large enough for big blobs.
 
 httpcore's own backend reads 64 KiB per wake-up through a transport; that costs more CPU per byte than hashing does. Here
-a wake-up takes what the kernel has, up to READ_SIZE, in one copy. A read never keeps the loop longer than that copy.
+a wake-up takes what the kernel has, up to READ_SIZE, in one call and one copy. A read never keeps the loop longer than that.
 
 Source: RFC 8305 (happy eyeballs) for the order and the 300 ms between attempts.
 """
@@ -15,7 +15,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import httpcore
 
@@ -24,6 +24,7 @@ from imgsvc.registry.netguard import Reach, reach_of
 from imgsvc.registry.tls import reason_of
 
 READ_SIZE: Final = 256 * 1024  # [bytes] at most per read; larger ones bring no more speed and hold the loop longer
+_RECORD: Final = 16 * 1024  # [bytes] at most in one TLS record, which is what one call decrypts
 _NEXT_ADDRESS_AFTER_S: Final = 0.3
 
 SocketOption = tuple[int, int, int] | tuple[int, int, bytes | bytearray] | tuple[int, int, None, int]
@@ -51,8 +52,6 @@ class Backend(httpcore.AsyncNetworkBackend):
 
     def __init__(self, allowed: frozenset[Reach]) -> None:
         self._allowed = allowed
-        # One for all streams: it is filled and copied out of without awaiting in between.
-        self._scratch = memoryview(bytearray(READ_SIZE))
 
     async def connect_tcp(
         self,
@@ -67,7 +66,7 @@ class Backend(httpcore.AsyncNetworkBackend):
             raise ConnectFailed("local address and socket options are not supported")
         try:
             async with time_limit(timeout):
-                return SocketStream(await self._connect(host, port), self._scratch)
+                return SocketStream(await self._connect(host, port))
         except TimeoutError as error:
             raise httpcore.ConnectTimeout(f"no connection within {timeout:g} s") from error
 
@@ -149,10 +148,9 @@ async def _connect_one(entry: Any) -> socket.socket:
 class SocketStream(httpcore.AsyncNetworkStream):
     """A connected TCP socket. One reader and one writer at a time, as httpcore uses it."""
 
-    def __init__(self, sock: socket.socket, scratch: memoryview) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._peer = sock.getpeername()  # now: a reset would make it unknown
-        self.scratch = scratch
         self._loop = asyncio.get_running_loop()
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
@@ -177,22 +175,11 @@ class SocketStream(httpcore.AsyncNetworkStream):
         return data
 
     def _take(self, size: int) -> bytes | None:
-        """Everything the kernel holds, up to `size`; None when it holds nothing."""
-        target = self.scratch
-        have = 0
-        while have < size:
-            try:
-                count = self._sock.recv_into(target[have:size])
-            except (BlockingIOError, InterruptedError):
-                break
-            except OSError:
-                if have:
-                    break  # deliver what came before the reset; the next read reports it
-                raise
-            if count == 0:
-                return bytes(target[:have])
-            have += count
-        return bytes(target[:have]) if have else None
+        """What the kernel holds, up to `size`; None when it holds nothing."""
+        try:
+            return self._sock.recv(size)
+        except (BlockingIOError, InterruptedError):
+            return None
 
     async def _readable(self) -> None:
         future = self._loop.create_future()
@@ -239,7 +226,6 @@ class TlsStream(httpcore.AsyncNetworkStream):
 
     def __init__(self, inner: SocketStream | TlsStream, context: ssl.SSLContext, server_hostname: str | None) -> None:
         self._inner = inner
-        self.scratch: memoryview = inner.scratch
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_hostname)
@@ -294,19 +280,21 @@ class TlsStream(httpcore.AsyncNetworkStream):
             raise httpcore.ReadError(_tls_reason(error)) from error
 
     def _decrypt(self, size: int) -> bytes | None:
-        target = self.scratch
+        """What can be decrypted without reading, up to `size` and some; None when nothing can."""
+        parts: list[bytes] = []
         have = 0
         while have < size:
             try:
-                count = cast("int", self._tls.read(size - have, target[have:size]))  # with a buffer it returns a count
+                data = self._tls.read(_RECORD)
             except ssl.SSLWantReadError:
-                break
+                return b"".join(parts) if parts else None
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                return bytes(target[:have])
-            if count == 0:
-                return bytes(target[:have])
-            have += count
-        return bytes(target[:have]) if have else None
+                break
+            if not data:
+                break
+            parts.append(data)
+            have += len(data)
+        return b"".join(parts)
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Encrypt and send all of it."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,10 +159,10 @@ def test_a_download_brings_what_is_missing_and_nothing_else(run: Callable[[Check
 def test_a_download_that_fails_keeps_what_it_wrote(run: Callable[[Check], None]) -> None:
     async def check(case: Case) -> None:
         class FullDisk(MemorySink):
-            async def write_at(self, offset: int, data: bytes) -> None:
+            async def write_at(self, offset: int, parts: Sequence[bytes]) -> None:
                 if self.writes:
                     raise FailedPrecondition("the sink's own error")
-                await super().write_at(offset, data)
+                await super().write_at(offset, parts)
 
         sink = FullDisk(LAYER.size)
         error = await failure(case.fetcher.download(LAYER, sink))

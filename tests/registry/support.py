@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,7 +82,8 @@ class MemorySink:
             at = max(at, offset + length)
         return [*gaps, (at, self.size - at)] if at < self.size else gaps
 
-    async def write_at(self, offset: int, data: bytes) -> None:
+    async def write_at(self, offset: int, parts: Sequence[bytes]) -> None:
+        data = b"".join(parts)
         end = offset + len(data)
         assert end <= self.size, "written beyond the end"
         assert all(end <= o or o + n <= offset for o, n in self.writes), "written twice"

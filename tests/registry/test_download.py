@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -318,7 +318,7 @@ def test_a_blob_with_wrong_bytes_is_not_asked_for_there_again(tmp_path: Path) ->
 
 def test_what_a_sink_raises_ends_the_download(tmp_path: Path) -> None:
     class Full(MemorySink):
-        async def write_at(self, offset: int, data: bytes) -> None:
+        async def write_at(self, offset: int, parts: Sequence[bytes]) -> None:
             raise OSError(28, "No space left on device")
 
     async def main() -> None:
@@ -337,10 +337,10 @@ def test_a1_6_limits_per_node_and_image(tmp_path: Path) -> None:
     class Counting(MemorySink):
         active, most, finished = 0, 0, 0
 
-        async def write_at(self, offset: int, data: bytes) -> None:
+        async def write_at(self, offset: int, parts: Sequence[bytes]) -> None:
             Counting.active += 1
             Counting.most = max(Counting.most, Counting.active)
-            await super().write_at(offset, data)
+            await super().write_at(offset, parts)
             Counting.active -= 1
             Counting.finished += 1
 
