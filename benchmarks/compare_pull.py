@@ -12,7 +12,9 @@ hosts.toml. For each image it prints, as medians of the rounds and of the ratios
 * the floor: what the parts cost without any service, the same layers through `curl | igzip -d | tar -x`, two at a time. It
   neither hashes what it gets, nor keeps the blobs, nor syncs; containerd does not sync layers either. We do all of that;
   --sync none leaves the last out.
-* how our daemon answers Version, ListContainers and ListImages every 10 ms during one more pull, and its memory and that of its workers.
+* how either daemon answers Version, ListContainers and ListImages every 10 ms during one more pull, and the memory of ours and
+  of its workers. The registry and the clients are on the same processors: the more layers come in at once, the more of a
+  call's time is waiting for one of them.
 
 Goals: 0.30 x the peer's wall time, 0.5 x its CPU, 1.3 x the floor; p99 10 ms; daemon 120 MiB, worker 64 MiB. They are for a
 machine that does nothing else. File times are whole seconds, as builders of images write them. Needs root.
@@ -263,11 +265,15 @@ def compare(
     for label, pick in (("wall", lambda c: c.wall), ("cpu", lambda c: c.cpu)):
         print(f"  ratio {label:7} {_ratio(ours, theirs, pick):5.2f} x {peers[1].name}   {_ratio(ours, floors, pick):5.2f} x floor")
     print(f"  ratio memory  {memory[peers[0].name] / memory[peers[1].name]:5.2f} x {peers[1].name}")
-    clients = Clients(peers[0].pid, peers[0].connect)
-    with clients.running():
-        peers[0].pull(reference)
-    clients.report()
-    peers[0].remove(reference)
+    for peer in peers:
+        print(f"  {peer.name} meanwhile:")
+        clients = Clients(peer.pid, peer.connect)
+        with clients.running():
+            peer.pull(reference)
+        clients.report()
+        if peer is peers[0]:
+            clients.report_memory()
+        peer.remove(reference)
 
 
 def _ratio(ours: Sequence[Cost], theirs: Sequence[Cost], pick: Callable[[Cost], float]) -> float:

@@ -108,13 +108,16 @@ class Clients:
                 thread.join()
 
     def report(self) -> None:
-        """Print what was measured."""
+        """Print how long calls took."""
         for method, seconds in self.seconds.items():
             shares = statistics.quantiles(seconds, n=100, method="inclusive")
             print(
                 f"  {method:15} {len(seconds):5} calls   p50 {shares[49] * 1000:6.2f} ms   p99 {shares[98] * 1000:6.2f} ms   "
                 f"longest {max(seconds) * 1000:7.2f} ms"
             )
+
+    def report_memory(self) -> None:
+        """Print what our daemon's processes took."""
         server = sum(peak(pid) for pid in children(self._pid))
         print(
             f"  peak memory: daemon {peak(self._pid) / MIB:.0f} MiB, worker {self.worker_peak / MIB:.0f} MiB, worker server {server / MIB:.0f} MiB"
@@ -137,6 +140,7 @@ def measure(name: str, daemon: Daemon, work: Callable[[], object]) -> None:
         work()
     print(f"\n{name}: {time.monotonic() - began:.1f} s")
     clients.report()
+    clients.report_memory()
 
 
 def put_first(pid: int) -> None:
