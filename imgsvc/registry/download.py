@@ -26,6 +26,7 @@ from imgsvc.registry.transport import RequestFailed, Response
 
 _WRITE_SIZE: Final = MIB  # [bytes] per hop to the sink; a hop to a thread costs about 80 µs …
 _MIN_WRITE_SIZE: Final = 128 * KIB  # … and what waits for its hop is lost with the process, on each connection
+_WORTH_A_WRITE: Final = 64 * KIB  # [bytes] parts below this on average are copied together: a write of each costs more
 _PROGRESS: Final = MIB  # [bytes] after which earlier failures are forgotten
 
 
@@ -318,7 +319,8 @@ class _Writes:
 
     async def _flush(self) -> None:
         await self._settle()
-        self._pending = asyncio.create_task(_write(self._sink, self._offset, self._parts))
+        parts = self._parts if self._size >= len(self._parts) * _WORTH_A_WRITE else [b"".join(self._parts)]
+        self._pending = asyncio.create_task(_write(self._sink, self._offset, parts))
         self._offset += self._size
         self._parts, self._size = [], 0
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.oci import MIB
+from imgsvc.oci import KIB, MIB
 from imgsvc.reference import Reference
 from imgsvc.registry.client import RegistryClient
-from imgsvc.registry.download import Pace
+from imgsvc.registry.download import Pace, _Writes
 from imgsvc.registry.interfaces import BlobSource, Fetcher, PullFailed
 from tests.fakes.registry import FakeRegistry, Reply, Request
 from tests.registry.support import MemorySink, blob, client_for, hosts_d, image_of, noise, run
@@ -314,6 +314,28 @@ def test_a_blob_with_wrong_bytes_is_not_asked_for_there_again(tmp_path: Path) ->
                 assert set(source.by_endpoint) == {f"{good.url}/v2"}
 
     run(main())
+
+
+def test_a_write_gets_large_parts_as_they_came_and_small_ones_in_one() -> None:
+    class Parts(MemorySink):
+        async def write_at(self, offset: int, parts: Sequence[bytes]) -> None:
+            seen.append(list(parts))
+            await super().write_at(offset, parts)
+
+    async def written(chunks: list[bytes]) -> None:
+        seen.clear()
+        sink = Parts(sum(map(len, chunks)))
+        async with _Writes(sink, 0, lambda: MIB) as writes:
+            for chunk in chunks:
+                await writes.add(chunk)
+        assert bytes(sink.data) == b"".join(chunks)
+
+    seen: list[list[bytes]] = []
+    large = [noise(256 * KIB, seed=n) for n in range(6)]
+    run(written(large))
+    assert [[id(part) for part in parts] for parts in seen] == [[id(chunk) for chunk in large[i:j]] for i, j in ((0, 4), (4, 6))]
+    run(written([noise(1400, seed=n) for n in range(1000)]))
+    assert [len(parts) for parts in seen] == [1, 1]
 
 
 def test_what_a_sink_raises_ends_the_download(tmp_path: Path) -> None:
