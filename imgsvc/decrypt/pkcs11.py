@@ -1,7 +1,8 @@
 """Keys in a PKCS#11 token: which token, which module, and who may load it.
 
 The module is foreign code that wants environment variables and may hang or crash, so it is loaded by a child process
-(pkcs11_child) and never by the daemon. The PIN travels on the child's stdin.
+(pkcs11_child) and never by the daemon, and by one at a time: two at once may disturb each other, and SoftHSM's tokens are
+not there now and then while another process opens them. The PIN travels on the child's stdin.
 
 Needs the optional package of `imgsvc[pkcs11]`. Decision: without a configuration only modules in the usual directories
 may be loaded, because whoever may write a key file (a Secret, say) must not choose what code runs as root.
@@ -12,11 +13,14 @@ Source: RFC 7512 for the URI; ocicrypt docs/pkcs11.md for the key file, the conf
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +39,7 @@ from imgsvc.oci import MIB, load_json_object
 
 INTERNAL: Final = "internal"  # the configuration's name for the built-in directories
 MAX_RECIPIENTS: Final = 64  # per packet; each is an operation of a token, which may be slow
+_LOOK_S: Final = 0.1  # [seconds] between two looks at whether who waits for a module was cancelled
 
 _DIRECTORIES: Final = (
     "/usr/lib64/pkcs11/",
@@ -248,7 +253,24 @@ def _ask(key: TokenKey, wrapped: Sequence[tuple[bytes, str]], timeout_s: float, 
     root = str(Path(__file__).parents[2])
     env = {**os.environ, **key.env, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     argv = (sys.executable, "-m", "imgsvc.decrypt.pkcs11_child")
-    done = run_bounded(argv, json.dumps(request).encode(), timeout_s=timeout_s, limit=MAX_OPTIONS, env=env, cancel=cancel)
+    with _turn(key.module, cancel):
+        done = run_bounded(argv, json.dumps(request).encode(), timeout_s=timeout_s, limit=MAX_OPTIONS, env=env, cancel=cancel)
     if done.status:
         raise KeyFileError(printable(done.stderr.rpartition("\n")[2]) or f"the PKCS#11 module ended with status {done.status}")
     return done.stdout
+
+
+_turns: Final[defaultdict[str, threading.Lock]] = defaultdict(threading.Lock)  # by module
+
+
+@contextlib.contextmanager
+def _turn(module: str, cancel: CancelToken | None) -> Iterator[None]:
+    """Be the only one with the module for a `with` block. Raises: Cancelled."""
+    lock = _turns[module]
+    while not lock.acquire(timeout=_LOOK_S):
+        if cancel is not None:
+            cancel.check()
+    try:
+        yield
+    finally:
+        lock.release()

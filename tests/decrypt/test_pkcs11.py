@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from imgsvc.concurrency import CancelToken
 from imgsvc.decrypt.interfaces import NotOpened
 from imgsvc.decrypt.keys import KeyFileError, KeyRing, TokenFile
-from imgsvc.decrypt.pkcs11 import ModulePolicy, Pkcs11Wrapper, TokenKey, load_policy, parse_token_file
-from imgsvc.errors import ImgsvcError, InvalidArgument, PermissionDenied
+from imgsvc.decrypt.pkcs11 import ModulePolicy, Pkcs11Wrapper, TokenKey, _turn, load_policy, parse_token_file
+from imgsvc.errors import Cancelled, ImgsvcError, InvalidArgument, PermissionDenied
 from tests.decrypt.softhsm import MODULE, PIN, make_token, uri
 from tests.decrypt.vectors import pkcs11
 
@@ -30,9 +33,9 @@ class Token:
     first: rsa.RSAPrivateKey
     second: rsa.RSAPrivateKey
 
-    def wrapper(self, uri: str, config: str = "") -> Pkcs11Wrapper:
+    def wrapper(self, uri: str, config: str = "", cancel: CancelToken | None = None) -> Pkcs11Wrapper:
         text = json.dumps({"pkcs11": {"uri": uri}, "module": {"env": dict(self.env)}}).encode()
-        return Pkcs11Wrapper(KeyRing(tokens=(TokenFile("token.yaml", text),)), config, 20.0, None)
+        return Pkcs11Wrapper(KeyRing(tokens=(TokenFile("token.yaml", text),)), config, 20.0, cancel)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,21 @@ def test_keys_are_chosen_by_id_and_label_and_modules_by_name(token: Token) -> No
     for path in ("token=images;id=%01", "token=images;id=%01;object=second", "token=images;object=third", "token=other;id=%02"):
         with pytest.raises(NotOpened):
             token.wrapper(uri(path, by_name)).unwrap(packet)
+
+
+@pytest.mark.compat
+def test_several_packets_at_once_do_not_disturb_each_other(token: Token) -> None:
+    packet = pkcs11(OPTIONS, token.first.public_key(), "sha1")
+    with ThreadPoolExecutor(4) as layers:
+        assert list(layers.map(lambda _: token.wrapper(uri()).unwrap(packet), range(24))) == [OPTIONS] * 24
+
+
+@pytest.mark.compat
+def test_who_waits_for_a_module_can_be_cancelled(token: Token) -> None:
+    cancel = CancelToken()
+    cancel.cancel()
+    with pytest.raises(Cancelled), _turn(os.path.realpath(MODULE), None), ThreadPoolExecutor(1) as layer:
+        layer.submit(token.wrapper(uri(), cancel=cancel).unwrap, pkcs11(OPTIONS, token.first.public_key(), "sha1")).result(20)
 
 
 @pytest.mark.compat
