@@ -17,7 +17,7 @@ from imgsvc.concurrency import CancelToken
 from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted
 
 MAX_STDERR: Final = 4096  # [bytes] kept for error texts, the last ones; the rest is read and dropped
-_POLL_S: Final = 0.1  # how soon a cancelled run is noticed
+POLL_S: Final = 0.1  # [seconds] how soon a cancelled run is noticed
 _CHUNK: Final = 64 * 1024
 
 
@@ -65,7 +65,7 @@ def run_bounded(
     deadline = time.monotonic() + timeout_s
     try:
         _exchange(child, memoryview(given), stdout, stderr, limit, deadline, cancel)
-        status = child.wait(max(0.0, deadline - time.monotonic()) + _POLL_S)
+        status = child.wait(max(0.0, deadline - time.monotonic()) + POLL_S)
     except (TimeoutError, subprocess.TimeoutExpired) as error:
         raise DeadlineExceeded(f"no answer within {timeout_s:g} s", where=argv[0]) from error
     finally:
@@ -100,7 +100,7 @@ def _exchange(
                 cancel.check()
             if time.monotonic() > deadline:
                 raise TimeoutError
-            for key, _ in selector.select(_POLL_S):
+            for key, _ in selector.select(POLL_S):
                 if key.data is None:
                     pending = _feed(selector, key, pending)
                     continue

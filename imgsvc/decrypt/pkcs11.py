@@ -29,7 +29,7 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from imgsvc import yamlfile
 from imgsvc.concurrency import CancelToken
-from imgsvc.decrypt.children import run_bounded
+from imgsvc.decrypt.children import POLL_S, run_bounded
 from imgsvc.decrypt.interfaces import KeyWrapper, NotOpened
 from imgsvc.decrypt.keydir import read_bounded
 from imgsvc.decrypt.keys import KeyFileError, KeyRing, TokenFile
@@ -39,7 +39,6 @@ from imgsvc.oci import MIB, load_json_object
 
 INTERNAL: Final = "internal"  # the configuration's name for the built-in directories
 MAX_RECIPIENTS: Final = 64  # per packet; each is an operation of a token, which may be slow
-_LOOK_S: Final = 0.1  # [seconds] between two looks at whether who waits for a module was cancelled
 
 _DIRECTORIES: Final = (
     "/usr/lib64/pkcs11/",
@@ -267,7 +266,7 @@ _turns: Final[defaultdict[str, threading.Lock]] = defaultdict(threading.Lock)  #
 def _turn(module: str, cancel: CancelToken | None) -> Iterator[None]:
     """Be the only one with the module for a `with` block. Raises: Cancelled."""
     lock = _turns[module]
-    while not lock.acquire(timeout=_LOOK_S):
+    while not lock.acquire(timeout=POLL_S):
         if cancel is not None:
             cancel.check()
     try:

@@ -320,7 +320,7 @@ class _Writes:
     async def _flush(self) -> None:
         await self._settle()
         parts = self._parts if self._size >= len(self._parts) * _WORTH_A_WRITE else [b"".join(self._parts)]
-        self._pending = asyncio.create_task(_write(self._sink, self._offset, parts))
+        self._pending = asyncio.create_task(self._sink.write_at(self._offset, parts))
         self._offset += self._size
         self._parts, self._size = [], 0
 
@@ -340,7 +340,3 @@ class _Writes:
         if self._size and not isinstance(error, asyncio.CancelledError):
             await self._flush()
         await self._settle()
-
-
-async def _write(sink: BlobSink, offset: int, parts: Sequence[bytes]) -> None:
-    await sink.write_at(offset, parts)

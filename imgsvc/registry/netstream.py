@@ -48,7 +48,7 @@ class TlsFailed(httpcore.ConnectError):
 
 
 class Backend(httpcore.AsyncNetworkBackend):
-    """Connects only to addresses of the allowed classes. Belongs to one event loop."""
+    """Connects only to addresses of the allowed classes."""
 
     def __init__(self, allowed: frozenset[Reach]) -> None:
         self._allowed = allowed
