@@ -3,6 +3,7 @@
 root.py      builds the root file system once (cached by what goes into it)
 disk.py      makes the disk of one run: that root, this checkout, its tests, the registry's data
 images.py    the images of the tests, in the data directory of the registry inside the machine
+names.py     their names, for what runs inside
 machine.py   boots a disk with qemu, runs commands in it, cuts its power
 agent.py     runs inside: commands in, results out, over a virtio serial port
 inside/      tests that run inside, by the machine's own pytest; test_node.py brings their results out
