@@ -24,7 +24,7 @@ test-vm: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict imgsvc tests
+	$(BIN)/mypy --strict imgsvc tests benchmarks
 
 # Against the running daemon, another runtime, or nothing at all: each script says in its first lines.
 BENCHMARKS ?= store registry unpack latency decrypt pull_encrypted compare_pull

@@ -213,7 +213,8 @@ def _whole_seconds(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 def floor(registry: RealRegistry, repository: str, document: BuiltDocument, directory: Path) -> Cost:
     """What `curl | igzip -d | tar -x` takes for the same layers, two at a time."""
     digests = [digest for digest in document.blobs if digest != document.config_digest]
-    waiting, running = list(enumerate(digests)), []
+    waiting = list(enumerate(digests))
+    running: list[subprocess.Popen[bytes]] = []
     before, began = os.times(), time.monotonic()
     while waiting or running:
         while waiting and len(running) < 2:

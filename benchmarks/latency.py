@@ -118,10 +118,11 @@ class Clients:
 
     def report_memory(self) -> None:
         """Print what our daemon's processes took."""
-        server = sum(peak(pid) for pid in children(self._pid))
-        print(
-            f"  peak memory: daemon {peak(self._pid) / MIB:.0f} MiB, worker {self.worker_peak / MIB:.0f} MiB, worker server {server / MIB:.0f} MiB"
-        )
+        named = {"daemon": peak(self._pid), "worker": self.worker_peak}
+        for pid in children(self._pid):
+            program = Path(f"/proc/{pid}/cmdline").read_bytes()
+            named["download process" if b"bulk_worker" in program else "worker server"] = peak(pid)
+        print("  peak memory: " + ", ".join(f"{name} {size / MIB:.0f} MiB" for name, size in named.items()))
 
 
 def remove(daemon: Daemon, name: str) -> None:

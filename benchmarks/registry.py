@@ -24,6 +24,7 @@ from imgsvc.content.local import LocalStore
 from imgsvc.metadb import MetaDB
 from imgsvc.oci import MIB, OCI_MANIFEST, Descriptor, Digest
 from imgsvc.reference import Reference
+from imgsvc.registry.bulk import BulkTransport
 from imgsvc.registry.client import RegistryClient, RegistrySettings
 from tests.registry.support import hosts_d
 from tests.support.registries import free_port
@@ -41,7 +42,7 @@ class StoreSink:
         self._writer = writer
         self.missing = writer.missing
 
-    async def write_at(self, offset: int, data: bytes) -> None:
+    async def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """See BlobSink."""
         await asyncio.to_thread(self._writer.write_at, offset, data)
 
@@ -100,7 +101,9 @@ async def with_client(directory: Path, address: str, blob: Descriptor, extra: in
     database = MetaDB(root / "meta")
     store = LocalStore(root / "content", database, sync=False)  # curl does not sync either
     roots = hosts_d(root / "hosts.d", {"docker.io": f'server = "http://{address}"\n'})
-    client = RegistryClient(RegistrySettings((str(roots),), max_extra_connections=extra, environ={}))
+    bulk = BulkTransport()
+    await bulk.warm()
+    client = RegistryClient(RegistrySettings((str(roots),), max_extra_connections=extra, environ={}), bulk=bulk)
     watch = asyncio.create_task(longest_stretch())
     began = time.perf_counter()
     writer = await asyncio.to_thread(lambda: store.writer("bench", total=blob.size, expected=blob.digest))
@@ -110,6 +113,7 @@ async def with_client(directory: Path, address: str, blob: Descriptor, extra: in
     watch.cancel()
     stretch = await watch
     await client.close()
+    await bulk.close()
     database.close()
     shutil.rmtree(root)
     return elapsed, stretch

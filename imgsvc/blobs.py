@@ -8,7 +8,7 @@ import fcntl
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from imgsvc.concurrency import Shared, SingleFlight, Threads
@@ -170,15 +170,13 @@ class _Sink:
     def missing(self) -> list[tuple[int, int]]:
         return self._writer.missing()
 
-    async def write_at(self, offset: int, parts: Sequence[bytes]) -> None:
-        available = await self._threads.run(self._write, offset, parts)
+    async def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        available = await self._threads.run(self._write, offset, data)
         self._blob.grew(available)
         self._progress(available)
 
-    def _write(self, offset: int, parts: Sequence[bytes]) -> int:
-        for part in parts:
-            self._writer.write_at(offset, part)
-            offset += len(part)
+    def _write(self, offset: int, data: bytes | memoryview) -> int:
+        self._writer.write_at(offset, data)
         return self._writer.status().offset
 
 

@@ -54,6 +54,7 @@ _PR_SET_CHILD_SUBREAPER: Final = 36
 # linux/capability.h
 CAP_CHOWN: Final = 0
 CAP_DAC_OVERRIDE: Final = 1
+CAP_DAC_READ_SEARCH: Final = 2
 CAP_FOWNER: Final = 3
 CAP_FSETID: Final = 4
 CAP_SYS_ADMIN: Final = 21

@@ -11,10 +11,10 @@ from typing import Final
 from imgsvc.config import Loaded
 from imgsvc.registry.client import RegistryClient, RegistrySettings
 from imgsvc.registry.credentials import CredentialSettings, NodeCredentials, StoredCredential
+from imgsvc.registry.exchange import Sender, Timeouts
 from imgsvc.registry.hostdirs import split_config_path
 from imgsvc.registry.interfaces import RegistryObserver
 from imgsvc.registry.legacy import parse_legacy
-from imgsvc.registry.transport import Timeouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ KEYS: Final = (
 )
 
 
-def open_registries(loaded: Loaded, observer: RegistryObserver | None = None) -> Registries:
-    """Build the client; no I/O with registries. observer: told what it does. Raises: InvalidArgument for legacy tables that cannot be honoured."""
+def open_registries(loaded: Loaded, observer: RegistryObserver | None = None, bulk: Sender | None = None) -> Registries:
+    """Build the client; no I/O with registries. observer: told what it does. bulk: who fetches blobs. Raises: InvalidArgument for legacy tables that cannot be honoured."""
     settings, credentials, warnings = _settings(loaded)
-    return Registries(RegistryClient(settings, credentials, observer), credentials, warnings)
+    return Registries(RegistryClient(settings, credentials, observer, bulk), credentials, warnings)
 
 
 def prepare(client: RegistryClient, loaded: Loaded) -> Callable[[], None]:

@@ -45,6 +45,7 @@ from imgsvc.pods import start_pods
 from imgsvc.preflight import Standing
 from imgsvc.pull import Puller
 from imgsvc.push import Pusher
+from imgsvc.registry.bulk import BulkTransport
 from imgsvc.reload import Commit, Live, Reloader
 from imgsvc.roots import ContainerRoots
 from imgsvc.rpc import ErrorInterceptor
@@ -134,7 +135,9 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     images = ImageStore(db, settings.images.pinned_images)
     leases = LeaseBook(db)
     watch = Watch.create(images)
-    opened = registries.open_registries(loaded, watch.observer)
+    bulk = BulkTransport()
+    stack.push_async_callback(bulk.close)
+    opened = registries.open_registries(loaded, watch.observer, bulk)
     registry = opened.client
     standing = Standing(lambda warnings: registry.directories.tell(warnings))  # noqa: PLW0108  # a reload replaces them
     stack.push_async_callback(registry.close)
@@ -144,8 +147,9 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     stack.push_async_callback(decryptor.close)
     unpacker = _unpacker(settings, watch.observer.unpack_queued)
     stack.push_async_callback(unpacker.close)
-    warming = asyncio.ensure_future(unpacker.warm())  # beside everything else, so that the first layer need not wait
-    stack.push_async_callback(_ended, warming)
+    for companion in (bulk, unpacker):
+        warming = asyncio.ensure_future(companion.warm())  # beside everything else, so that the first layer need not wait
+        stack.push_async_callback(_ended, warming)
     verification = open_verification(settings, registry, db, threads)
     puller = Puller(
         registry=registry,

@@ -35,7 +35,7 @@ class Registry:
         self.asked += 1
         self.was_asked.set()
         await self.may.wait()
-        await sink.write_at(0, [DATA[:10], DATA[10:]])
+        await sink.write_at(0, DATA)
         return BlobSource({"r": len(DATA)})
 
 

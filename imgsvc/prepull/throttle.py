@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from imgsvc.oci import Descriptor
@@ -84,6 +84,6 @@ class _Sink:
     def missing(self) -> list[tuple[int, int]]:
         return self._sink.missing()
 
-    async def write_at(self, offset: int, parts: Sequence[bytes]) -> None:
-        await self._sink.write_at(offset, parts)
-        await self._throttle.spend(sum(map(len, parts)))
+    async def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        await self._sink.write_at(offset, data)
+        await self._throttle.spend(len(data))

@@ -30,13 +30,14 @@ from imgsvc.registry.challenge import (
     scopes_for,
     usable_for,
 )
+from imgsvc.registry.exchange import RequestFailed, Response, Route
 from imgsvc.registry.hosts import Host, trusted_token_hosts
 from imgsvc.registry.interfaces import Credential, RegistryObserver
 from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
 from imgsvc.registry.proxies import proxy_for
 from imgsvc.registry.redact import MAX_ERROR_BODY, registry_message, shown_url
 from imgsvc.registry.retry import Failure, kind_of_status, retry_after
-from imgsvc.registry.transport import RequestFailed, Response, Route, Transport
+from imgsvc.registry.transport import Transport
 from imgsvc.registry.unwatched import Unwatched
 
 _CLIENT_ID: Final = "imgsvc"

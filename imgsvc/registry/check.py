@@ -16,10 +16,10 @@ from imgsvc.oci import MAX_DOCUMENT, MIB, Descriptor, Index, Platform, parse_doc
 from imgsvc.reference import Reference
 from imgsvc.registry.documents import ACCEPT_HEADER, check_is_manifest, read_document
 from imgsvc.registry.endpoint import Ask, Endpoint
+from imgsvc.registry.exchange import Response
 from imgsvc.registry.hosts import Capability
 from imgsvc.registry.interfaces import Credential
 from imgsvc.registry.operation import Operations
-from imgsvc.registry.transport import Response
 
 _SAMPLE: Final = 16 * MIB  # [bytes] read at most to measure the speed
 _SAMPLE_S: Final = 5.0
@@ -144,8 +144,8 @@ async def _largest_layer(endpoint: Endpoint, reference: Reference) -> Descriptor
 
 
 def _tls(response: Response) -> str:
-    found = response.stream.get_extra_info("ssl_object") if response.stream else None
-    if not isinstance(found, ssl.SSLObject):
+    found = response.tls
+    if found is None:
         return "off"
     cipher = found.cipher()
     words = [

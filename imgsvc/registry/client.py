@@ -17,6 +17,7 @@ from imgsvc.registry.auth import Authorizer
 from imgsvc.registry.documents import ACCEPT_HEADER, MANIFESTS, read_document, verify
 from imgsvc.registry.download import ConnectionBudget, Download, Pace, Source
 from imgsvc.registry.endpoint import Ask, CredentialSource, Endpoint, NoCredentials, RememberedCredentials, Session
+from imgsvc.registry.exchange import RequestFailed, Sender, Timeouts
 from imgsvc.registry.failover import HealthBook
 from imgsvc.registry.hostdirs import HostDirectories
 from imgsvc.registry.hosts import FROM_NOBODY, Capability, Host, HostsConfig
@@ -26,7 +27,7 @@ from imgsvc.registry.push import RemoteRepository
 from imgsvc.registry.resolver import resolve_at
 from imgsvc.registry.retry import Failure
 from imgsvc.registry.slots import FairSlots
-from imgsvc.registry.transport import RequestFailed, Timeouts, Transport
+from imgsvc.registry.transport import Transport
 from imgsvc.registry.unwatched import Unwatched
 
 
@@ -55,13 +56,20 @@ class RegistryClient:
     """Implements Registry. Belongs to one event loop; close() it there."""
 
     def __init__(
-        self, settings: RegistrySettings, credentials: CredentialSource | None = None, observer: RegistryObserver | None = None
+        self,
+        settings: RegistrySettings,
+        credentials: CredentialSource | None = None,
+        observer: RegistryObserver | None = None,
+        bulk: Sender | None = None,
     ) -> None:
+        """bulk: who fetches blobs, this process where nobody else does; the caller closes it."""
         self._settings = settings
         self.observer = observer or Unwatched()
         self._stored = credentials or NoCredentials()
         self.directories = HostDirectories(settings.roots, settings.inline)
         self._transport = Transport(settings.timeouts)
+        self._bulk = bulk or self._transport
+        self._bulk.timeouts = settings.timeouts
         self._authorizer = Authorizer(self._transport, settings.environ, self.observer)
         self.book = HealthBook(self.observer)
         self.slots = FairSlots(settings.max_downloads, settings.max_downloads_per_image)
@@ -74,7 +82,7 @@ class RegistryClient:
         self._settings = settings
         self._stored = credentials
         self.directories = HostDirectories(settings.roots, settings.inline)
-        self._transport.timeouts = settings.timeouts
+        self._transport.timeouts = self._bulk.timeouts = settings.timeouts
         self.slots.resize(settings.max_downloads, settings.max_downloads_per_image)
         self.extra.resize(settings.max_extra_connections)
 
@@ -120,6 +128,7 @@ class RegistryClient:
             directories=config.directories,
             caller=credential,
             transport=self._transport,
+            bulk=self._bulk,
             authorizer=self._authorizer,
             stored=RememberedCredentials(self._stored),
             environ=self._settings.environ,

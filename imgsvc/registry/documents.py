@@ -9,9 +9,9 @@ import zstandard
 
 from imgsvc.errors import InvalidArgument, ResourceExhausted, printable
 from imgsvc.oci import ACCEPT, INDEX_TYPES, MANIFEST_TYPES, MIB, Descriptor, Digest
+from imgsvc.registry.exchange import RequestFailed, Response
 from imgsvc.registry.redact import shown_url
 from imgsvc.registry.retry import Failure
-from imgsvc.registry.transport import RequestFailed, Response
 
 MANIFESTS: Final = INDEX_TYPES | MANIFEST_TYPES
 _ZSTD_WINDOW: Final = 8 * MIB  # [bytes] of memory; RFC 8878 asks decoders for no more

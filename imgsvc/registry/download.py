@@ -10,23 +10,20 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final
 
 from imgsvc.oci import KIB, MIB, Descriptor
 from imgsvc.registry.documents import lied
 from imgsvc.registry.endpoint import Ask, Endpoint
+from imgsvc.registry.exchange import Chunk, RequestFailed, Response
 from imgsvc.registry.failover import Failover, HealthBook
 from imgsvc.registry.interfaces import BlobSink
 from imgsvc.registry.ranges import TICK_S, Plan, Span, Tuner, partial_problem, range_header
 from imgsvc.registry.redact import shown_url
 from imgsvc.registry.retry import MAX_WAIT_S, Action, Failure
-from imgsvc.registry.transport import RequestFailed, Response
 
-_WRITE_SIZE: Final = MIB  # [bytes] per hop to the sink; a hop to a thread costs about 80 µs …
-_MIN_WRITE_SIZE: Final = 128 * KIB  # … and what waits for its hop is lost with the process, on each connection
-_WORTH_A_WRITE: Final = 64 * KIB  # [bytes] parts below this on average are copied together: a write of each costs more
 _PROGRESS: Final = MIB  # [bytes] after which earlier failures are forgotten
 
 
@@ -211,6 +208,7 @@ class Download:
             scopes=(endpoint.scope(),),
             headers=tuple(headers),
             ok=frozenset({200, 206}),
+            is_bulk=True,
         )
         async with await endpoint.ask(ask) as response:
             self._book.of(endpoint).succeeded()
@@ -246,24 +244,24 @@ class Download:
 
     async def _copy(self, endpoint: Endpoint, response: Response, span: Span, announced_end: int, skip: int) -> None:
         """Move the body into the sink until the span ends. The span may have become shorter since `announced_end` was asked for."""
-        async with _Writes(self._sink, span.position, lambda: max(_MIN_WRITE_SIZE, _WRITE_SIZE // max(1, len(self._workers)))) as writes:
-            clock = _Clock(self._pace, shown_url(response.url))
-            async with contextlib.aclosing(response.chunks()) as chunks:
-                while (chunk := await clock.next(chunks)) is not None:
-                    if skip:
-                        dropped = min(skip, len(chunk))
-                        skip -= dropped
-                        chunk = chunk[dropped:]
-                    if len(chunk) > span.left:
-                        if span.end == announced_end:
-                            raise lied(response, "more bytes than the blob has")
-                        chunk = chunk[: span.left]  # the rest is another connection's now
-                    span.position += len(chunk)
-                    self._received += len(chunk)
-                    self.by_endpoint[endpoint.base] += len(chunk)
-                    await writes.add(chunk)
-                    if not span.left and span.end != announced_end:
-                        return
+        clock = _Clock(self._pace, shown_url(response.url))
+        async with contextlib.aclosing(response.chunks()) as chunks:
+            while (chunk := await clock.next(chunks)) is not None:
+                if skip:
+                    dropped = min(skip, len(chunk))
+                    skip -= dropped
+                    chunk = chunk[dropped:]
+                if len(chunk) > span.left:
+                    if span.end == announced_end:
+                        raise lied(response, "more bytes than the blob has")
+                    chunk = chunk[: span.left]  # the rest is another connection's now
+                offset = span.position
+                span.position += len(chunk)
+                self._received += len(chunk)
+                self.by_endpoint[endpoint.base] += len(chunk)
+                await self._sink.write_at(offset, chunk)
+                if not span.left and span.end != announced_end:
+                    return
         if span.left:
             what = f"body ended {span.left} bytes early"
             raise RequestFailed(
@@ -280,10 +278,10 @@ class _Clock:
         self._waited = 0.0
         self._bytes = 0
 
-    async def next(self, chunks: AsyncIterator[bytes]) -> bytes | None:
+    async def next(self, chunks: AsyncIterator[Chunk]) -> Chunk | None:
         """The next chunk, None at the end. Raises: RequestFailed when the connection is too slow."""
         started = time.monotonic()
-        chunk: bytes | None = await anext(chunks, None)
+        chunk: Chunk | None = await anext(chunks, None)
         self._waited += time.monotonic() - started
         self._bytes += len(chunk or b"")
         if self._waited >= self._pace.window:
@@ -293,50 +291,3 @@ class _Clock:
                 raise RequestFailed(what, code="DEADLINE_EXCEEDED", failure=Failure.BROKEN, phase="fetch", where=self._where)
             self._waited, self._bytes = 0.0, 0
         return chunk
-
-
-class _Writes:
-    """Gathers chunks and writes one lot behind the reading of the next. Leaving writes what is gathered.
-
-    enough: how much makes a lot [bytes].
-    """
-
-    def __init__(self, sink: BlobSink, offset: int, enough: Callable[[], int]) -> None:
-        self._sink = sink
-        self._offset = offset
-        self._enough = enough
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._pending: asyncio.Task[None] | None = None
-
-    async def add(self, chunk: bytes) -> None:
-        """Take a chunk; waits for the write before the last one, so at most two are in memory."""
-        if chunk:
-            self._parts.append(chunk)
-            self._size += len(chunk)
-        if self._size >= self._enough():
-            await self._flush()
-
-    async def _flush(self) -> None:
-        await self._settle()
-        parts = self._parts if self._size >= len(self._parts) * _WORTH_A_WRITE else [b"".join(self._parts)]
-        self._pending = asyncio.create_task(self._sink.write_at(self._offset, parts))
-        self._offset += self._size
-        self._parts, self._size = [], 0
-
-    async def _settle(self) -> None:
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            try:
-                await asyncio.shield(pending)
-            except asyncio.CancelledError:
-                await asyncio.wait([pending])  # no byte is written after we are gone
-                raise
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self._size and not isinstance(error, asyncio.CancelledError):
-            await self._flush()
-        await self._settle()

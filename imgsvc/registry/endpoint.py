@@ -22,13 +22,14 @@ from imgsvc import __version__, tracing
 from imgsvc.concurrency import time_limit
 from imgsvc.errors import ImgsvcError, InvalidArgument, Unavailable, printable
 from imgsvc.registry.auth import Answer, Authorizer, Peer, secrets_of
+from imgsvc.registry.exchange import Body, RequestFailed, Response, Route, Sender
 from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, OWN, Capability, Host, Tls, canonical_name, is_local
 from imgsvc.registry.interfaces import Attempt, Credential, RegistryObserver
 from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
 from imgsvc.registry.proxies import proxy_for
 from imgsvc.registry.redact import MAX_ERROR_BODY, registry_message, scrubbed, shown_url
 from imgsvc.registry.retry import Failure, kind_of_status, retry_after
-from imgsvc.registry.transport import Body, RequestFailed, Response, Route, Transport
+from imgsvc.registry.transport import Transport
 from imgsvc.registry.unwatched import Unwatched
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Ask:
     """One request. path: below the endpoint's base, with a leading slash, or an absolute URL the endpoint named.
 
     scopes: what a token must allow. ok: statuses that are answers. body: bytes, or a stream with its `length` [bytes].
+    is_bulk: the answer may be large; there is no body then.
     """
 
     method: str
@@ -109,6 +111,7 @@ class Ask:
     ok: frozenset[int] = frozenset({200})
     body: Body = b""
     length: int | None = None
+    is_bulk: bool = False
 
 
 @dataclass(slots=True)
@@ -120,6 +123,7 @@ class Session:
     directories: tuple[str, ...]
     caller: Credential | None
     transport: Transport
+    bulk: Sender  # for answers that may be large
     authorizer: Authorizer
     stored: CredentialSource
     environ: Mapping[str, str]
@@ -366,9 +370,10 @@ class Endpoint:
             if answer:
                 headers = [(name, value) for name, value in headers if name.lower() != "authorization"]
                 headers.append(("Authorization", answer.value))
-        return await self._session.transport.send(
-            ask.method, url, headers, route=self._route(url, is_foreign), phase=ask.phase, body=ask.body, length=ask.length
-        )
+        route = self._route(url, is_foreign)
+        if ask.is_bulk:
+            return await self._session.bulk.send(ask.method, url, headers, route=route, phase=ask.phase)
+        return await self._session.transport.send(ask.method, url, headers, route=route, phase=ask.phase, body=ask.body, length=ask.length)
 
     def _route(self, url: str, is_foreign: bool) -> Route:
         tls = self.host.tls

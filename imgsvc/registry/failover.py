@@ -10,9 +10,9 @@ from typing import Final, TypeVar
 
 from imgsvc.errors import printable
 from imgsvc.registry.endpoint import Endpoint
+from imgsvc.registry.exchange import RequestFailed
 from imgsvc.registry.interfaces import Attempt, PullFailed, RegistryObserver
 from imgsvc.registry.retry import MAX_WAIT_S, Action, Decision, Failure, Health, decide
-from imgsvc.registry.transport import RequestFailed
 from imgsvc.registry.unwatched import Unwatched
 
 T = TypeVar("T")

@@ -93,8 +93,8 @@ class BlobSink(Protocol):
     def missing(self) -> list[tuple[int, int]]:
         """What is still to be fetched, as (offset, length)."""
 
-    async def write_at(self, offset: int, parts: Sequence[bytes]) -> None:
-        """Store bytes at their place, one part after the other. An error stops the download."""
+    async def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Store bytes at their place; they are the caller's again on return. An error stops the download."""
 
 
 class Fetcher(Protocol):

@@ -16,11 +16,11 @@ from imgsvc.oci import MAX_DOCUMENT, MIB, Descriptor, Digest, Index, load_json_o
 from imgsvc.reference import Reference
 from imgsvc.registry.documents import ACCEPT_HEADER, announced_digest, lied, media_type_of, read_document
 from imgsvc.registry.endpoint import Ask, Endpoint
+from imgsvc.registry.exchange import RequestFailed, Response
 from imgsvc.registry.hosts import Capability
 from imgsvc.registry.interfaces import BlobReader, Credential, Repository
 from imgsvc.registry.operation import Operations
 from imgsvc.registry.retry import Failure
-from imgsvc.registry.transport import RequestFailed, Response
 
 T = TypeVar("T")
 

@@ -12,22 +12,19 @@ that a stream was given up, so what shares a connection could not be closed earl
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import os
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Final, Self
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 import httpcore
 from h2.exceptions import H2Error
 
 from imgsvc.concurrency import time_limit
-from imgsvc.errors import ImgsvcError, ResourceExhausted, printable
+from imgsvc.errors import printable
+from imgsvc.registry.exchange import Body, Chunk, Headers, RequestFailed, Response, Route, Timeouts, log_exchange
 from imgsvc.registry.hosts import Tls
 from imgsvc.registry.netguard import ANYWHERE, Reach, reach_of
 from imgsvc.registry.netstream import AddressRefused, Backend, TlsFailed
@@ -35,161 +32,52 @@ from imgsvc.registry.redact import shown_url
 from imgsvc.registry.retry import Failure
 from imgsvc.registry.tls import context_for, hint_about
 
-log = logging.getLogger(__name__)
-
 _KEEP_IDLE: Final = 16  # connections per pool kept open after use
 _KEEP_IDLE_S: Final = 30.0
-_MAX_HEADER_VALUE: Final = 64 * 1024  # [characters] h11 bounds the whole head to about 100 KiB
-
-Body = bytes | AsyncIterable[bytes]
 _HTTP_ERRORS: Final = (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError, H2Error)
 
 
-class RequestFailed(ImgsvcError):
-    """One request to one endpoint did not succeed. `code` is the category of this very failure.
-
-    phase: "connect", "tls", "auth", "resolve", "fetch", "push". status: HTTP status, 0 without an answer.
-    wait: Retry-After [seconds] where the server said so. is_plain_http: it answered HTTP where TLS was tried. is_silent: the
-    answer to a HEAD, which has no room for a reason.
-    """
-
-    def __init__(
-        self,
-        what: str,
-        *,
-        code: str,
-        failure: Failure,
-        phase: str,
-        status: int = 0,
-        where: str = "",
-        hint: str = "",
-        wait: float | None = None,
-        is_plain_http: bool = False,
-        is_silent: bool = False,
-    ) -> None:
-        super().__init__(what, where=where, hint=hint)
-        self.code = code  # type: ignore[misc]  # an instance may narrow the class's category
-        self.retryable = failure in (Failure.UNREACHABLE, Failure.BROKEN, Failure.LIMITED)  # type: ignore[misc]  # likewise
-        self.failure = failure
-        self.phase = phase
-        self.status = status
-        self.wait = wait
-        self.is_plain_http = is_plain_http
-        self.is_silent = is_silent
-
-
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """All in seconds. connect: TCP and TLS. headers: until the answer's head is complete. stall: no byte of a body."""
-
-    connect: float = 15.0
-    headers: float = 30.0
-    stall: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """How to get to a server. proxy: URL or "". reachable: address classes that may be connected to."""
-
-    tls: Tls
-    proxy: str = ""
-    connect_timeout: float | None = None
-    reachable: frozenset[Reach] = ANYWHERE
-
-
-class Headers:
-    """Response headers; names in any case, values as text, those with control characters dropped."""
-
-    def __init__(self, raw: Iterable[tuple[bytes, bytes]]) -> None:
-        self._items = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in raw]
-
-    def get(self, name: str) -> str:
-        """The first value, "" when absent."""
-        return next(iter(self.all(name)), "")
-
-    def all(self, name: str) -> list[str]:
-        """Every value."""
-        wanted = name.lower()
-        return [value for key, value in self._items if key == wanted and len(value) <= _MAX_HEADER_VALUE]
-
-
-class Response:
-    """An answer whose body is still to come. Close it; closing early closes the connection."""
+class _HttpResponse(Response):
+    """pool: for this answer only, closed with it."""
 
     def __init__(
         self, raw: httpcore.Response, url: str, phase: str, through_proxy: bool, pool: httpcore.AsyncConnectionPool | None = None
     ) -> None:
-        """pool: for this answer only, closed with it."""
+        headers = Headers((name.decode("latin-1"), value.decode("latin-1")) for name, value in raw.headers)
+        super().__init__(raw.status, headers, url, phase)
         self._raw = raw
         self._pool = pool
-        self.status = raw.status
-        self.headers = Headers(raw.headers)
-        self.url = url
-        self.phase = phase
-        self.through_proxy = through_proxy
+        self._through_proxy = through_proxy
 
     @property
-    def stream(self) -> httpcore.AsyncNetworkStream | None:
-        """The connection below, for what `hosts check` reports."""
-        stream = self._raw.extensions.get("network_stream")
-        return stream if isinstance(stream, httpcore.AsyncNetworkStream) else None
+    def tls(self) -> ssl.SSLObject | None:
+        """See Response."""
+        found = self._connection("ssl_object")
+        return found if isinstance(found, ssl.SSLObject) else None
 
     def reach(self) -> Reach:
-        """Address class of the server; through a proxy nobody knows, so PUBLIC, the narrowest."""
-        stream = self.stream
-        if self.through_proxy or stream is None:
-            return Reach.PUBLIC
-        return reach_of(str(stream.get_extra_info("server_addr")[0]))
+        """See Response."""
+        address = None if self._through_proxy else self._connection("server_addr")
+        return reach_of(str(address[0])) if address else Reach.PUBLIC
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The body as it arrives, not decoded, up to 256 KiB at a time. Raises: RequestFailed."""
+    def _connection(self, info: str) -> Any:
+        """What the connection below says about itself."""
+        stream = self._raw.extensions.get("network_stream")
+        return stream.get_extra_info(info) if isinstance(stream, httpcore.AsyncNetworkStream) else None
+
+    async def chunks(self) -> AsyncGenerator[Chunk, None]:
+        """See Response; up to 256 KiB at a time."""
         try:
             async for chunk in self._raw.aiter_stream():
                 yield chunk
         except _HTTP_ERRORS as error:
             raise _mapped(error, self.url, self.phase) from error
 
-    async def read(self, limit: int) -> bytes:
-        """The whole body. Raises: ResourceExhausted beyond `limit` bytes; RequestFailed."""
-        length = self.headers.get("content-length")
-        parts, total = [], 0
-        if not length.isdigit() or int(length[:20]) <= limit:
-            async with contextlib.aclosing(self.chunks()) as chunks:
-                async for chunk in chunks:
-                    total += len(chunk)
-                    if total > limit:
-                        break
-                    parts.append(chunk)
-                else:
-                    return b"".join(parts)
-        await self.close()
-        raise ResourceExhausted(f"answer larger than {limit} bytes", where=shown_url(self.url))
-
-    async def read_some(self, limit: int) -> bytes:
-        """The start of the body, whatever happens after it: for error texts."""
-        parts, total = [], 0
-        try:
-            async with time_limit(5), contextlib.aclosing(self.chunks()) as chunks:
-                async for chunk in chunks:
-                    parts.append(chunk[: limit - total])
-                    total += len(parts[-1])
-                    if total >= limit:
-                        break
-        except (RequestFailed, TimeoutError):
-            pass  # the status says enough
-        return b"".join(parts)
-
     async def close(self) -> None:
-        """Idempotent."""
+        """See Response."""
         await self._raw.aclose()
         if self._pool:
             await self._pool.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self.close()
 
 
 class Transport:
@@ -239,8 +127,7 @@ class Transport:
                 raise _mapped(error, url, phase, route.proxy) from error
             what, hint = f"the answer is not HTTP: {printable(str(error), 160)}", "is this the registry's port, and does it want https://?"
             raise RequestFailed(what, code="UNAVAILABLE", failure=Failure.DEFINITE, phase=phase, where=shown_url(url), hint=hint) from error
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s %s: %s", method, shown_url(url), _told(response, headers, time.monotonic() - began))
+        log_exchange(method, headers, response, time.monotonic() - began)
         return response
 
     async def _exchange(self, request: httpcore.Request, url: str, route: Route, phase: str, *, can_repeat: bool) -> Response:
@@ -259,7 +146,7 @@ class Transport:
                 raise error from None  # it has neither
             self._only_h2[server] = None
             return response
-        return Response(raw, url, phase, bool(route.proxy))
+        return _HttpResponse(raw, url, phase, bool(route.proxy))
 
     async def _exchange_h2(self, request: httpcore.Request, url: str, route: Route, phase: str) -> Response:
         pool = _new_pool(route, await self._context(route, is_h2=True), is_h2=True)
@@ -268,7 +155,7 @@ class Transport:
         except BaseException:
             await pool.aclose()
             raise
-        return Response(raw, url, phase, bool(route.proxy), pool)
+        return _HttpResponse(raw, url, phase, bool(route.proxy), pool)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -353,20 +240,6 @@ def _request_headers(
     elif not isinstance(body, bytes):
         sent.append(("Transfer-Encoding", "chunked"))
     return [(name.encode("ascii"), value.encode("latin-1")) for name, value in sent]
-
-
-def _told(response: Response, sent: Sequence[tuple[str, str]], seconds: float) -> str:
-    """One exchange for the log: headers that explain something, and none that may hold a secret."""
-    asked = "".join(f", {name} {printable(value, 80)}" for name, value in sent if name in ("Range", "If-None-Match"))
-    told = "".join(f", {name} {printable(value, 120)}" for name in _TOLD if (value := response.headers.get(name)))
-    authorized = ", authorized" if any(name == "Authorization" for name, _ in sent) else ""
-    return f"{response.status} after {seconds:.3f} s{authorized}{asked};{told.removeprefix(',')}"
-
-
-_TOLD: Final = (
-    "Content-Type", "Content-Length", "Content-Range", "Docker-Content-Digest", "WWW-Authenticate", "Retry-After", "RateLimit-Remaining",
-    "Warning", "Age", "X-Cache",
-)  # fmt: skip
 
 
 def _mapped(error: Exception, url: str, phase: str, proxy: str = "") -> RequestFailed:

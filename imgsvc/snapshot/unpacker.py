@@ -15,13 +15,13 @@ import os
 import signal
 import socket
 import stat
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from imgsvc import children, errors, failpoints
+from imgsvc import errors, failpoints
+from imgsvc.children import Companion
 from imgsvc.concurrency import Slots
 from imgsvc.errors import Cancelled, DataLoss, ImgsvcError, Unavailable
 from imgsvc.oci import MIB, Digest
@@ -228,9 +228,8 @@ class WorkerUnpacker:
         self.queued = queued
         self._max_concurrent = 0
         self.configure(max_concurrent, limits)
-        self._transform = transform
-        self._server: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
+        environment = {name: value for name, value in os.environ.items() if name == failpoints.ENV}  # and nothing of the daemon's own
+        self._server = Companion("imgsvc.snapshot.unpack_worker", transform, environment=environment)
         self._lock = asyncio.Lock()
         self._open = 0  # jobs
         self._settlers: list[_Worker] = []  # that wait for the next layer to settle; while there are jobs
@@ -246,7 +245,7 @@ class WorkerUnpacker:
     async def warm(self) -> None:
         """Start the worker server now, so that the first layer does not wait for it. Raises: OSError."""
         async with self._lock:
-            await self._connect()
+            await self._server.connect()
 
     async def start(self, layer: LayerInput, mounts: Sequence[Mount], *, rebase: bool) -> WorkerJob:
         """See Unpacker."""
@@ -337,7 +336,7 @@ class WorkerUnpacker:
         while self._settlers:
             self._settlers.pop().dismiss()
         async with self._lock:
-            self._stop()
+            self._server.stop()
 
     async def hire(self, layer: Digest, order: Mapping[str, Any], fds: Sequence[int]) -> _Worker:
         """A fresh worker process with an order. Raises: Unavailable when none can be started, or when it died at once."""
@@ -372,50 +371,21 @@ class WorkerUnpacker:
             async with self._lock:
                 for last in (False, True):
                     try:
-                        control = await self._connect()
+                        control = await self._server.connect()
                         control.sendmsg([b"job"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [job]))])
                         return await _receive_fd(control)
                     except OSError as error:
-                        self._stop()
+                        self._server.stop()
                         if last:
                             raise Unavailable("the unpack worker server does not answer", where=sys.executable) from error
             raise AssertionError
         finally:
             os.close(job)
 
-    async def _connect(self) -> socket.socket:
-        if self._control is None:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            ours.setblocking(False)
-            with theirs:
-                self._server = await asyncio.to_thread(_start_server, theirs.fileno(), self._transform)
-                children.started(self._server.pid)  # its end is noticed at the next layer
-            self._control = ours
-        return self._control
-
-    def _stop(self) -> None:
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        if self._server is not None:
-            self._server.kill()
-            self._server.wait()
-            children.waited(self._server.pid)
-            self._server = None
-
 
 def unpacker(max_concurrent: int, limits: Limits, transform: str = "") -> Unpacker:
     """A WorkerUnpacker as the use cases see it."""
     return WorkerUnpacker(max_concurrent=max_concurrent, limits=limits, transform=transform)
-
-
-def _start_server(control: int, transform: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-I", "-m", "imgsvc.snapshot.unpack_worker", str(control), transform]
-    null = subprocess.DEVNULL
-    environment = {name: value for name, value in os.environ.items() if name == failpoints.ENV}  # and nothing of the daemon's own
-    # A process group, for signals of a terminal, but the daemon's session: where the kernel schedules by sessions (autogroup), the
-    # niceness of workers would mean nothing against a daemon in another one.
-    return subprocess.Popen(command, pass_fds=(control,), stdin=null, stdout=null, env=environment, cwd="/", process_group=0)
 
 
 async def _receive_fd(control: socket.socket) -> int:

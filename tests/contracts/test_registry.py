@@ -1,13 +1,13 @@
 """Contracts of Registry, Fetcher and Repository, on the client and on what stands in for it or around it.
 
-Implementations: the client against a FakeRegistry and against docker-registry, the throttle of pre-pull, an archive.
+Implementations: the client against a FakeRegistry, fetching itself and through a process of its own, and against docker-registry, the throttle of pre-pull, an archive.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from imgsvc.prepull.throttle import Throttle, ThrottledRegistry
 from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import BlobSource, Fetcher, PullFailed, Registry, Repository
 from tests.fakes.registry import FakeRegistry
-from tests.registry.support import MemorySink, blob, client_for, hosts_d, image_of, noise
+from tests.registry.support import APART, MemorySink, blob, client_for, hosts_d, image_of, noise
 from tests.support.images import BuiltDocument
 from tests.support.registries import RealRegistry
 
@@ -55,6 +55,7 @@ async def case(kind: str, path: Path, real: RealRegistry | None) -> AsyncIterato
         if real:
             real.push(IMAGE, NAME.repository, NAME.tag)
         hosts_d(path, {"docker.io": f'fallback = false\n[host."{url}"]\n'})
+        APART.set(kind == "apart")
         async with client_for(path) as client:
             made: Registry = client
             if kind == "throttled":
@@ -63,7 +64,7 @@ async def case(kind: str, path: Path, real: RealRegistry | None) -> AsyncIterato
             await made.close()
 
 
-@pytest.fixture(params=["client", "docker-registry", "throttled"])
+@pytest.fixture(params=["client", "apart", "docker-registry", "throttled"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Check], None]:
     real: RealRegistry | None = request.getfixturevalue("registry") if request.param == "docker-registry" else None
 
@@ -159,10 +160,10 @@ def test_a_download_brings_what_is_missing_and_nothing_else(run: Callable[[Check
 def test_a_download_that_fails_keeps_what_it_wrote(run: Callable[[Check], None]) -> None:
     async def check(case: Case) -> None:
         class FullDisk(MemorySink):
-            async def write_at(self, offset: int, parts: Sequence[bytes]) -> None:
+            async def write_at(self, offset: int, data: bytes | memoryview) -> None:
                 if self.writes:
                     raise FailedPrecondition("the sink's own error")
-                await super().write_at(offset, parts)
+                await super().write_at(offset, data)
 
         sink = FullDisk(LAYER.size)
         error = await failure(case.fetcher.download(LAYER, sink))

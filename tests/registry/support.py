@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,14 +16,16 @@ import pytest
 from imgsvc.errors import ImgsvcError
 from imgsvc.oci import MAX_DOCUMENT, Descriptor, Digest, Manifest, parse_document
 from imgsvc.reference import Reference
+from imgsvc.registry.bulk import BulkTransport
 from imgsvc.registry.client import RegistryClient, RegistrySettings
 from imgsvc.registry.download import Pace
 from imgsvc.registry.endpoint import CredentialSource
+from imgsvc.registry.exchange import Timeouts
 from imgsvc.registry.interfaces import BlobSource, Credential
-from imgsvc.registry.transport import Timeouts
 from tests.support.images import BuiltDocument, Entry, image, layer
 
 T = TypeVar("T")
+APART: ContextVar[bool] = ContextVar("blobs are fetched by a process of its own", default=False)
 QUICK = Timeouts(connect=2.0, headers=2.0, stall=0.5)
 
 
@@ -51,13 +54,14 @@ async def client_for(
     **settings: Any,
 ) -> AsyncIterator[RegistryClient]:
     """A client that reads hosts.toml below `root` and no proxies from outside."""
-    made = RegistryClient(
-        RegistrySettings(roots=(str(root),), timeouts=timeouts, pace=pace or Pace(), environ=environ or {}, **settings), credentials
-    )
-    try:
-        yield made
-    finally:
-        await made.close()
+    made = RegistrySettings(roots=(str(root),), timeouts=timeouts, pace=pace or Pace(), environ=environ or {}, **settings)
+    async with AsyncExitStack() as stack:
+        bulk = BulkTransport() if APART.get() else None
+        if bulk:
+            stack.push_async_callback(bulk.close)
+        client = RegistryClient(made, credentials, bulk=bulk)
+        stack.push_async_callback(client.close)
+        yield client
 
 
 @dataclass(slots=True)
@@ -82,8 +86,7 @@ class MemorySink:
             at = max(at, offset + length)
         return [*gaps, (at, self.size - at)] if at < self.size else gaps
 
-    async def write_at(self, offset: int, parts: Sequence[bytes]) -> None:
-        data = b"".join(parts)
+    async def write_at(self, offset: int, data: bytes | memoryview) -> None:
         end = offset + len(data)
         assert end <= self.size, "written beyond the end"
         assert all(end <= o or o + n <= offset for o, n in self.writes), "written twice"

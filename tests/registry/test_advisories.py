@@ -191,6 +191,7 @@ def test_c_r4_foreign_layer_urls_are_not_followed(tmp_path: Path) -> None:
     run(main())
 
 
+@pytest.mark.usefixtures("either_sender")
 def test_c_r4_allowed_foreign_layers_are_fetched_without_a_credential(tmp_path: Path) -> None:
     async def main() -> None:
         data = noise(1000)
@@ -303,6 +304,7 @@ def test_c_r5_addresses_are_checked_on_the_way_to_the_socket(name: str) -> None:
     run(main())
 
 
+@pytest.mark.usefixtures("either_sender")
 def test_c_r6_nothing_of_ours_reaches_a_foreign_hop_nor_the_origin_after_it(tmp_path: Path) -> None:
     async def main() -> None:
         data = noise(5000)
@@ -327,6 +329,7 @@ def test_c_r6_nothing_of_ours_reaches_a_foreign_hop_nor_the_origin_after_it(tmp_
     run(main())
 
 
+@pytest.mark.usefixtures("either_sender")
 def test_c_r6_a_client_certificate_is_not_shown_to_a_foreign_host(tmp_path: Path) -> None:
     async def main() -> None:
         ca = authority()
@@ -351,6 +354,7 @@ def test_c_r6_a_client_certificate_is_not_shown_to_a_foreign_host(tmp_path: Path
     run(main())
 
 
+@pytest.mark.usefixtures("either_sender")
 def test_c_r6_https_to_http_is_refused(tmp_path: Path) -> None:
     with FakeRegistry(authority().server(tmp_path)) as fake, FakeRegistry() as plain:
         (tmp_path / "ca.pem").write_bytes(authority().pem)
@@ -361,6 +365,7 @@ def test_c_r6_https_to_http_is_refused(tmp_path: Path) -> None:
     assert not plain.requests
 
 
+@pytest.mark.usefixtures("either_sender")
 def test_c_r6_hop_limit(tmp_path: Path) -> None:
     with FakeRegistry() as fake:
         fake.rule(lambda r: Reply(302, {"Location": f"{r.path}?n={len(fake.requests)}"}))
@@ -439,6 +444,7 @@ def test_c_r9_tags_are_resolved_only_where_that_is_trusted(tmp_path: Path) -> No
     run(main())
 
 
+@pytest.mark.usefixtures("either_sender")
 def test_c_r9_wrong_bytes_are_refused_and_the_mirror_is_left_out(tmp_path: Path) -> None:
     async def main() -> None:
         with FakeRegistry() as mirror, FakeRegistry() as own:
@@ -615,6 +621,7 @@ def test_c_r16_no_secret_in_errors_logs_and_tracebacks(tmp_path: Path, caplog: p
         assert hidden not in seen
 
 
+@pytest.mark.usefixtures("either_sender")
 def test_c_r16_signed_urls_are_redacted(tmp_path: Path) -> None:
     with FakeRegistry() as fake, FakeRegistry() as store:
         store.rule(lambda _: Reply(403, {}, b"expired"))

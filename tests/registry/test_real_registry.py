@@ -17,8 +17,8 @@ from imgsvc.oci import MIB, OCI_EMPTY, OCI_INDEX, OCI_MANIFEST, Descriptor, Dige
 from imgsvc.reference import Reference
 from imgsvc.registry.check import check, render
 from imgsvc.registry.client import RegistryClient
+from imgsvc.registry.exchange import Timeouts
 from imgsvc.registry.interfaces import Credential, PullFailed, Repository
-from imgsvc.registry.transport import Timeouts
 from tests.registry.certs import authority
 from tests.registry.real import (
     PASSWORD,

@@ -140,7 +140,7 @@ from imgsvc.snapshot.unpacker import WorkerUnpacker
 async def main():
     unpacker = WorkerUnpacker(max_concurrent=1, limits=Limits(1 << 30, 1000, 100))
     await unpacker.warm()
-    server = unpacker._server
+    server = unpacker._server._process
     os.kill(server.pid, signal.SIGKILL)
     until_zombie(server.pid)
     sweep(10)

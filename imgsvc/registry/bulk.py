@@ -1,0 +1,175 @@
+"""Requests whose answers are large, made by a process of its own: the daemon's side, a Sender like transport.Transport.
+
+The process is started on first use, or by warm(), and again if it should die. It has its own connections; what is asked of
+whom with which credential is decided here. A lot of a body is stored from the memory it came into, without a copy.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import mmap
+import os
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator, Sequence
+
+from imgsvc.children import Companion
+from imgsvc.errors import Unavailable
+from imgsvc.registry.bulk_messages import COUNT, LOT, MAX_END, MAX_MESSAGE, MEMORY, SLOTS, Order, pack_order, unpack_end, unpack_head
+from imgsvc.registry.exchange import Chunk, Headers, RequestFailed, Response, Route, Sender, Timeouts, log_exchange
+from imgsvc.registry.netguard import Reach
+from imgsvc.registry.redact import shown_url
+from imgsvc.registry.retry import Failure
+
+
+class _Job:
+    """The daemon's ends of what one request has: its socket and its memory."""
+
+    def __init__(self, url: str, phase: str) -> None:
+        self._url = url
+        self._phase = phase
+        self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setblocking(False)
+        self._memory_fd = os.memfd_create("imgsvc-body", os.MFD_CLOEXEC)
+        os.ftruncate(self._memory_fd, MEMORY)
+        self._memory = memoryview(mmap.mmap(self._memory_fd, MEMORY, prot=mmap.PROT_READ))  # unmapped with its last view
+
+    def theirs(self) -> list[int]:
+        """What the process gets."""
+        return [self._theirs.fileno(), self._memory_fd]
+
+    def handed_over(self) -> None:
+        """The process has it. Idempotent."""
+        self._theirs.close()
+        if self._memory_fd >= 0:
+            os.close(self._memory_fd)
+            self._memory_fd = -1
+
+    async def receive(self, limit: int) -> bytes:
+        """The next message, of `limit` bytes at most. Raises: RequestFailed when the process has died."""
+        with contextlib.suppress(ConnectionError):
+            if message := await asyncio.get_running_loop().sock_recv(self._socket, limit):
+                return message
+        raise RequestFailed(
+            "the download process was killed",
+            code="UNAVAILABLE",
+            failure=Failure.BROKEN,
+            phase=self._phase,
+            where=shown_url(self._url),
+            hint="look for the out-of-memory killer in the kernel log",
+        )
+
+    def lot(self, number: int, size: int) -> memoryview:
+        """The body's n-th lot, which has `size` bytes."""
+        start = number % SLOTS * LOT
+        return self._memory[start : start + size]
+
+    def done_with_lot(self) -> None:
+        """Its slot may be filled again."""
+        with contextlib.suppress(OSError):  # it has died; the next message says so
+            self._socket.send(b"\0")
+
+    def close(self) -> None:
+        """No more of this. Idempotent."""
+        self.handed_over()
+        self._socket.close()
+
+
+class _BulkResponse(Response):
+    def __init__(self, status: int, headers: Headers, url: str, phase: str, reach: Reach, job: _Job) -> None:
+        super().__init__(status, headers, url, phase)
+        self._reach = reach
+        self._job = job
+
+    def reach(self) -> Reach:
+        """See Response."""
+        return self._reach
+
+    async def chunks(self) -> AsyncGenerator[Chunk, None]:
+        """See Response; what is not full by then after 50 ms at the latest."""
+        number = 0
+        while len(message := await self._job.receive(MAX_END)) == COUNT:
+            yield self._job.lot(number, int.from_bytes(message, "big"))
+            self._job.done_with_lot()
+            number += 1
+        unpack_end(message)
+
+    async def close(self) -> None:
+        """See Response."""
+        self._job.close()
+
+
+class BulkTransport:
+    """A Sender over one process. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self.timeouts = Timeouts()
+        # With the daemon's environment: it may say where the system's CAs are and how names are resolved.
+        self._process = Companion("imgsvc.registry.bulk_worker")
+        self._lock = asyncio.Lock()
+
+    async def warm(self) -> None:
+        """Start the process now, so that the first blob does not wait for it. Raises: OSError."""
+        async with self._lock:
+            await self._process.connect()
+
+    async def send(self, method: str, url: str, headers: Sequence[tuple[str, str]], *, route: Route, phase: str) -> Response:
+        """See Sender. Raises, besides: Unavailable when there is no process to be had."""
+        began = time.monotonic()
+        job = _Job(url, phase)
+        try:
+            await self._hand_over(Order(method, url, tuple(headers), route, phase, self.timeouts), job)
+            head = unpack_head(await job.receive(MAX_MESSAGE))
+        except BaseException:
+            job.close()
+            raise
+        response = _BulkResponse(head.status, Headers(head.headers), url, phase, head.reach, job)
+        log_exchange(method, headers, response, time.monotonic() - began)
+        return response
+
+    async def close(self) -> None:
+        """Stop the process; what it is fetching fails."""
+        async with self._lock:
+            self._process.stop()
+
+    async def _hand_over(self, order: Order, job: _Job) -> None:
+        message = pack_order(order)
+        if len(message) > MAX_MESSAGE:
+            what = f"the request has {len(message)} bytes, more than {MAX_MESSAGE}"
+            raise RequestFailed(what, code="INVALID_ARGUMENT", failure=Failure.DEFINITE, phase=order.phase, where=shown_url(order.url))
+        async with self._lock:
+            for last in (False, True):
+                try:
+                    control = await self._process.connect()
+                    await _send(control, message, job.theirs())
+                    break
+                except OSError as error:
+                    self._process.stop()
+                    if last:
+                        raise Unavailable(f"no download process: {error.strerror or error}", where=sys.executable) from error
+        job.handed_over()
+
+
+def as_sender(bulk: BulkTransport) -> Sender:
+    """Lets mypy prove that the contract is met."""
+    return bulk
+
+
+async def _send(control: socket.socket, message: bytes, fds: Sequence[int]) -> None:
+    """Waits while the process has more than it took yet. Raises: OSError."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            control.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+        except BlockingIOError:
+            writable = asyncio.Event()
+            loop.add_writer(control, writable.set)
+            try:
+                await writable.wait()
+            finally:
+                loop.remove_writer(control)
+        else:
+            return

@@ -1,0 +1,162 @@
+"""The process that fetches large bodies: a Transport, and memory shared with the daemon that bodies are put into.
+
+Reading from sockets, decrypting TLS and taking HTTP apart would otherwise keep the daemon's event loop, and the interpreter
+lock, from answering calls. It ends when the daemon does; it may be killed at any time, and what it was fetching is asked for again.
+
+Source: bulk_messages.py for what is said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import resource
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Final
+
+from imgsvc import kernel
+from imgsvc.errors import ImgsvcError, Internal
+from imgsvc.registry.bulk_messages import COUNT, LOT, MAX_MESSAGE, MEMORY, SLOTS, Head, Order, pack_end, pack_head, unpack_order
+from imgsvc.registry.exchange import Chunk, Timeouts
+from imgsvc.registry.redact import shown_url
+from imgsvc.registry.transport import Transport
+
+_WAIT_S: Final = 0.05  # that bytes lie in a lot which is not full yet
+_NICE: Final = 5  # the daemon's answers come first, unpacking last
+_OOM_SCORE: Final = 500  # killing it costs a retry, killing a pod costs a user
+
+
+class Lots:
+    """Fills the slots of a request's memory in turn, and says so when one is full or has waited for long enough."""
+
+    def __init__(self, job: socket.socket, memory: mmap.mmap) -> None:
+        self._job = job
+        self._memory = memory
+        self._free = asyncio.Semaphore(SLOTS)
+        self._is_ours = False  # the slot that is filled now
+        self._slot = 0
+        self._used = 0  # bytes of it
+        self._timer: asyncio.TimerHandle | None = None
+
+    def freed(self) -> None:
+        """The daemon is done with a slot."""
+        self._free.release()
+
+    async def add(self, chunk: Chunk) -> None:
+        """Take a chunk; waits while the daemon has all slots."""
+        view = memoryview(chunk)
+        while view:
+            if not self._is_ours:
+                await self._free.acquire()
+                self._is_ours = True
+            start = self._slot * LOT + self._used
+            count = min(len(view), LOT - self._used)
+            self._memory[start : start + count] = view[:count]
+            self._used += count
+            view = view[count:]
+            if self._used == LOT:
+                self.hand_over()
+            elif self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(_WAIT_S, self.hand_over)
+
+    def hand_over(self) -> None:
+        """Give the daemon what is in the slot, if anything is."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._used:
+            with contextlib.suppress(OSError):  # the daemon has left; whoever waits for its messages notices
+                self._job.send(self._used.to_bytes(COUNT, "big"))
+            self._slot = (self._slot + 1) % SLOTS
+            self._used = 0
+            self._is_ours = False
+
+
+async def _fetch(transport: Transport, order: Order, job: socket.socket, lots: Lots) -> None:
+    """Answer one order to the end."""
+    failure: ImgsvcError | None = None
+    try:
+        transport.timeouts = order.timeouts
+        async with await transport.send(order.method, order.url, order.headers, route=order.route, phase=order.phase) as response:
+            head = pack_head(Head(response.status, tuple(response.headers), response.reach()))
+            if len(head) > MAX_MESSAGE:
+                raise Internal(f"the answer's headers have {len(head)} bytes, more than {MAX_MESSAGE}", where=shown_url(order.url))
+            job.send(head)
+            async with contextlib.aclosing(response.chunks()) as chunks:
+                async for chunk in chunks:
+                    await lots.add(chunk)
+    except ImgsvcError as error:
+        failure = error
+    except OSError:
+        return  # the daemon has left
+    except Exception:  # noqa: BLE001  # the edge of the process
+        traceback.print_exc()
+        failure = Internal("the download process met a bug of ours; its trace is in the log")
+    lots.hand_over()
+    with contextlib.suppress(OSError):
+        job.send(pack_end(failure))
+
+
+async def _serve_one(transport: Transport, order: Order, job: socket.socket, memory_fd: int) -> None:
+    """One order, until it is answered and the daemon has closed its end, or it has closed that before."""
+    job.setblocking(False)
+    with job, contextlib.closing(mmap.mmap(memory_fd, MEMORY)) as memory:
+        os.close(memory_fd)
+        lots = Lots(job, memory)
+        fetching = asyncio.ensure_future(_fetch(transport, order, job, lots))
+        try:
+            with contextlib.suppress(OSError):
+                while await asyncio.get_running_loop().sock_recv(job, 1):
+                    lots.freed()
+        finally:
+            fetching.cancel()
+            await asyncio.wait([fetching])
+
+
+async def serve(control: socket.socket) -> None:
+    """Take orders until the daemon closes its end."""
+    control.setblocking(False)
+    loop = asyncio.get_running_loop()
+    transport = Transport(Timeouts())
+    jobs: set[asyncio.Task[None]] = set()
+    gone = loop.create_future()
+
+    def take() -> None:
+        message, fds = b"", list[int]()
+        with contextlib.suppress(ConnectionError):
+            message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, 2, socket.MSG_CMSG_CLOEXEC)
+        if not message:
+            loop.remove_reader(control)
+            gone.set_result(None)
+            return
+        job = loop.create_task(_serve_one(transport, unpack_order(message), socket.socket(fileno=fds[0]), fds[1]))
+        jobs.add(job)
+        job.add_done_callback(jobs.discard)
+
+    loop.add_reader(control, take)
+    await gone
+
+
+def _step_back() -> None:
+    """Before a stranger's byte is read: no core dumps, no rights but to read what TLS needs, others first."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    kernel.keep_capabilities(1 << kernel.CAP_DAC_READ_SEARCH)
+    os.nice(_NICE)
+    with contextlib.suppress(OSError):  # no /proc, or a container that forbids it: only a preference is lost
+        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE), encoding="ascii")
+
+
+async def _main() -> None:
+    await serve(socket.socket(fileno=int(sys.argv[1])))
+    os._exit(0)  # at once, whoever still waits for a name to be resolved
+
+
+if __name__ == "__main__":
+    _step_back()
+    asyncio.run(_main())
