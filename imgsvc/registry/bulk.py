@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 
 from imgsvc.children import Companion
 from imgsvc.errors import Unavailable
@@ -35,7 +35,7 @@ class _Job:
         self._socket.setblocking(False)
         self._memory_fd = os.memfd_create("imgsvc-body", os.MFD_CLOEXEC)
         os.ftruncate(self._memory_fd, MEMORY)
-        self._memory = memoryview(mmap.mmap(self._memory_fd, MEMORY, prot=mmap.PROT_READ))  # unmapped with its last view
+        self._memory = mmap.mmap(self._memory_fd, MEMORY, prot=mmap.PROT_READ)
 
     def theirs(self) -> list[int]:
         """What the process gets."""
@@ -62,20 +62,21 @@ class _Job:
             hint="look for the out-of-memory killer in the kernel log",
         )
 
-    def lot(self, number: int, size: int) -> memoryview:
-        """The body's n-th lot, which has `size` bytes."""
+    @contextlib.contextmanager
+    def lot(self, number: int, size: int) -> Iterator[memoryview]:
+        """The body's n-th lot, which has `size` bytes, for a `with` block. Its slot may be filled again after it."""
         start = number % SLOTS * LOT
-        return self._memory[start : start + size]
-
-    def done_with_lot(self) -> None:
-        """Its slot may be filled again."""
-        with contextlib.suppress(OSError):  # it has died; the next message says so
+        with memoryview(self._memory) as memory, memory[start : start + size] as lot:
+            yield lot
+        with contextlib.suppress(OSError):  # the process has died; the next message says so
             self._socket.send(b"\0")
 
     def close(self) -> None:
         """No more of this. Idempotent."""
         self.handed_over()
         self._socket.close()
+        with contextlib.suppress(BufferError):  # somebody took a part of a lot that is still looked at: it is unmapped after that
+            self._memory.close()
 
 
 class _BulkResponse(Response):
@@ -92,8 +93,8 @@ class _BulkResponse(Response):
         """See Response; what is not full by then after 50 ms at the latest."""
         number = 0
         while len(message := await self._job.receive(MAX_END)) == COUNT:
-            yield self._job.lot(number, int.from_bytes(message, "big"))
-            self._job.done_with_lot()
+            with self._job.lot(number, int.from_bytes(message, "big")) as lot:
+                yield lot
             number += 1
         unpack_end(message)
 
