@@ -51,6 +51,13 @@ PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_CAPBSET_READ: Final = 23
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
+# malloc.h
+_M_TRIM_THRESHOLD: Final = -1
+_M_TOP_PAD: Final = -2
+_M_MMAP_THRESHOLD: Final = -3
+_KEPT: Final = 32 * 1024**2  # [bytes]; the largest threshold that glibc takes
+_GROWTH: Final = 2 * 1024**2  # [bytes] taken from the kernel at a time
+
 # linux/capability.h
 CAP_CHOWN: Final = 0
 CAP_DAC_OVERRIDE: Final = 1
@@ -297,6 +304,17 @@ def sethostname(name: str) -> None:
 def prctl(option: int, argument: int) -> None:
     """Set one attribute of this process or thread."""
     _check(_libc.prctl(option, ctypes.c_ulong(argument), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)), "prctl")
+
+
+def keep_freed_memory() -> None:
+    """Have the C library's allocator keep what is freed, up to 64 MiB, instead of giving it back to the kernel at once.
+
+    For processes that take and free chunks of some 100 KiB all the time: each chunk given back and taken again costs a page
+    fault per 4 KiB. Without effect where the library has no such setting.
+    """
+    if mallopt := getattr(_libc, "mallopt", None):
+        for option, value in ((_M_MMAP_THRESHOLD, _KEPT), (_M_TRIM_THRESHOLD, _KEPT), (_M_TOP_PAD, _GROWTH)):
+            mallopt(option, value)
 
 
 def become_subreaper() -> None:

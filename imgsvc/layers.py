@@ -165,7 +165,7 @@ class Layers:
 
         Raises: as _ensure.
         """
-        here = await self._here(plan, len(plan.names))
+        here = await self._threads.run(lambda: [plan.snapshotter.stat(name) is not None for name in plan.names])
         for layer, there in zip(plan.layers, here, strict=True):
             if not there:
                 plan.report(layer, 0, "waiting")  # all at once, so that whoever watches knows how much there is to come
@@ -174,10 +174,6 @@ class Layers:
                 await self._ensure(plan, position)
         states = ["exists" if there else "done" for there in here]
         await all_of(*(self._ensure_and_tell(plan, position, state) for position, state in enumerate(states)))
-
-    async def _here(self, plan: LayerPlan, count: int) -> list[bool]:
-        """Which of the first layers are committed."""
-        return await self._threads.run(lambda: [plan.snapshotter.stat(name) is not None for name in plan.names[:count]])
 
     async def unpack_aside(self, plan: LayerPlan, position: int, key: Key) -> None:
         """Unpack one layer into a new active snapshot `key`, as it was unpacked into plan.names[position]. For comparing.
@@ -193,9 +189,7 @@ class Layers:
 
         Raises: PullFailed, DataLoss, InvalidArgument, ResourceExhausted. Nothing of a failed layer stays but its blob.
         """
-        name = plan.names[position]
-        if await self._threads.run(plan.snapshotter.stat, name) is None:
-            await self._flights.run(f"{plan.snapshotter.name}/{name}", lambda: self._make(plan, position))
+        await self._flights.run(f"{plan.snapshotter.name}/{plan.names[position]}", lambda: self._make(plan, position))
 
     async def _ensure_and_tell(self, plan: LayerPlan, position: int, state: str) -> None:
         await self._ensure(plan, position)
@@ -273,18 +267,23 @@ class Layers:
         """The layer on its parents, of which some may be settled but not committed yet."""
         for _ in plan.names:
             below: list[str] = []
-            committed = await self._here(plan, position)
-            for name, there in zip(reversed(plan.names[:position]), reversed(committed), strict=True):
-                if there:
-                    below.append(name)
-                    break
+            committed = await self._threads.run(self._nearest, plan, position)
+            for name in reversed(plan.names[committed + 1 : position]):
                 with self._stages.use(f"{plan.snapshotter.name}/{name}") as stage:
                     below.append(stage.key)
+            if committed >= 0:
+                below.append(plan.names[committed])
             try:
                 return await self._threads.run(plan.snapshotter.mounts, key, below=below)
             except NotFound:
                 continue  # a parent was committed between the two looks: its key is gone, its name is there now
         raise Internal("the parents of a layer keep changing", where=plan.label)
+
+    @staticmethod
+    def _nearest(plan: LayerPlan, position: int) -> int:
+        """The uppermost layer below `position` that is committed, -1 when none is. All below a committed one are. Blocking."""
+        below = reversed(range(position))
+        return next((n for n in below if plan.snapshotter.stat(plan.names[n]) is not None), -1)
 
     async def bring(self, plan: LayerPlan, layer: Descriptor) -> None:
         """Have a layer's blob in the store, verified; unpacking it or not."""

@@ -54,12 +54,12 @@ class _Job:
             if message := await asyncio.get_running_loop().sock_recv(self._socket, limit):
                 return message
         raise RequestFailed(
-            "the download process was killed",
+            "the download process ended",
             code="UNAVAILABLE",
             failure=Failure.BROKEN,
             phase=self._phase,
             where=shown_url(self._url),
-            hint="look for the out-of-memory killer in the kernel log",
+            hint="if the log has no trace of it, look for the out-of-memory killer in the kernel's",
         )
 
     @contextlib.contextmanager

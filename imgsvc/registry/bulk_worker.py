@@ -27,7 +27,7 @@ from imgsvc.registry.redact import shown_url
 from imgsvc.registry.transport import Transport
 
 _WAIT_S: Final = 0.05  # that bytes lie in a lot which is not full yet
-_NICE: Final = 5  # the daemon's answers come first, unpacking last
+_NICE: Final = 10  # as unpack workers: pods and the daemon itself come first
 _OOM_SCORE: Final = 500  # killing it costs a retry, killing a pod costs a user
 
 
@@ -159,4 +159,5 @@ async def _main() -> None:
 
 if __name__ == "__main__":
     _step_back()
+    kernel.keep_freed_memory()
     asyncio.run(_main())

@@ -63,7 +63,8 @@ def serve(control: socket.socket, transform: str) -> None:
     make_transform = _load(transform) if transform else None
     _leave_the_network()
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit_resources()
+    kernel.keep_freed_memory()
     os.umask(0)
     signal.signal(signal.SIGCHLD, _reap)
     gc.disable()  # nothing here makes cycles; without it forked pages stay shared
@@ -110,7 +111,6 @@ def _reap(_signal: int, _frame: object) -> None:
 def _child(job: socket.socket, make_transform: Callable[[bytes], Transform] | None) -> None:
     """Orders and verdicts, until one has failed, a layer is unpacked or nobody is there any more. Never returns."""
     try:
-        _limit_resources()
         again = True
         while again:
             message, fds, _, _ = socket.recv_fds(job, MAX_MESSAGE, 2, socket.MSG_CMSG_CLOEXEC)
@@ -146,6 +146,8 @@ def _verdict(
 
 
 def _limit_resources() -> None:
+    """Of every process: they inherit what the server has, and each that sets its own copies pages for it."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, _OPEN_FILES),) * 2)
