@@ -49,10 +49,13 @@ class Companion:
         self._arguments = arguments
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_killed = False
         self._control: socket.socket | None = None
 
     async def connect(self) -> socket.socket:
         """Our end of its socket, non-blocking. One that died is noticed by whoever uses it, who then calls stop(). Raises: OSError."""
+        if self._is_killed:
+            self.stop()
         if self._control is None:
             await to_the_end(self._start())
         assert self._control is not None
@@ -75,6 +78,12 @@ class Companion:
         null = subprocess.DEVNULL
         return subprocess.Popen(command, pass_fds=(control,), stdin=null, stdout=null, env=self._environment, cwd="/", process_group=0)
 
+    def kill(self) -> None:
+        """One that does not answer any more: whoever uses its sockets notices that it has died, and connect() starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._is_killed = True
+
     def stop(self) -> None:
         """End it. Idempotent."""
         if self._control is not None:
@@ -85,3 +94,4 @@ class Companion:
             self._process.wait()
             waited(self._process.pid)
             self._process = None
+            self._is_killed = False

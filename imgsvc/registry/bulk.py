@@ -15,20 +15,25 @@ import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Final
 
 from imgsvc.children import Companion
+from imgsvc.concurrency import time_limit
 from imgsvc.errors import Unavailable
-from imgsvc.registry.bulk_messages import COUNT, LOT, MAX_END, MAX_MESSAGE, MEMORY, SLOTS, Order, pack_order, unpack_end, unpack_head
+from imgsvc.registry.bulk_messages import COUNT, LOT, MAX_END, MAX_MESSAGE, MEMORY, SLOTS, Head, Order, pack_order, unpack_end, unpack_head
 from imgsvc.registry.exchange import Chunk, Headers, RequestFailed, Response, Route, Sender, Timeouts, log_exchange
 from imgsvc.registry.netguard import Reach
 from imgsvc.registry.redact import shown_url
 from imgsvc.registry.retry import Failure
 
+_GRACE_S: Final = 15.0  # that a process may be late: it keeps the deadlines itself, as long as it runs at all
+
 
 class _Job:
     """The daemon's ends of what one request has: its socket and its memory."""
 
-    def __init__(self, url: str, phase: str) -> None:
+    def __init__(self, process: Companion, url: str, phase: str) -> None:
+        self._process = process
         self._url = url
         self._phase = phase
         self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -48,19 +53,21 @@ class _Job:
             os.close(self._memory_fd)
             self._memory_fd = -1
 
-    async def receive(self, limit: int) -> bytes:
-        """The next message, of `limit` bytes at most. Raises: RequestFailed when the process has died."""
-        with contextlib.suppress(ConnectionError):
-            if message := await asyncio.get_running_loop().sock_recv(self._socket, limit):
-                return message
-        raise RequestFailed(
-            "the download process ended",
-            code="UNAVAILABLE",
-            failure=Failure.BROKEN,
-            phase=self._phase,
-            where=shown_url(self._url),
-            hint="if the log has no trace of it, look for the out-of-memory killer in the kernel's",
-        )
+    async def receive(self, limit: int, seconds: float) -> bytes:
+        """The next message, of `limit` bytes at most. Raises: RequestFailed when the process dies, or says nothing for longer than it may."""
+        try:
+            async with time_limit(seconds + _GRACE_S):
+                with contextlib.suppress(ConnectionError):
+                    if message := await asyncio.get_running_loop().sock_recv(self._socket, limit):
+                        return message
+        except TimeoutError as error:
+            self._process.kill()
+            raise self._failed("the download process does not answer", "DEADLINE_EXCEEDED", "it was killed") from error
+        hint = "if the log has no trace of it, look for the out-of-memory killer in the kernel's"
+        raise self._failed("the download process ended", "UNAVAILABLE", hint)
+
+    def _failed(self, what: str, code: str, hint: str) -> RequestFailed:
+        return RequestFailed(what, code=code, failure=Failure.BROKEN, phase=self._phase, where=shown_url(self._url), hint=hint)
 
     @contextlib.contextmanager
     def lot(self, number: int, size: int) -> Iterator[memoryview]:
@@ -80,9 +87,10 @@ class _Job:
 
 
 class _BulkResponse(Response):
-    def __init__(self, status: int, headers: Headers, url: str, phase: str, reach: Reach, job: _Job) -> None:
-        super().__init__(status, headers, url, phase)
-        self._reach = reach
+    def __init__(self, head: Head, order: Order, job: _Job) -> None:
+        super().__init__(head.status, Headers(head.headers), order.url, order.phase)
+        self._reach = head.reach
+        self._stall = order.timeouts.stall
         self._job = job
 
     def reach(self) -> Reach:
@@ -92,7 +100,7 @@ class _BulkResponse(Response):
     async def chunks(self) -> AsyncGenerator[Chunk, None]:
         """See Response; what is not full by then after 50 ms at the latest."""
         number = 0
-        while len(message := await self._job.receive(MAX_END)) == COUNT:
+        while len(message := await self._job.receive(MAX_END, self._stall)) == COUNT:
             with self._job.lot(number, int.from_bytes(message, "big")) as lot:
                 yield lot
             number += 1
@@ -120,14 +128,16 @@ class BulkTransport:
     async def send(self, method: str, url: str, headers: Sequence[tuple[str, str]], *, route: Route, phase: str) -> Response:
         """See Sender. Raises, besides: Unavailable when there is no process to be had."""
         began = time.monotonic()
-        job = _Job(url, phase)
+        order = Order(method, url, tuple(headers), route, phase, self.timeouts)
+        job = _Job(self._process, url, phase)
         try:
-            await self._hand_over(Order(method, url, tuple(headers), route, phase, self.timeouts), job)
-            head = unpack_head(await job.receive(MAX_MESSAGE))
+            await self._hand_over(order, job)
+            connect = self.timeouts.connect if route.connect_timeout is None else route.connect_timeout
+            head = unpack_head(await job.receive(MAX_MESSAGE, connect + self.timeouts.headers))
         except BaseException:
             job.close()
             raise
-        response = _BulkResponse(head.status, Headers(head.headers), url, phase, head.reach, job)
+        response = _BulkResponse(head, order, job)
         log_exchange(method, headers, response, time.monotonic() - began)
         return response
 

@@ -111,6 +111,20 @@ def workers() -> list[int]:
     return [pid for pid in children(os.getpid()) if b"bulk_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+async def worker() -> int:
+    """The one there is; right after its start, /proc may not list it yet."""
+    await until(workers, 10)
+    return workers()[0]
+
+
+def is_dead(pid: int) -> bool:
+    """Gone, or waiting to be asked for its status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except FileNotFoundError:
+        return True
+
+
 async def body(bulk: BulkTransport, url: str) -> bytes:
     async with await bulk.send("GET", url, [], route=ROUTE, phase="fetch") as response:
         return await response.read(64 * MIB)
@@ -169,7 +183,8 @@ def test_closing_early_closes_the_connection_and_nothing_else() -> None:
                 async with await bulk.send("GET", f"{fake.url}/long", [], route=ROUTE, phase="fetch") as response:
                     assert await anext(response.chunks())
                 assert await body(bulk, f"{fake.url}/x") == DATA
-                await until(lambda: not connections(workers()[0], fake.port), 5)
+                pid = await worker()
+                await until(lambda: not connections(pid, fake.port), 5)
 
     run(main())
 
@@ -186,11 +201,38 @@ def test_a_killed_process_is_a_failure_that_may_be_tried_again(tmp_path: Path) -
             fake.rule(fake.on("/x", Reply(200, {}, DATA, stall_at=MIB)))
             async with started() as bulk:
                 async with await bulk.send("GET", f"{fake.url}/x", [], route=ROUTE, phase="fetch") as response:
-                    os.kill(workers()[0], signal.SIGKILL)
+                    os.kill(await worker(), signal.SIGKILL)
                     with pytest.raises(RequestFailed, match="download process ended") as caught:
                         await response.read(64 * MIB)
                 assert (caught.value.failure, caught.value.phase, caught.value.where) == (Failure.BROKEN, "fetch", f"{fake.url}/x")
                 assert "out-of-memory" in caught.value.hint
+
+    run(main())
+
+
+@pytest.mark.parametrize("when", ["before the head", "in the body"])
+def test_a_process_that_hangs_is_killed_and_the_next_request_gets_another(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    async def main() -> None:
+        monkeypatch.setattr("imgsvc.registry.bulk._GRACE_S", 0.2)
+        with FakeRegistry() as fake:
+            fake.rule(fake.on("/x", Reply(200, {}, DATA)))
+            async with started() as bulk:
+                bulk.timeouts = Timeouts(connect=0.2, headers=0.2, stall=0.2)
+                await bulk.warm()
+                pid = await worker()
+                if when == "before the head":
+                    os.kill(pid, signal.SIGSTOP)
+                    with pytest.raises(RequestFailed, match="does not answer"):
+                        await body(bulk, f"{fake.url}/x")
+                else:
+                    async with await bulk.send("GET", f"{fake.url}/x", [], route=ROUTE, phase="fetch") as response:
+                        os.kill(pid, signal.SIGSTOP)
+                        with pytest.raises(RequestFailed, match="does not answer") as caught:
+                            await response.read(64 * MIB)
+                    assert (caught.value.code, caught.value.failure) == ("DEADLINE_EXCEEDED", Failure.BROKEN)
+                await until(lambda: is_dead(pid), 5)
+                bulk.timeouts = QUICK
+                assert await body(bulk, f"{fake.url}/x") == DATA
 
     run(main())
 
@@ -206,8 +248,8 @@ def test_a_download_goes_on_with_another_process(tmp_path: Path) -> None:
                 download = asyncio.create_task(client.fetcher(APP).download(blob(DATA), sink))
                 for _ in range(2):
                     seen = len(sink.writes)
-                    await until(lambda seen=seen: len(sink.writes) > seen and workers(), 10)  # type: ignore[misc]
-                    os.kill(workers()[0], signal.SIGKILL)
+                    await until(lambda seen=seen: len(sink.writes) > seen, 10)  # type: ignore[misc]
+                    os.kill(await worker(), signal.SIGKILL)
                 await download
             assert bytes(sink.data) == DATA
 
@@ -262,11 +304,11 @@ def test_many_orders_at_once_all_get_there() -> None:
             fake.rule(fake.on("/x", Reply(200, {}, b"ok")))
             async with started() as bulk:
                 await bulk.warm()
-                os.kill(workers()[0], signal.SIGSTOP)
+                os.kill(await worker(), signal.SIGSTOP)
                 header = [("X-Long", "l" * 20_000)]
                 sends = [asyncio.ensure_future(bulk.send("GET", f"{fake.url}/x", header, route=ROUTE, phase="fetch")) for _ in range(40)]
                 await asyncio.sleep(0.2)
-                os.kill(workers()[0], signal.SIGCONT)
+                os.kill(await worker(), signal.SIGCONT)
                 for response in await asyncio.gather(*sends):
                     assert await response.read(10) == b"ok"
                     await response.close()
@@ -279,7 +321,7 @@ def test_the_process_gives_up_what_it_does_not_need() -> None:
     async def main() -> None:
         async with started() as bulk:
             await bulk.warm()
-            pid = workers()[0]
+            pid = await worker()
             await until(lambda: "NoNewPrivs:\t1" in Path(f"/proc/{pid}/status").read_text(), 10)
             await until(lambda: Path(f"/proc/{pid}/oom_score_adj").read_text() == "500\n", 10)
             status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
