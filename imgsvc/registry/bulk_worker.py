@@ -70,8 +70,7 @@ class Lots:
             self._timer.cancel()
             self._timer = None
         if self._used:
-            with contextlib.suppress(OSError):  # the daemon has left; whoever waits for its messages notices
-                self._job.send(self._used.to_bytes(COUNT, "big"))
+            _tell(self._job, self._used.to_bytes(COUNT, "big"))
             self._slot = (self._slot + 1) % SLOTS
             self._used = 0
             self._is_ours = False
@@ -86,20 +85,22 @@ async def _fetch(transport: Transport, order: Order, job: socket.socket, lots: L
             head = pack_head(Head(response.status, tuple(response.headers), response.reach()))
             if len(head) > MAX_MESSAGE:
                 raise Internal(f"the answer's headers have {len(head)} bytes, more than {MAX_MESSAGE}", where=shown_url(order.url))
-            job.send(head)
+            _tell(job, head)
             async with contextlib.aclosing(response.chunks()) as chunks:
                 async for chunk in chunks:
                     await lots.add(chunk)
     except ImgsvcError as error:
         failure = error
-    except OSError:
-        return  # the daemon has left
     except Exception:  # noqa: BLE001  # the edge of the process
         traceback.print_exc()
         failure = Internal("the download process met a bug of ours; its trace is in the log")
     lots.hand_over()
-    with contextlib.suppress(OSError):
-        job.send(pack_end(failure))
+    _tell(job, pack_end(failure))
+
+
+def _tell(job: socket.socket, message: bytes) -> None:
+    with contextlib.suppress(OSError):  # the daemon has left; who waits for its messages notices
+        job.send(message)
 
 
 async def _serve_one(transport: Transport, order: Order, job: socket.socket, memory_fd: int) -> None:
