@@ -271,7 +271,7 @@ async def all_of(*work: Coroutine[Any, Any, T]) -> list[T]:
     except BaseException:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _ended(asyncio.gather(*tasks, return_exceptions=True))  # also when cancelled again: nothing is left running
         raise
 
 

@@ -189,7 +189,9 @@ class Layers:
 
         Raises: PullFailed, DataLoss, InvalidArgument, ResourceExhausted. Nothing of a failed layer stays but its blob.
         """
-        await self._flights.run(f"{plan.snapshotter.name}/{plan.names[position]}", lambda: self._make(plan, position))
+        name = plan.names[position]
+        if await self._threads.run(plan.snapshotter.stat, name) is None:
+            await self._flights.run(f"{plan.snapshotter.name}/{name}", lambda: self._make(plan, position))
 
     async def _ensure_and_tell(self, plan: LayerPlan, position: int, state: str) -> None:
         await self._ensure(plan, position)
@@ -403,6 +405,10 @@ def _layer_input(plan: LayerPlan, position: int, source: int, chain: ChainRun | 
 async def _end(task: asyncio.Future[None]) -> None:
     """Stop a task that may be done already; its error, if any, has been told or no longer matters."""
     task.cancel()
+    await to_the_end(_over(task))  # also when cancelled again: it gives back what it holds before we go on
+
+
+async def _over(task: asyncio.Future[None]) -> None:
     await asyncio.wait([task])
     if not task.cancelled():
         task.exception()

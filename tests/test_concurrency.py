@@ -376,3 +376,28 @@ def test_what_could_not_be_opened_is_not_given_back() -> None:
 
     asyncio.run(scenario())
     assert given_back == []
+
+
+def test_whoever_is_cancelled_while_it_waits_for_the_rest_leaves_nothing_running() -> None:
+    ended: list[str] = []
+
+    async def slow_to_end() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)
+            ended.append("slow")
+
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise ValueError
+
+    async def main() -> None:
+        parent = asyncio.ensure_future(all_of(slow_to_end(), fail()))
+        await asyncio.sleep(0.01)
+        parent.cancel()
+        await asyncio.wait([parent])
+        assert ended == ["slow"]
+        assert parent.cancelled()
+
+    asyncio.run(main())

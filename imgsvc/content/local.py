@@ -209,7 +209,13 @@ class LocalStore:
     def check(self, digest: Digest, *, deep: bool, cancel: CancelToken | None = None) -> Fault | None:
         """See Scrubber."""
         record = self._record(digest)
-        return None if record is None else self._fault(digest, record, deep=deep, cancel=cancel)
+        while record is not None:
+            fault = self._fault(digest, record, deep=deep, cancel=cancel)
+            now = self._record(digest)
+            if fault is None or now == record:
+                return fault
+            record = now  # deleted, or stored anew, while it was looked at
+        return None
 
     def strays(self) -> list[Digest]:
         """See Scrubber."""
