@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import resource
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -57,6 +58,9 @@ _M_TOP_PAD: Final = -2
 _M_MMAP_THRESHOLD: Final = -3
 _KEPT: Final = 32 * 1024**2  # [bytes]; the largest threshold that glibc takes
 _GROWTH: Final = 2 * 1024**2  # [bytes] taken from the kernel at a time
+
+_HELPER_NICE: Final = 10
+_HELPER_OOM_SCORE: Final = 500
 
 # linux/capability.h
 CAP_CHOWN: Final = 0
@@ -304,6 +308,20 @@ def sethostname(name: str) -> None:
 def prctl(option: int, argument: int) -> None:
     """Set one attribute of this process or thread."""
     _check(_libc.prctl(option, ctypes.c_ulong(argument), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)), "prctl")
+
+
+def stand_back() -> None:
+    """What a helper of the daemon's gives up before it sees anything of a stranger's: core dumps, new privileges, and its place
+    before pods and the daemon itself; inherited by its children. Killing it costs a retry, killing a pod costs a user.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    os.nice(_HELPER_NICE)
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as stream:
+            stream.write(str(_HELPER_OOM_SCORE))
+    except OSError:
+        pass  # no /proc, or a container that forbids it: only a preference is lost
 
 
 def keep_freed_memory() -> None:

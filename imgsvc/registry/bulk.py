@@ -132,7 +132,7 @@ class BulkTransport:
         job = _Job(self._process, url, phase)
         try:
             await self._hand_over(order, job)
-            connect = self.timeouts.connect if route.connect_timeout is None else route.connect_timeout
+            connect = route.connect_within(self.timeouts)
             head = unpack_head(await job.receive(MAX_MESSAGE, connect + self.timeouts.headers))
         except BaseException:
             job.close()

@@ -12,11 +12,9 @@ import asyncio
 import contextlib
 import mmap
 import os
-import resource
 import socket
 import sys
 import traceback
-from pathlib import Path
 from typing import Final
 
 from imgsvc import kernel
@@ -27,8 +25,6 @@ from imgsvc.registry.redact import shown_url
 from imgsvc.registry.transport import Transport
 
 _WAIT_S: Final = 0.05  # that bytes lie in a lot which is not full yet
-_NICE: Final = 10  # as unpack workers: pods and the daemon itself come first
-_OOM_SCORE: Final = 500  # killing it costs a retry, killing a pod costs a user
 
 
 class Lots:
@@ -38,9 +34,8 @@ class Lots:
         self._job = job
         self._memory = memory
         self._free = asyncio.Semaphore(SLOTS)
-        self._is_ours = False  # the slot that is filled now
         self._slot = 0
-        self._used = 0  # bytes of it
+        self._used = 0  # bytes of it; with none, it may still be the daemon's
         self._timer: asyncio.TimerHandle | None = None
 
     def freed(self) -> None:
@@ -51,9 +46,8 @@ class Lots:
         """Take a chunk; waits while the daemon has all slots."""
         view = memoryview(chunk)
         while view:
-            if not self._is_ours:
+            if not self._used:
                 await self._free.acquire()
-                self._is_ours = True
             start = self._slot * LOT + self._used
             count = min(len(view), LOT - self._used)
             self._memory[start : start + count] = view[:count]
@@ -73,7 +67,6 @@ class Lots:
             _tell(self._job, self._used.to_bytes(COUNT, "big"))
             self._slot = (self._slot + 1) % SLOTS
             self._used = 0
-            self._is_ours = False
 
 
 async def _fetch(transport: Transport, order: Order, job: socket.socket, lots: Lots) -> None:
@@ -143,22 +136,13 @@ async def serve(control: socket.socket) -> None:
     await gone
 
 
-def _step_back() -> None:
-    """Before a stranger's byte is read: no core dumps, no rights but to read what TLS needs, others first."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-    kernel.keep_capabilities(1 << kernel.CAP_DAC_READ_SEARCH)
-    os.nice(_NICE)
-    with contextlib.suppress(OSError):  # no /proc, or a container that forbids it: only a preference is lost
-        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE), encoding="ascii")
-
-
 async def _main() -> None:
     await serve(socket.socket(fileno=int(sys.argv[1])))
     os._exit(0)  # at once, whoever still waits for a name to be resolved
 
 
 if __name__ == "__main__":
-    _step_back()
+    kernel.stand_back()
+    kernel.keep_capabilities(1 << kernel.CAP_DAC_READ_SEARCH)  # it reads CAs and client keys, whoever owns them
     kernel.keep_freed_memory()
     asyncio.run(_main())

@@ -77,6 +77,10 @@ class Route:
     connect_timeout: float | None = None
     reachable: frozenset[Reach] = ANYWHERE
 
+    def connect_within(self, timeouts: Timeouts) -> float:
+        """How long connecting may take [s]: its own time, where it has one."""
+        return timeouts.connect if self.connect_timeout is None else self.connect_timeout
+
 
 class Headers:
     """Response headers; names in any case, values as text, those with control characters dropped."""

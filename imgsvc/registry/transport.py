@@ -105,7 +105,7 @@ class Transport:
         Raises: RequestFailed; InvalidArgument when TLS files cannot be used.
         """
         _check_literal_address(url, route, phase)
-        connect = self.timeouts.connect if route.connect_timeout is None else route.connect_timeout
+        connect = route.connect_within(self.timeouts)
         request = httpcore.Request(
             method,
             url,

@@ -51,8 +51,6 @@ _UNPACK_CAPABILITIES: Final = sum(
 _SETTLE_CAPABILITIES: Final = _UNPACK_CAPABILITIES | 1 << kernel.CAP_SYS_ADMIN  # opaque marks are trusted.* xattrs
 _ADDRESS_SPACE: Final = 1024**3  # [bytes] per job: zstd may ask for a window of 128 MiB, nothing for more
 _OPEN_FILES: Final = 4096  # per job: a path of 2048 directories is walked with one descriptor each
-_NICE: Final = 10  # pods and the daemon itself come first
-_OOM_SCORE: Final = 500  # killing a worker costs a retry, killing a pod costs a user
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 STRIDE: Final = 1024**2  # [bytes] after which a child tells how far it is
 MAX_MESSAGE: Final = 160 * 1024  # [bytes] of a job description; 500 lower directories fit
@@ -62,7 +60,7 @@ def serve(control: socket.socket, transform: str) -> None:
     """Fork a child per job until the daemon closes its end."""
     make_transform = _load(transform) if transform else None
     _leave_the_network()
-    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    kernel.stand_back()
     _limit_resources()
     kernel.keep_freed_memory()
     os.umask(0)
@@ -147,17 +145,10 @@ def _verdict(
 
 def _limit_resources() -> None:
     """Of every process: they inherit what the server has, and each that sets its own copies pages for it."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, _OPEN_FILES),) * 2)
-    os.nice(_NICE)
     sys.setrecursionlimit(_OPEN_FILES)
-    try:
-        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as stream:
-            stream.write(str(_OOM_SCORE))
-    except OSError:
-        pass  # no /proc, or a container that forbids it: only a preference is lost
 
 
 def _unpack(
