@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol
 from imgsvc.blobs import Blobs, Feed, GrowingBlob
 from imgsvc.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both, to_the_end
 from imgsvc.decrypt.interfaces import ChainRun, Decryptor, LayerKey
-from imgsvc.errors import Aborted, DataLoss, FailedPrecondition, ImgsvcError, Internal, InvalidArgument, NotFound, ResourceExhausted
+from imgsvc.errors import Aborted, DataLoss, FailedPrecondition, ImgsvcError, InvalidArgument, ResourceExhausted
 from imgsvc.failpoints import afailpoint
 from imgsvc.oci import Descriptor, Digest
 from imgsvc.registry.interfaces import BlobSource, Fetcher
@@ -31,6 +31,7 @@ from imgsvc.snapshot.interfaces import Key, LayerInput, Mount, Name, Snapshotter
 log = logging.getLogger(__name__)
 
 LAYER_STATES: Final = ("waiting", "downloading", "unpacking", "done", "exists")
+MAX_BEGINNINGS: Final = 2  # layers that are being opened at a time: the first ones' bytes are to come before all are open
 MAX_CHAINS: Final = 6  # layers in stream processors at a time: a process each at least, whether its bytes have come or not
 
 
@@ -130,11 +131,11 @@ def layer_secrets(layers: Sequence[Descriptor], keys: Sequence[LayerKey | None])
 
 
 class _Stage:
-    """How far a layer is: `key` is its active snapshot once `settled`, when its files are as they will be."""
+    """How far a layer is: once `settled`, its files are as they will be, and are mounted so, with all below."""
 
     def __init__(self) -> None:
-        self.key = Key("")
         self.settled = asyncio.Event()
+        self.mounts: Sequence[Mount] = ()
 
 
 class Layers:
@@ -156,6 +157,7 @@ class Layers:
         self._decryptor = decryptor
         self._threads = threads
         self._flights: SingleFlight[None] = SingleFlight()
+        self._beginning = asyncio.Semaphore(MAX_BEGINNINGS)
         self._chains = asyncio.Semaphore(MAX_CHAINS)
         self._stages: Shared[_Stage] = Shared(_Stage)
         self._syncs = {name: _Sync(snapshotter, threads) for name, snapshotter in snapshotters.items()} if durable else {}
@@ -190,8 +192,7 @@ class Layers:
         Raises: PullFailed, DataLoss, InvalidArgument, ResourceExhausted. Nothing of a failed layer stays but its blob.
         """
         name = plan.names[position]
-        if await self._threads.run(plan.snapshotter.stat, name) is None:
-            await self._flights.run(f"{plan.snapshotter.name}/{name}", lambda: self._make(plan, position))
+        await self._flights.run(f"{plan.snapshotter.name}/{name}", lambda: self._make(plan, position))
 
     async def _ensure_and_tell(self, plan: LayerPlan, position: int, state: str) -> None:
         await self._ensure(plan, position)
@@ -208,15 +209,15 @@ class Layers:
         with self._stages.use(f"{snapshotter.name}/{name}") as stage:
             try:
                 async with AsyncExitStack() as jobs:
-                    usage = await make(plan, position, key, jobs)
+                    usage, stage.mounts = await make(plan, position, key, jobs)
                 await afailpoint("layer.settled")
-                stage.key = key
                 stage.settled.set()
                 await both(self._sync(snapshotter, key), self._committed(plan, position - 1))
                 await afailpoint("layer.synced")
                 await self._threads.run(snapshotter.commit, name, key, parent=parent, usage=usage)
                 await afailpoint("layer.committed")
             except BaseException:
+                stage.settled.clear()
                 await to_the_end(self._discard(snapshotter, key))
                 raise
 
@@ -231,31 +232,37 @@ class Layers:
         except ImgsvcError as error:
             log.warning("unfinished snapshot %s stays until the next start: %s", key, error)
 
-    async def _beside(self, plan: LayerPlan, position: int, key: Key, jobs: AsyncExitStack) -> Usage | None:
+    async def _beside(self, plan: LayerPlan, position: int, key: Key, jobs: AsyncExitStack) -> tuple[Usage | None, Sequence[Mount]]:
         """Unpack a layer while its parents are still on their way, then fit it to them. Jobs are ended by `jobs`."""
-        job, _ = await both(self._unpack(plan, position, key, None, jobs), self._settled(plan, position - 1))
+        (job, own), below = await both(self._unpack(plan, position, key, None, jobs), self._settled(plan, position - 1))
+        await afailpoint("layer.unpacked")
+        if below:
+            mounts: Sequence[Mount] = plan.snapshotter.stacked(own, below)
+        elif position:
+            mounts = await self._threads.run(plan.snapshotter.mounts, key, parent=plan.names[position - 1])
+        else:
+            mounts = own
         try:
-            await afailpoint("layer.unpacked")
-            return await self._unpacker.settle(await self._mounts(plan, position, key), job)
+            return await self._unpacker.settle(mounts, job), mounts
         except Aborted:
             # It came through a pipe and needs its parents while it is unpacked.
             await self._threads.run(plan.snapshotter.remove, key)
             return await self._on_parent(plan, position, key, jobs)
 
-    async def _on_parent(self, plan: LayerPlan, position: int, key: Key, jobs: AsyncExitStack) -> Usage | None:
+    async def _on_parent(self, plan: LayerPlan, position: int, key: Key, jobs: AsyncExitStack) -> tuple[Usage | None, Sequence[Mount]]:
         """Unpack a layer onto its committed parent."""
         await both(self.bring(plan, plan.layers[position]), self._committed(plan, position - 1))
-        job = await self._unpack(plan, position, key, plan.names[position - 1] if position else None, jobs)
-        return await self._unpacker.settle([], job)
+        job, mounts = await self._unpack(plan, position, key, plan.names[position - 1] if position else None, jobs)
+        return await self._unpacker.settle([], job), mounts
 
     async def _committed(self, plan: LayerPlan, position: int) -> None:
         if position >= 0:
             await self._ensure(plan, position)
 
-    async def _settled(self, plan: LayerPlan, position: int) -> None:
-        """Until a layer's files are as they will be, committed or not."""
+    async def _settled(self, plan: LayerPlan, position: int) -> Sequence[Mount]:
+        """Until a layer's files are as they will be; how they are mounted, with all below. Nothing, when it is committed already."""
         if position < 0:
-            return
+            return ()
         with self._stages.use(f"{plan.snapshotter.name}/{plan.names[position]}") as stage:
             layer = asyncio.ensure_future(self._ensure(plan, position))
             try:
@@ -264,28 +271,7 @@ class Layers:
                     layer.result()
             finally:
                 await _end(layer)
-
-    async def _mounts(self, plan: LayerPlan, position: int, key: Key) -> list[Mount]:
-        """The layer on its parents, of which some may be settled but not committed yet."""
-        for _ in plan.names:
-            below: list[str] = []
-            committed = await self._threads.run(self._nearest, plan, position)
-            for name in reversed(plan.names[committed + 1 : position]):
-                with self._stages.use(f"{plan.snapshotter.name}/{name}") as stage:
-                    below.append(stage.key)
-            if committed >= 0:
-                below.append(plan.names[committed])
-            try:
-                return await self._threads.run(plan.snapshotter.mounts, key, below=below)
-            except NotFound:
-                continue  # a parent was committed between the two looks: its key is gone, its name is there now
-        raise Internal("the parents of a layer keep changing", where=plan.label)
-
-    @staticmethod
-    def _nearest(plan: LayerPlan, position: int) -> int:
-        """The uppermost layer below `position` that is committed, -1 when none is. All below a committed one are. Blocking."""
-        below = reversed(range(position))
-        return next((n for n in below if plan.snapshotter.stat(plan.names[n]) is not None), -1)
+            return stage.mounts
 
     async def bring(self, plan: LayerPlan, layer: Descriptor) -> None:
         """Have a layer's blob in the store, verified; unpacking it or not."""
@@ -299,42 +285,46 @@ class Layers:
         plan.report(layer, layer.size, "unpacking")
         _note(plan, layer, source, began)
 
-    async def _unpack(self, plan: LayerPlan, position: int, key: Key, parent: Name | None, jobs: AsyncExitStack) -> UnpackJob:
-        """Unpack one layer into a new active snapshot, from its growing blob if need be. Returns the finished job.
+    async def _unpack(
+        self, plan: LayerPlan, position: int, key: Key, parent: Name | None, jobs: AsyncExitStack
+    ) -> tuple[UnpackJob, Sequence[Mount]]:
+        """Unpack one layer into a new active snapshot, from its growing blob if need be. Returns the finished job and the snapshot's mounts.
 
         A worker or stream processor that fails on bytes nobody has verified yet proves nothing against the layer: the
         download is judged first, and the layer is unpacked again from the bytes that are right.
         """
         layer = plan.layers[position]
-        mounts = await self._threads.run(plan.snapshotter.prepare, key, parent)
-        await afailpoint("layer.prepared")
-        rebase = parent is None and plan.snapshotter.parallel
-        unverified = not await self._threads.run(self._blobs.has, layer.digest)
-        try:
-            return await self._follow(plan, position, mounts, rebase, jobs)
-        except ResourceExhausted:
-            # A full disk, or more than a layer may have: what was fetched of it is not worth its space.
-            await to_the_end(self._threads.run(self._blobs.drop_partial, layer.digest))
-            raise
-        except (DataLoss, InvalidArgument, FailedPrecondition):
-            if not unverified:
+        with self._blobs.growing.use(layer.digest) as blob:
+            try:
+                return await self._follow(plan, position, key, parent, jobs)
+            except ResourceExhausted:
+                # A full disk, or more than a layer may have: what was fetched of it is not worth its space.
+                await to_the_end(self._threads.run(self._blobs.drop_partial, layer.digest))
                 raise
-            await self.bring(plan, layer)
+            except (DataLoss, InvalidArgument, FailedPrecondition):
+                if not blob.opened.is_set():
+                    raise  # it was here, verified
+                await self.bring(plan, layer)
         await self._threads.run(plan.snapshotter.remove, key)
-        mounts = await self._threads.run(plan.snapshotter.prepare, key, parent)
-        return await self._follow(plan, position, mounts, rebase, jobs)
+        return await self._follow(plan, position, key, parent, jobs)
 
-    async def _follow(self, plan: LayerPlan, position: int, mounts: Sequence[Mount], rebase: bool, jobs: AsyncExitStack) -> UnpackJob:
+    async def _follow(
+        self, plan: LayerPlan, position: int, key: Key, parent: Name | None, jobs: AsyncExitStack
+    ) -> tuple[UnpackJob, Sequence[Mount]]:
         layer = plan.layers[position]
         async with AsyncExitStack() as stack:
             blob = stack.enter_context(self._blobs.growing.use(layer.digest))
-            fetch = asyncio.ensure_future(self._fetch(plan, layer))
-            stack.push_async_callback(_end, fetch)
-            await _first_of(fetch, blob.opened.wait())
+            async with self._beginning:
+                mounts = await self._threads.run(plan.snapshotter.prepare, key, parent)
+                await afailpoint("layer.prepared")
+                fetch = asyncio.ensure_future(self._fetch(plan, layer))
+                stack.push_async_callback(_end, fetch)
+                await _first_of(fetch, blob.opened.wait())
             if self._decryptor.processed(layer):
                 await stack.enter_async_context(self._chains)
             source, feed = await self._source(layer, fetch, blob, stack)
             chain = await self._chain(layer, source, feed, stack)
+            rebase = parent is None and plan.snapshotter.parallel
             job = await self._unpacker.start(_layer_input(plan, position, source, chain), mounts, rebase=rebase)
             jobs.push_async_callback(job.abort)
             if fetch.done():
@@ -354,7 +344,7 @@ class Layers:
                 await chain.wait()
             for phase, seconds in applied.timings.items():
                 plan.spent(phase, seconds)
-            return job
+            return job, mounts
 
     async def _source(
         self, layer: Descriptor, fetch: asyncio.Future[None], blob: GrowingBlob, stack: AsyncExitStack

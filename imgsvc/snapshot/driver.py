@@ -165,7 +165,7 @@ class DirectoryDriver(ABC):
         self._directories.close()
 
     @abstractmethod
-    def mounts(self, key: Key, *, below: Sequence[str] = ()) -> list[Mount]:
+    def mounts(self, key: Key, *, parent: Name | None = None) -> list[Mount]:
         """See Snapshotter."""
 
     def _files(self, stored: Stored) -> Path:

@@ -23,8 +23,8 @@ from imgsvc.errors import DataLoss, InvalidArgument, ResourceExhausted, printabl
 from imgsvc.oci import MIB
 
 READ_SIZE: Final = 256 * 1024  # [bytes] of compressed input per read
-CHUNK: Final = 256 * 1024  # [bytes] of tar per chunk: input, output and hash stay inside a core's second-level cache
-AHEAD: Final = 8  # chunks inflated before they are needed: enough for a batch of small files, 2 MiB
+CHUNK: Final = MIB  # [bytes] of tar per chunk: a thread that waits for the interpreter's lock at each costs more than a cache it leaves
+AHEAD: Final = 3  # chunks inflated before they are needed: enough for a batch of small files
 MAX_WINDOW: Final = 128 * MIB  # of zstd; what `zstd --long` accepts by default
 RATIO_FREE: Final = 64 * MIB  # a ratio is judged only beyond this much output, small layers may be all zeros
 _GZIP_MAGIC: Final = b"\x1f\x8b"
@@ -219,19 +219,30 @@ class TarBytes:
 
 
 class Ahead:
-    """Runs stages in a thread of their own, a few chunks ahead of who needs what they make.
+    """Runs stages a few chunks ahead of who needs what they make, in a thread of their own, as long as a processor is free for it.
 
-    Inflating and hashing release the interpreter lock, so that one layer keeps two cores busy: `igzip | tar` in a process.
+    Inflating and hashing release the interpreter's lock, so that one layer keeps two processors busy: `igzip | tar` in a
+    process. Where others have layers to unpack for all processors, one thread does the same with less: nobody waits for the lock.
     """
 
-    def __init__(self, next_chunk: Callable[[], bytes]) -> None:
+    def __init__(self, next_chunk: Callable[[], bytes], has_room: Callable[[], bool]) -> None:
+        """has_room: whether a processor is free now; asked for each chunk."""
         self._produce = next_chunk
-        self._chunks: queue.Queue[bytes | BaseException] = queue.Queue(AHEAD)
-        threading.Thread(target=self._run, name="inflate", daemon=True).start()
+        self._has_room = has_room
+        self._chunks: queue.Queue[bytes | BaseException | None] = queue.Queue(AHEAD)
+        self._has_thread = False
 
     def next_chunk(self) -> bytes:
         """The next bytes, b"" at the end and from then on. Raises: what the stages raised, in its place in the stream."""
+        if not self._has_thread:
+            if not self._has_room():
+                return self._produce()
+            threading.Thread(target=self._run, name="inflate", daemon=True).start()
+            self._has_thread = True
         chunk = self._chunks.get()
+        if chunk is None:  # the thread has left off here
+            self._has_thread = False
+            return self.next_chunk()
         if isinstance(chunk, BaseException):
             raise chunk
         if not chunk:
@@ -246,6 +257,9 @@ class Ahead:
         try:
             while chunk := self._produce():
                 self._chunks.put(chunk)
+                if not self._has_room():
+                    self._chunks.put(None)
+                    return
             self._chunks.put(b"")
         except BaseException as error:  # noqa: BLE001  # carried over to the other thread
             self._chunks.put(error)

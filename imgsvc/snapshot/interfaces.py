@@ -90,11 +90,16 @@ class Snapshotter(Protocol):
     def total_usage(self) -> Usage:
         """Disk use of all committed snapshots together, kept as a running total: no walking."""
 
-    def mounts(self, key: Key, *, below: Sequence[str] = ()) -> list[Mount]:
+    def mounts(self, key: Key, *, parent: Name | None = None) -> list[Mount]:
         """How to mount an active snapshot or view. Raises: NotFound.
 
-        Args:     below: only where `parallel` and for a key prepared without a parent: show it on top of these, nearest
-                  first. They are keys prepared likewise, the last one may be a committed name and brings its parents.
+        Args:     parent: only where `parallel` and for a key prepared without one: show it on top of that.
+        """
+
+    def stacked(self, own: Sequence[Mount], below: Sequence[Mount]) -> list[Mount]:
+        """How to mount an active snapshot on top of another one that is not committed yet. Pure; only where `parallel`.
+
+        Args:     own: of the snapshot, prepared without a parent. below: of the other one, with all it stands on.
         """
 
     def prepare(
@@ -267,7 +272,7 @@ class Unpacker(Protocol):
         that hide nothing go. Nothing to do for jobs without rebase. A layer that cannot be completed this way is
         unpacked once more on its mounted parents, from the source.
 
-        Args:     mounts: of the snapshot on its real parents: snapshotter.mounts(key, below=…).
+        Args:     mounts: of the snapshot on its real parents: snapshotter.stacked or snapshotter.mounts(key, parent=…).
         Returns:  usage to give to commit.
         Raises:   as finish; Aborted when the layer has to be unpacked again but came through a pipe: then prepare it on
                   its parent and start it with rebase=False.

@@ -33,14 +33,18 @@ class NativeSnapshotter(DirectoryDriver):
         """See Snapshotter."""
         return self._idmapped
 
-    def mounts(self, key: Key, *, below: Sequence[str] = ()) -> list[Mount]:
+    def mounts(self, key: Key, *, parent: Name | None = None) -> list[Mount]:
         """See Snapshotter."""
-        if below:
+        if parent is not None:
             raise InvalidArgument("native snapshots always stand on their parent")
         stored = self._active(key)
         if stored.info.kind is Kind.VIEW:
             return [bind((*self._parents(stored.info.parent), self._files(stored))[0], read_only=True)]
         return [bind(self._files(stored))]
+
+    def stacked(self, own: Sequence[Mount], below: Sequence[Mount]) -> list[Mount]:
+        """See Snapshotter."""
+        raise InvalidArgument("native snapshots always stand on their parent")
 
     def prepare(
         self, key: Key, parent: Name | None, labels: Mapping[str, str] | None = None, *, mapping: IDMapping | None = None

@@ -67,12 +67,19 @@ class OverlaySnapshotter(DirectoryDriver):
         labels = {**info.labels, UPPERDIR_LABEL: str(self._files(stored))}
         return SnapshotInfo(info.id, info.kind, info.parent, info.created_at, info.updated_at, labels)
 
-    def mounts(self, key: Key, *, below: Sequence[str] = ()) -> list[Mount]:
+    def mounts(self, key: Key, *, parent: Name | None = None) -> list[Mount]:
         """See Snapshotter."""
         stored = self._active(key)
-        if below and stored.info.parent is not None:
+        if parent is not None and stored.info.parent is not None:
             raise FailedPrecondition(f'snapshot "{key}" has a parent already')
-        return self._mounts(stored, self._stack(below) if below else self._parents(stored.info.parent))
+        return self._mounts(stored, self._parents(parent or stored.info.parent))
+
+    def stacked(self, own: Sequence[Mount], below: Sequence[Mount]) -> list[Mount]:
+        """See Snapshotter."""
+        files, *parents = _directories(own)
+        if parents:
+            raise FailedPrecondition("a snapshot that has parents already cannot be put on others", where=files)
+        return [self._overlay(_directories(below), Path(files), None)]
 
     def prepare(
         self, key: Key, parent: Name | None, labels: Mapping[str, str] | None = None, *, mapping: IDMapping | None = None
@@ -109,7 +116,7 @@ class OverlaySnapshotter(DirectoryDriver):
             return [bind(lowers[0] if lowers else files, read_only=True)] if len(lowers) < 2 else [self._overlay(lowers, None, None)]
         return [self._overlay(lowers, files, stored.mapping)]
 
-    def _overlay(self, lowers: list[Path], upper: Path | None, mapping: IDMapping | None) -> Mount:
+    def _overlay(self, lowers: Sequence[Path | str], upper: Path | None, mapping: IDMapping | None) -> Mount:
         options = [o for o, on in (("index=off", self._options.index_off), ("userxattr", self._options.userxattr)) if on]
         options += self._options.mount_options
         if mapping is not None:
@@ -119,17 +126,6 @@ class OverlaySnapshotter(DirectoryDriver):
         else:
             options += [f"workdir={upper.parent / 'work'}", f"upperdir={upper}"]
         return Mount("overlay", "overlay", (*options, "lowerdir=" + ":".join(map(str, lowers))))
-
-    def _stack(self, below: Sequence[str]) -> list[Path]:
-        found: list[Path] = []
-        for position, key in enumerate(below):
-            stored = self._records.must_get(key)
-            if stored.info.kind is Kind.COMMITTED or stored.info.parent is not None:
-                if position != len(below) - 1:
-                    raise InvalidArgument("only the last of the snapshots below can have parents of its own")
-                return found + self._parents(key)
-            found.append(self._files(stored))
-        return found
 
     def _copy_merged(self, parent: Name | None, directory: Path) -> None:
         place = directory / "merged"
@@ -149,6 +145,15 @@ class OverlaySnapshotter(DirectoryDriver):
 def overlay(root: Path, db: MetaDB, options: OverlayOptions | None = None) -> Snapshotter:
     """An OverlaySnapshotter as the use cases see it."""
     return OverlaySnapshotter(root, db, options)
+
+
+def _directories(mounts: Sequence[Mount]) -> list[str]:
+    """What a mount of ours shows, uppermost first."""
+    (mount,) = mounts
+    if mount.type == "bind":
+        return [mount.source]
+    values = dict(option.partition("=")[::2] for option in mount.options)
+    return [path for path in (values.get("upperdir"), *values["lowerdir"].split(":")) if path]
 
 
 def _rows(rows: Sequence[tuple[int, int, int]]) -> str:

@@ -8,8 +8,9 @@ go on from one to the next. Any of them may be killed at any time; the caller re
 
 Protocol (SOCK_SEQPACKET sockets, messages of one process to the other, in both directions in order):
 * to the server: b"job" with the child's job socket; answer: b"pid" with a pidfd.
-* on the job socket to the child: one JSON object (see unpacker.py), its order, with descriptors: [journal, source] to unpack,
-  [journal] to settle. When it is to unpack, 8-byte big-endian counts of readable bytes follow.
+* on the job socket to the child: one JSON object (see unpacker.py), its order, with descriptors: [journal, source, room] to unpack,
+  [journal] to settle. When it is to unpack, 8-byte big-endian counts of readable bytes follow. `room` is a file whose one byte
+  says whether there is a processor (not 0) that no other layer is being unpacked on.
 * on the job socket from the child: 8-byte big-endian counts of bytes it is done with, then one JSON object, its verdict. No verdict means that the
   process died. One that has settled takes another order after it.
 """
@@ -111,7 +112,7 @@ def _child(job: socket.socket, make_transform: Callable[[bytes], Transform] | No
     try:
         again = True
         while again:
-            message, fds, _, _ = socket.recv_fds(job, MAX_MESSAGE, 2, socket.MSG_CMSG_CLOEXEC)
+            message, fds, _, _ = socket.recv_fds(job, MAX_MESSAGE, 3, socket.MSG_CMSG_CLOEXEC)
             if not message:
                 break
             order = json.loads(message)
@@ -128,7 +129,8 @@ def _verdict(
     try:
         if order["do"] == "settle":
             return _settle(order, fds[0])
-        return _unpack(order, job, fds[0], fds[1], make_transform)
+        journal, source, room = fds
+        return _unpack(order, job, journal, source, room, make_transform)
     except ImgsvcError as error:
         return {"error": {"code": error.code, "what": error.what, "hint": error.hint, "needs_parents": isinstance(error, NeedsParents)}}
     except RecursionError:
@@ -152,7 +154,7 @@ def _limit_resources() -> None:
 
 
 def _unpack(
-    order: dict[str, Any], job: socket.socket, journal: int, source: int, make_transform: Callable[[bytes], Transform] | None
+    order: dict[str, Any], job: socket.socket, journal: int, source: int, room: int, make_transform: Callable[[bytes], Transform] | None
 ) -> dict[str, Any]:
     started = time.monotonic()
     failpoint("unpack.begin")
@@ -167,17 +169,21 @@ def _unpack(
         if make_transform is None:
             raise Internal("a layer with a key, but no transform is configured")
         sealed = TransformReader(raw, make_transform(bytes.fromhex(order["secret"])))
+
+    def has_room() -> bool:
+        return os.pread(room, 1, 0) != b"\0"
+
     algorithm, _, expected = order["diff_id"].partition(":")
     limits = order["limits"]
     with _authenticated(sealed):
         data = TarBytes(
-            open_layer(Ahead(lambda: sealed.read(READ_SIZE)) if sealed else raw, order["media_type"]),
+            open_layer(Ahead(lambda: sealed.read(READ_SIZE), has_room) if sealed else raw, order["media_type"]),
             raw,
             algorithm=algorithm,
             max_bytes=limits["unpacked_bytes"],
             max_ratio=limits["ratio"],
         )
-        stream = TarStream(Ahead(data.next_chunk).next_chunk)
+        stream = TarStream(Ahead(data.next_chunk, has_room).next_chunk)
         tree = Tree(root, style.create_implied)
         extractor = Extractor(tree, style, max_entries=limits["entries"], max_bytes=limits["unpacked_bytes"], privileged=privileged)
         extractor.run(stream)

@@ -29,6 +29,7 @@ from imgsvc.snapshot.interfaces import COUNT, Applied, LayerInput, Limits, Mount
 
 log = logging.getLogger(__name__)
 
+_PROCESSORS: Final = len(os.sched_getaffinity(0))
 _VERDICT_LIMIT: Final = 64 * 1024  # [bytes]
 _SPEED: Final = 40 * MIB  # [bytes/s], about, of a stored layer. What takes long begins first, unless others wait for longer than that
 _CATEGORIES: Final = {c.code: c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, ImgsvcError)}
@@ -146,21 +147,22 @@ class WorkerJob:
         self.usage: Usage | None = None
         self._owner = owner
         owner.opened()
-        self._slots = owner.slots
+        self._taken = contextlib.ExitStack()  # what is given back with the worker
         self._worker: _Worker | None = None
         self._available = 0
 
     async def begin(self) -> None:
         """Take a slot and a worker."""
         began = time.monotonic()
-        self._slots = self._owner.slots
-        await self._slots.acquire(began - self.layer.size / _SPEED)
-        self._owner.queued(time.monotonic() - began)
-        try:
-            self._worker = await self._owner.hire(self.layer.digest, self.order, [self.journal, self.source])
-        except BaseException:
-            self._slots.release()
-            raise
+        slots = self._owner.slots
+        self._owner.began()
+        with contextlib.ExitStack() as taken:
+            taken.callback(self._owner.ended)
+            await slots.acquire(began - self.layer.size / _SPEED)
+            taken.callback(slots.release)
+            self._owner.queued(time.monotonic() - began)
+            self._worker = await self._owner.hire(self.layer.digest, self.order, [self.journal, self.source, self._owner.room])
+            self._taken = taken.pop_all()
         self._worker.advance(self._available)
 
     def advance(self, available: int) -> None:
@@ -209,10 +211,8 @@ class WorkerJob:
     async def _release(self) -> None:
         worker, self._worker = self._worker, None
         if worker is not None:
-            try:
+            with self._taken:
                 await worker.end()
-            finally:
-                self._slots.release()
 
 
 class WorkerUnpacker:
@@ -227,6 +227,8 @@ class WorkerUnpacker:
         """
         self.queued = queued
         self._max_concurrent = 0
+        self._working = 0  # jobs that have a worker or wait for one
+        self.room = os.memfd_create("imgsvc-room", os.MFD_CLOEXEC)  # what workers see of that; they may write it, and mislead one another
         self.configure(max_concurrent, limits)
         environment = {name: value for name, value in os.environ.items() if name == failpoints.ENV}  # and nothing of the daemon's own
         self._server = Companion("imgsvc.snapshot.unpack_worker", transform, environment=environment)
@@ -240,6 +242,7 @@ class WorkerUnpacker:
             self.slots = Slots(max_concurrent)
             self._settling = asyncio.Semaphore(max_concurrent)  # short and last: not queued behind layers waiting for bytes
         self._max_concurrent = max_concurrent
+        self._tell_room()
         self._limits = {"unpacked_bytes": limits.unpacked_bytes, "entries": limits.entries, "ratio": limits.ratio}
 
     async def warm(self) -> None:
@@ -320,6 +323,19 @@ class WorkerUnpacker:
         while not self._open and self._settlers:
             self._settlers.pop().dismiss()
 
+    def began(self) -> None:
+        """A job wants a worker."""
+        self._working += 1
+        self._tell_room()
+
+    def ended(self) -> None:
+        """It has none any more, nor will it."""
+        self._working -= 1
+        self._tell_room()
+
+    def _tell_room(self) -> None:
+        os.pwrite(self.room, b"\1" if min(self._working, self._max_concurrent) < _PROCESSORS else b"\0", 0)
+
     async def _again(self, mounts: Sequence[Mount], job: WorkerJob) -> Usage | None:
         """Unpack the layer once more, in place on its mounted parents."""
         order = {**job.order, "rebase": False, "wipe": True, "mounts": _plain(mounts)}
@@ -337,6 +353,7 @@ class WorkerUnpacker:
             self._settlers.pop().dismiss()
         async with self._lock:
             self._server.stop()
+        os.close(self.room)
 
     async def hire(self, layer: Digest, order: Mapping[str, Any], fds: Sequence[int]) -> _Worker:
         """A fresh worker process with an order. Raises: Unavailable when none can be started, or when it died at once."""

@@ -305,23 +305,37 @@ def test_owners_are_shifted_for_a_user_namespace(snapshotter: Snapshotter, tmp_p
         assert (root / "own").stat().st_uid == 5
 
 
-def test_below_stacks_what_is_not_committed_yet(snapshotter: Snapshotter, tmp_path: Path) -> None:
+def test_a_snapshot_is_shown_on_parents_it_was_not_prepared_with(snapshotter: Snapshotter, tmp_path: Path) -> None:
     keys = [Key(f"k{number}") for number in range(3)]
-    for key in keys:
-        with mounted(snapshotter.prepare(key, None), tmp_path / "m") as root:
+    own = [snapshotter.prepare(key, None) for key in keys]
+    for key, mounts in zip(keys, own, strict=True):
+        with mounted(mounts, tmp_path / "m") as root:
             (root / key).write_text("x")
     if not snapshotter.parallel:
         with pytest.raises(InvalidArgument):
-            snapshotter.mounts(keys[1], below=[keys[0]])
+            snapshotter.stacked(own[1], own[0])
+        snapshotter.commit(N, keys[0])
+        with pytest.raises(InvalidArgument):
+            snapshotter.mounts(keys[1], parent=N)
         return
-    with mounted(snapshotter.mounts(keys[2], below=[keys[1], keys[0]]), tmp_path / "m") as root:
+    both = snapshotter.stacked(own[1], own[0])
+    all_three = snapshotter.stacked(own[2], both)
+    with mounted(all_three, tmp_path / "m") as root:
         assert set(tree(root)) == set(keys)
+        (root / "new").write_text("x")
+    with mounted(both, tmp_path / "m") as root:
+        assert set(tree(root)) == set(keys[:2])
+    with pytest.raises(FailedPrecondition):
+        snapshotter.stacked(both, own[2])
     snapshotter.commit(N, keys[0])
     snapshotter.commit(N2, keys[1], parent=N)
-    with mounted(snapshotter.mounts(keys[2], below=[N2]), tmp_path / "m") as root:
-        assert set(tree(root)) == set(keys)
-    with pytest.raises(InvalidArgument):
-        snapshotter.mounts(keys[2], below=[N, N2])
+    assert snapshotter.mounts(keys[2], parent=N2) == all_three, "committing changes nothing about where files are"
+    with mounted(snapshotter.mounts(keys[2], parent=N2), tmp_path / "m") as root:
+        assert set(tree(root)) == {*keys, "new"}
+    snapshotter.prepare(K, N)
+    with pytest.raises(FailedPrecondition):
+        snapshotter.mounts(K, parent=N2)
+    snapshotter.remove(K)
     with pytest.raises(FailedPrecondition):
         snapshotter.remove(N)
     info = snapshotter.stat(N2)

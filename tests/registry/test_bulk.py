@@ -189,6 +189,21 @@ def test_closing_early_closes_the_connection_and_nothing_else() -> None:
     run(main())
 
 
+@pytest.mark.root
+def test_the_process_cannot_take_memory_away_that_the_daemon_reads() -> None:
+    async def main() -> None:
+        with FakeRegistry() as fake:
+            fake.rule(fake.on("/x", Reply(200, {}, DATA)))
+            async with started() as bulk, await bulk.send("GET", f"{fake.url}/x", [], route=ROUTE, phase="fetch"):
+                here = [entry for entry in Path("/proc/self/map_files").iterdir() if "imgsvc-body" in os.readlink(entry)]
+                assert here
+                for entry in here:
+                    with entry.open("r+b") as memory, pytest.raises(PermissionError):
+                        memory.truncate(0)
+
+    run(main())
+
+
 def connections(pid: int, port: int) -> list[str]:
     """TCP connections of a process to a port that have unread bytes in them, as one whose answer nobody reads any more."""
     lines = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]

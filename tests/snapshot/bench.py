@@ -24,6 +24,11 @@ PLAIN = "application/vnd.oci.image.layer.v1.tar"
 UNLIMITED = Limits(0, 0, 0)
 
 
+def stack(snapshotter: Snapshotter, own: Sequence[Sequence[Mount]]) -> list[Sequence[Mount]]:
+    """Snapshots that were prepared without parents, base first, each as it is on those before it."""
+    return list(itertools.accumulate(own, lambda below, mounts: snapshotter.stacked(mounts, below)))
+
+
 class Bench:
     """Everything below one directory. Calls block; an event loop of its own runs the asynchronous parts."""
 
@@ -89,18 +94,14 @@ class Bench:
 
         async def work() -> tuple[Name, list[Usage | None]]:
             keys = [self.key() for _ in layers]
-            for key in keys:
-                self.overlay.prepare(key, None)
-            applied = (self.apply(blob, self.overlay.mounts(key), rebase=True) for key, blob in zip(keys, layers, strict=True))
+            own = [self.overlay.prepare(key, None) for key in keys]
+            applied = (self.apply(blob, mounts, rebase=True) for mounts, blob in zip(own, layers, strict=True))
             done = []
             for result in await asyncio.gather(*applied, return_exceptions=True):
                 if isinstance(result, BaseException):
                     raise result
                 done.append(result)
-            usages = [
-                await settle(self.overlay.mounts(key, below=keys[:i][::-1]))
-                for i, (key, (_, settle)) in enumerate(zip(keys, done, strict=True))
-            ]
+            usages = [await settle(mounts) for mounts, (_, settle) in zip(stack(self.overlay, own), done, strict=True)]
             parent: Name | None = None
             for key, usage in zip(keys, usages, strict=True):
                 name = Name(f"name-{key}")

@@ -7,6 +7,7 @@ import base64
 import errno
 import gzip
 import hashlib
+import itertools
 import os
 import signal
 import stat
@@ -16,18 +17,21 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from imgsvc.errors import Aborted, DataLoss, ImgsvcError, InvalidArgument
 from imgsvc.oci import MIB, Digest
-from imgsvc.snapshot.inflate import BlobReader
-from imgsvc.snapshot.interfaces import LayerInput, Limits
+from imgsvc.snapshot.inflate import Ahead, BlobReader
+from imgsvc.snapshot.interfaces import LayerInput, Limits, UnpackJob
 from imgsvc.snapshot.laying import OverlayStyle
 from imgsvc.snapshot.tree import Tree
 from tests.decrypt.vectors import Sealed, seal
-from tests.snapshot.bench import Bench
+from tests.snapshot.bench import Bench, stack
 from tests.snapshot.layers import Entry, directory, gz, symlink, tar
 from tests.support.vigil import workers
 from tests.support.waiting import until
@@ -74,6 +78,61 @@ def test_a_layer_is_unpacked_while_it_arrives(bench: Bench, tmp_path: Path, pack
     bench.run(work)
 
 
+def threads(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+def test_a_worker_inflates_ahead_while_a_processor_is_free_for_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imgsvc.snapshot.unpacker._PROCESSORS", 2)
+    data = tar([Entry("f", data=os.urandom(4 * MIB))])
+    blob = gz(data)
+    halves = (2 * MIB, 3 * MIB)
+
+    async def begin(file: IO[bytes]) -> tuple[UnpackJob, int]:
+        """A job that has begun with its file and waits for more of it, and its process."""
+        before = set(workers(os.getpid()))
+        mounts = bench.overlay.prepare(bench.key(), None)
+        job = await bench.unpacker.start(layer_of(blob, file.fileno(), Digest.of(data)), mounts, rebase=True)
+        job.advance(halves[0])
+        await until(lambda: os.path.exists(f"{mounts[0].source}/f"), 5)
+        (pid,) = set(workers(os.getpid())) - before
+        return job, pid
+
+    async def work() -> None:
+        with (tmp := bench.root / "blob").open("w+b") as file:
+            tmp.write_bytes(blob)
+            alone, pid = await begin(file)
+            assert threads(pid) == 2
+            other, second = await begin(file)
+            assert threads(second) == 1
+            alone.advance(halves[1])
+            await until(lambda: threads(pid) == 1, 5)
+            await alone.abort()
+            other.advance(halves[1])
+            await until(lambda: threads(second) == 2, 5)
+            other.advance(len(blob))
+            assert (await other.finish()).diff_id == Digest.of(data)
+            await other.abort()
+
+    bench.run(work)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=9), st.integers(0, 12))
+def test_chunks_come_in_order_whoever_makes_them(room: list[bool], count: int) -> None:
+    chunks = [b"%d" % number for number in range(count)]
+
+    def read(end: list[bytes]) -> Ahead:
+        made, has_room = iter(chunks + end), itertools.cycle(room)
+        return Ahead(lambda: next(made), lambda: next(has_room))
+
+    whole = read([b""] * 5)
+    assert [whole.next_chunk() for _ in range(count + 3)] == [*chunks, b"", b"", b""]
+    broken = read([])
+    assert [broken.next_chunk() for _ in range(count)] == chunks
+    with pytest.raises(StopIteration):
+        broken.next_chunk()
+
+
 def test_a_layer_can_come_through_a_pipe(bench: Bench) -> None:
     blob = gz(PLAIN)
 
@@ -106,33 +165,30 @@ def test_a_piped_layer_that_needs_its_parents_says_so(bench: Bench) -> None:
     base, top = tar([directory("d"), symlink("l", "d")]), gz(tar([Entry("l/f", data=b"x")]))
 
     async def work() -> None:
-        parent = bench.key()
-        _, settle = await bench.apply(base, bench.overlay.prepare(parent, None), rebase=True)
-        await settle(bench.overlay.mounts(parent))
-        key = bench.key()
+        parent, own = (bench.overlay.prepare(bench.key(), None) for _ in range(2))
+        _, settle = await bench.apply(base, parent, rebase=True)
+        await settle(parent)
         reading, writing = os.pipe()
         os.write(writing, top)
         os.close(writing)
-        job = await bench.unpacker.start(
-            layer_of(top, reading, Digest.of(gzip.decompress(top))), bench.overlay.prepare(key, None), rebase=True
-        )
+        job = await bench.unpacker.start(layer_of(top, reading, Digest.of(gzip.decompress(top))), own, rebase=True)
         os.close(reading)
         await job.finish()
         with pytest.raises(Aborted):
-            await bench.unpacker.settle(bench.overlay.mounts(key, below=[parent]), job)
+            await bench.unpacker.settle(bench.overlay.stacked(own, parent), job)
 
     bench.run(work)
 
 
 def test_a_process_that_settles_goes_on_and_is_replaced_when_it_dies(bench: Bench) -> None:
     async def work() -> None:
-        keys = [bench.key() for _ in range(4)]
-        blobs = [tar([Entry(f"implied/{number}")]) for number in range(len(keys))]
-        applied = [await bench.apply(blob, bench.overlay.prepare(key, None), rebase=True) for blob, key in zip(blobs, keys, strict=True)]
+        own = [bench.overlay.prepare(bench.key(), None) for _ in range(4)]
+        blobs = [tar([Entry(f"implied/{number}")]) for number in range(len(own))]
+        applied = [await bench.apply(blob, mounts, rebase=True) for blob, mounts in zip(blobs, own, strict=True)]
         met = []
-        for number, (_, settle) in enumerate(applied):
-            await settle(bench.overlay.mounts(keys[number], below=keys[:number][::-1]))
-            met += [worker for worker in workers(os.getpid()) if number < len(keys) - 1]
+        for number, ((_, settle), mounts) in enumerate(zip(applied, stack(bench.overlay, own), strict=True)):
+            await settle(mounts)
+            met += [worker for worker in workers(os.getpid()) if number < len(own) - 1]
             if number == 1:
                 os.kill(met[0], signal.SIGKILL)
                 await until(lambda pid=met[0]: not os.path.exists(f"/proc/{pid}"), 10)  # type: ignore[misc]
