@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import resource
 import struct
@@ -333,6 +334,17 @@ def keep_freed_memory() -> None:
     if mallopt := getattr(_libc, "mallopt", None):
         for option, value in ((_M_MMAP_THRESHOLD, _KEPT), (_M_TRIM_THRESHOLD, _KEPT), (_M_TOP_PAD, _GROWTH)):
             mallopt(option, value)
+
+
+def fixed_memory(name: str, size: int) -> int:
+    """A memfd of so many bytes, for the caller to close, whose size nobody it is shared with can change.
+
+    Whoever reads a mapping beyond its end dies, and one that grows takes memory nobody counts. Raises: OSError.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
 
 
 def become_subreaper() -> None:

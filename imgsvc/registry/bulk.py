@@ -9,7 +9,6 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
-import fcntl
 import mmap
 import os
 import socket
@@ -18,6 +17,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Final
 
+from imgsvc import kernel
 from imgsvc.children import Companion
 from imgsvc.concurrency import time_limit
 from imgsvc.errors import Unavailable
@@ -39,9 +39,7 @@ class _Job:
         self._phase = phase
         self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
-        self._memory_fd = os.memfd_create("imgsvc-body", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._memory_fd, MEMORY)
-        fcntl.fcntl(self._memory_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # reading where it was cut off would be our death
+        self._memory_fd = kernel.fixed_memory("imgsvc-body", MEMORY)
         self._memory = mmap.mmap(self._memory_fd, MEMORY, prot=mmap.PROT_READ)
 
     def theirs(self) -> list[int]:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from imgsvc import errors, failpoints
+from imgsvc import errors, failpoints, kernel
 from imgsvc.children import Companion
 from imgsvc.concurrency import Slots
 from imgsvc.errors import Cancelled, DataLoss, ImgsvcError, Unavailable
@@ -161,7 +161,7 @@ class WorkerJob:
             await slots.acquire(began - self.layer.size / _SPEED)
             taken.callback(slots.release)
             self._owner.queued(time.monotonic() - began)
-            self._worker = await self._owner.hire(self.layer.digest, self.order, [self.journal, self.source, self._owner.room])
+            self._worker = await self._owner.hire(self.layer.digest, self.order, [self.journal, self.source, self._owner.room.fileno()])
             self._taken = taken.pop_all()
         self._worker.advance(self._available)
 
@@ -228,7 +228,8 @@ class WorkerUnpacker:
         self.queued = queued
         self._max_concurrent = 0
         self._working = 0  # jobs that have a worker or wait for one
-        self.room = os.memfd_create("imgsvc-room", os.MFD_CLOEXEC)  # what workers see of that; they may write it, and mislead one another
+        # What workers see of that; they may write it, and mislead one another. An object, whose closed descriptor is never another file's.
+        self.room = os.fdopen(kernel.fixed_memory("imgsvc-room", 1), "r+b", buffering=0)
         self.configure(max_concurrent, limits)
         environment = {name: value for name, value in os.environ.items() if name == failpoints.ENV}  # and nothing of the daemon's own
         self._server = Companion("imgsvc.snapshot.unpack_worker", transform, environment=environment)
@@ -334,7 +335,8 @@ class WorkerUnpacker:
         self._tell_room()
 
     def _tell_room(self) -> None:
-        os.pwrite(self.room, b"\1" if min(self._working, self._max_concurrent) < _PROCESSORS else b"\0", 0)
+        if not self.room.closed:
+            os.pwrite(self.room.fileno(), b"\1" if min(self._working, self._max_concurrent) < _PROCESSORS else b"\0", 0)
 
     async def _again(self, mounts: Sequence[Mount], job: WorkerJob) -> Usage | None:
         """Unpack the layer once more, in place on its mounted parents."""
@@ -353,7 +355,7 @@ class WorkerUnpacker:
             self._settlers.pop().dismiss()
         async with self._lock:
             self._server.stop()
-        os.close(self.room)
+        self.room.close()
 
     async def hire(self, layer: Digest, order: Mapping[str, Any], fds: Sequence[int]) -> _Worker:
         """A fresh worker process with an order. Raises: Unavailable when none can be started, or when it died at once."""

@@ -190,7 +190,7 @@ def test_closing_early_closes_the_connection_and_nothing_else() -> None:
 
 
 @pytest.mark.root
-def test_the_process_cannot_take_memory_away_that_the_daemon_reads() -> None:
+def test_the_process_cannot_change_how_much_memory_it_shares_with_the_daemon() -> None:
     async def main() -> None:
         with FakeRegistry() as fake:
             fake.rule(fake.on("/x", Reply(200, {}, DATA)))
@@ -198,8 +198,9 @@ def test_the_process_cannot_take_memory_away_that_the_daemon_reads() -> None:
                 here = [entry for entry in Path("/proc/self/map_files").iterdir() if "imgsvc-body" in os.readlink(entry)]
                 assert here
                 for entry in here:
-                    with entry.open("r+b") as memory, pytest.raises(PermissionError):
-                        memory.truncate(0)
+                    for size in (0, 64 * MIB):
+                        with entry.open("r+b") as memory, pytest.raises(PermissionError):
+                            memory.truncate(size)
 
     run(main())
 

@@ -117,6 +117,26 @@ def test_a_worker_inflates_ahead_while_a_processor_is_free_for_it(bench: Bench, 
     bench.run(work)
 
 
+def test_what_ends_after_the_unpacker_touches_no_file_of_others(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+
+    async def work() -> None:
+        with tempfile.TemporaryFile() as empty, (tmp_path / "other").open("wb") as other:
+            layer = LayerInput("x.tar", Digest.of(PLAIN), Digest.of(PLAIN), empty.fileno(), len(PLAIN))
+            late = await bench.unpacker.start(layer, bench.overlay.prepare(bench.key(), None), rebase=True)
+            await bench.unpacker.close()
+            others = [os.dup(other.fileno()) for _ in range(20)]  # of which one has the number that was closed
+            await late.abort()
+            for fd in others:
+                os.close(fd)
+
+    try:
+        bench.run(work)
+        assert (tmp_path / "other").read_bytes() == b""
+    finally:
+        bench.close()
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=9), st.integers(0, 12))
 def test_chunks_come_in_order_whoever_makes_them(room: list[bool], count: int) -> None:
     chunks = [b"%d" % number for number in range(count)]
