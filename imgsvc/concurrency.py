@@ -134,12 +134,12 @@ class SingleFlight(Generic[T]):
     async def _last_left(self, key: str, flight: _Flight[T]) -> None:
         if flight.task.done():
             self._forget(key, flight)
-            await _ended(flight.task)  # at once; it may have failed in the moment its last caller was cancelled
+            await ended(flight.task)  # at once; it may have failed in the moment its last caller was cancelled
         else:
             flight.task.add_done_callback(lambda _: self._forget(key, flight))
             flight.task.cancel()
             # The work gives back what it holds before the last caller's call ends.
-            await _ended(flight.task)
+            await ended(flight.task)
 
     def _forget(self, key: str, flight: _Flight[T]) -> None:
         if self._flights.get(key) is flight:
@@ -192,7 +192,7 @@ class Threads:
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            await _ended(future)
+            await ended(future)
             raise
 
     @asynccontextmanager
@@ -204,7 +204,7 @@ class Threads:
         try:
             held = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            await _ended(opening)
+            await ended(opening)
             if not opening.cancelled() and opening.exception() is None:
                 await to_the_end(self.run(give_back, opening.result()))
             raise
@@ -271,7 +271,7 @@ async def all_of(*work: Coroutine[Any, Any, T]) -> list[T]:
     except BaseException:
         for task in tasks:
             task.cancel()
-        await _ended(asyncio.gather(*tasks, return_exceptions=True))  # also when cancelled again: nothing is left running
+        await ended(asyncio.gather(*tasks, return_exceptions=True))  # also when cancelled again: nothing is left running
         raise
 
 
@@ -284,11 +284,11 @@ async def both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U]) ->
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
     """Run cleaning up to its end, however often the caller is cancelled meanwhile; the cancellation is raised then."""
     task = asyncio.ensure_future(work)
-    await _ended(task)
+    await ended(task)
     return task.result()
 
 
-async def _ended(future: asyncio.Future[Any]) -> None:
+async def ended(future: asyncio.Future[Any]) -> None:
     """Wait for something, however often the caller is cancelled meanwhile; the cancellation is raised then.
 
     The outcome counts as taken, else asyncio logs a failure that nobody is left to take as never retrieved.

@@ -73,7 +73,7 @@ POINTS: Final[dict[str, str]] = {
     "pull.layers": "every layer is committed, the image has no name",
     "layer.prepared": "an active snapshot for a layer exists, nothing is in it",
     "layer.downloaded": "all bytes of a layer arrived, the blob is not committed",
-    "layer.unpacked": "a layer's files are there, the parent is committed",
+    "layer.unpacked": "a layer's files are there, those below it are as they will be",
     "layer.settled": "a layer is as it will be, not on disk",
     "layer.synced": "a layer is on disk, not committed",
     "layer.committed": "a layer is committed",

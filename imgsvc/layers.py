@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from imgsvc.blobs import Blobs, Feed, GrowingBlob
-from imgsvc.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both, to_the_end
+from imgsvc.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both, ended, to_the_end
 from imgsvc.decrypt.interfaces import ChainRun, Decryptor, LayerKey
 from imgsvc.errors import Aborted, DataLoss, FailedPrecondition, ImgsvcError, InvalidArgument, ResourceExhausted
 from imgsvc.failpoints import afailpoint
@@ -191,8 +191,7 @@ class Layers:
 
         Raises: PullFailed, DataLoss, InvalidArgument, ResourceExhausted. Nothing of a failed layer stays but its blob.
         """
-        name = plan.names[position]
-        await self._flights.run(f"{plan.snapshotter.name}/{name}", lambda: self._make(plan, position))
+        await self._flights.run(f"{plan.snapshotter.name}/{plan.names[position]}", lambda: self._make(plan, position))
 
     async def _ensure_and_tell(self, plan: LayerPlan, position: int, state: str) -> None:
         await self._ensure(plan, position)
@@ -218,6 +217,7 @@ class Layers:
                 await afailpoint("layer.committed")
             except BaseException:
                 stage.settled.clear()
+                stage.mounts = ()
                 await to_the_end(self._discard(snapshotter, key))
                 raise
 
@@ -395,13 +395,7 @@ def _layer_input(plan: LayerPlan, position: int, source: int, chain: ChainRun | 
 async def _end(task: asyncio.Future[None]) -> None:
     """Stop a task that may be done already; its error, if any, has been told or no longer matters."""
     task.cancel()
-    await to_the_end(_over(task))  # also when cancelled again: it gives back what it holds before we go on
-
-
-async def _over(task: asyncio.Future[None]) -> None:
-    await asyncio.wait([task])
-    if not task.cancelled():
-        task.exception()
+    await ended(task)  # also when cancelled again: it gives back what it holds before we go on
 
 
 async def _awaited(task: asyncio.Future[None]) -> None:

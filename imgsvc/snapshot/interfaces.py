@@ -37,6 +37,10 @@ class Mount:
     source: str
     options: tuple[str, ...] = ()
 
+    def value(self, option: str) -> str:
+        """What is set as `option=value`; "" for nothing."""
+        return next((o.removeprefix(option + "=") for o in self.options if o.startswith(option + "=")), "")
+
 
 @dataclass(frozen=True, slots=True)
 class IDMapping:

@@ -39,20 +39,15 @@ def in_own_namespace(work: Callable[[], None]) -> None:
     kernel.in_fresh_thread(run)
 
 
-def mapping_option(mount: Mount, kind: str) -> str:
-    """The value of uidmap= or gidmap=, "" without one: `container:host:size`, several joined by ";"."""
-    return next((o.partition("=")[2] for o in mount.options if o.startswith(kind + "=")), "")
-
-
 @contextlib.contextmanager
 def _idmapped(mount: Mount) -> Iterator[Mount]:
     """The mount with its lower directories replaced by idmapped binds of them, for as long as the block runs."""
-    uidmap, gidmap = mapping_option(mount, "uidmap"), mapping_option(mount, "gidmap")
+    uidmap, gidmap = mount.value("uidmap"), mount.value("gidmap")  # `container:host:size`, several joined by ";"
     if not uidmap and not gidmap:
         yield mount
         return
     options = [o for o in mount.options if not o.startswith(("uidmap=", "gidmap=", "lowerdir="))]
-    lowers = next(o for o in mount.options if o.startswith("lowerdir=")).removeprefix("lowerdir=").split(":")
+    lowers = mount.value("lowerdir").split(":")
     with contextlib.ExitStack() as stack:
         namespace = stack.enter_context(user_namespace(uidmap, gidmap))
         base = stack.enter_context(tempfile.TemporaryDirectory(prefix="idmapped-"))

@@ -152,8 +152,7 @@ def _directories(mounts: Sequence[Mount]) -> list[str]:
     (mount,) = mounts
     if mount.type == "bind":
         return [mount.source]
-    values = dict(option.partition("=")[::2] for option in mount.options)
-    return [path for path in (values.get("upperdir"), *values["lowerdir"].split(":")) if path]
+    return [path for path in (mount.value("upperdir"), *mount.value("lowerdir").split(":")) if path]
 
 
 def _rows(rows: Sequence[tuple[int, int, int]]) -> str:

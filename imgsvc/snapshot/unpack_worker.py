@@ -271,9 +271,8 @@ def _target_of(mounts: list[Mount]) -> str:
     for mount in mounts:
         if mount.type == "bind":
             return mount.source
-        for option in mount.options:
-            if option.startswith("upperdir="):
-                return option.removeprefix("upperdir=")
+        if upper := mount.value("upperdir"):
+            return upper
     raise Internal("a snapshot without a writable directory")
 
 
@@ -321,11 +320,11 @@ def _tree(root: int, opened: contextlib.ExitStack) -> Tree:
 def _parents(mounts: list[Mount]) -> int | None:
     """A descriptor of the merged view of all parents of an active overlayfs snapshot, None when it has none."""
     options = [option for mount in mounts for option in mount.options]
-    lowers = [o.removeprefix("lowerdir=") for o in options if o.startswith("lowerdir=")]
+    lowers = next((lowers for mount in mounts if (lowers := mount.value("lowerdir"))), "")
     if not lowers:
         return None
-    if ":" not in lowers[0]:
-        return os.open(lowers[0], _OPEN_DIR)
+    if ":" not in lowers:
+        return os.open(lowers, _OPEN_DIR)
     kept = tuple(o for o in options if not o.startswith(("upperdir=", "workdir=", "volatile")))
     return _mounted([Mount("overlay", "overlay", ("ro", *kept))], os.path.dirname(_target_of(mounts)))
 

@@ -17,7 +17,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from imgsvc import errors, failpoints, kernel
@@ -155,9 +155,8 @@ class WorkerJob:
         """Take a slot and a worker."""
         began = time.monotonic()
         slots = self._owner.slots
-        self._owner.began()
         with contextlib.ExitStack() as taken:
-            taken.callback(self._owner.ended)
+            taken.enter_context(self._owner.one_more())
             await slots.acquire(began - self.layer.size / _SPEED)
             taken.callback(slots.release)
             self._owner.queued(time.monotonic() - began)
@@ -324,15 +323,16 @@ class WorkerUnpacker:
         while not self._open and self._settlers:
             self._settlers.pop().dismiss()
 
-    def began(self) -> None:
-        """A job wants a worker."""
+    @contextlib.contextmanager
+    def one_more(self) -> Iterator[None]:
+        """Count a job, for as long as it waits for a worker or has one."""
         self._working += 1
         self._tell_room()
-
-    def ended(self) -> None:
-        """It has none any more, nor will it."""
-        self._working -= 1
-        self._tell_room()
+        try:
+            yield
+        finally:
+            self._working -= 1
+            self._tell_room()
 
     def _tell_room(self) -> None:
         if not self.room.closed:

@@ -86,14 +86,14 @@ def test_a_worker_inflates_ahead_while_a_processor_is_free_for_it(bench: Bench, 
     monkeypatch.setattr("imgsvc.snapshot.unpacker._PROCESSORS", 2)
     data = tar([Entry("f", data=os.urandom(4 * MIB))])
     blob = gz(data)
-    halves = (2 * MIB, 3 * MIB)
+    parts = (2 * MIB, 3 * MIB)
 
     async def begin(file: IO[bytes]) -> tuple[UnpackJob, int]:
         """A job that has begun with its file and waits for more of it, and its process."""
         before = set(workers(os.getpid()))
         mounts = bench.overlay.prepare(bench.key(), None)
         job = await bench.unpacker.start(layer_of(blob, file.fileno(), Digest.of(data)), mounts, rebase=True)
-        job.advance(halves[0])
+        job.advance(parts[0])
         await until(lambda: os.path.exists(f"{mounts[0].source}/f"), 5)
         (pid,) = set(workers(os.getpid())) - before
         return job, pid
@@ -105,10 +105,10 @@ def test_a_worker_inflates_ahead_while_a_processor_is_free_for_it(bench: Bench, 
             assert threads(pid) == 2
             other, second = await begin(file)
             assert threads(second) == 1
-            alone.advance(halves[1])
+            alone.advance(parts[1])
             await until(lambda: threads(pid) == 1, 5)
             await alone.abort()
-            other.advance(halves[1])
+            other.advance(parts[1])
             await until(lambda: threads(second) == 2, 5)
             other.advance(len(blob))
             assert (await other.finish()).diff_id == Digest.of(data)
