@@ -8,7 +8,8 @@
     events      what happens to images            progress  the live display of a pull
     usage       what may be typed
 
-Exit code 0 done, 1 failed, 2 wrong usage. Heavy imports (gRPC, httpx) happen inside the commands that need them.
+Exit code 0 done, 1 failed, 2 wrong usage. A new command is a row of main.COMMANDS and two functions in the module of its
+group. Only the module of the command that runs is imported, and heavy packages (gRPC, asyncio) only where they are used.
 """
 
 from imgsvc.cli.main import main

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from imgsvc.cli import usage
 from imgsvc.cli.client import Daemon, add_address, connect
@@ -19,21 +19,23 @@ if TYPE_CHECKING:
     from imgsvc.api import imagetools_pb2
 
 
-def add_commands(commands: Any) -> None:
-    """Add this module's commands."""
-    export = commands.add_parser("export", help="write images to a file that imgsvc, Docker, Podman, containerd and skopeo read")
-    export.add_argument("references", nargs="+", metavar="REF", type=usage.image)
-    export.add_argument("-o", "--output", default="-", metavar="FILE", help="file to write; - is standard output")
-    export.set_defaults(run=run_export)
-    load = commands.add_parser("import", help="read images from an OCI layout or a Docker archive")
-    load.add_argument("file", metavar="FILE", help="a tar file, compressed or not, or the directory of a layout; - is standard input")
-    load.add_argument("--name", default=None, metavar="REPOSITORY", type=usage.repository, help="for images the archive does not name")
-    load.add_argument("--platform", default="", type=usage.platform, help="os/architecture[/variant]; default: this node's")
-    load.add_argument("--snapshotter", default="", help="unpack into this snapshotter")
-    load.add_argument("--json", action="store_true")
-    load.set_defaults(run=run_import)
-    for parser in (export, load):
-        add_address(parser)
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc export`."""
+    parser.add_argument("references", nargs="+", metavar="REF", type=usage.image)
+    parser.add_argument("-o", "--output", default="-", metavar="FILE", help="file to write; - is standard output")
+    parser.set_defaults(run=run_export)
+    add_address(parser)
+
+
+def import_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc import`."""
+    parser.add_argument("file", metavar="FILE", help="a tar file, compressed or not, or the directory of a layout; - is standard input")
+    parser.add_argument("--name", default=None, metavar="REPOSITORY", type=usage.repository, help="for images the archive does not name")
+    parser.add_argument("--platform", default="", type=usage.platform, help="os/architecture[/variant]; default: this node's")
+    parser.add_argument("--snapshotter", default="", help="unpack into this snapshotter")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=run_import)
+    add_address(parser)
 
 
 def run_export(arguments: argparse.Namespace) -> int:

@@ -7,14 +7,16 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Final, cast
 
-from imgsvc import errors
+from imgsvc import errors, places
 from imgsvc.cli.usage import WrongUsage
-from imgsvc.config import default_address
 
 if TYPE_CHECKING:
     import grpc
+
+    from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
 
 # Some commands answer only when all work is done; a stuck daemon is noticed by the connection, not by the clock.
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -23,8 +25,14 @@ _NOT_OURS: Final = ("Method not found!", "unknown service imgsvc")  # what gRPC 
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:
-    """The option every client command has."""
-    parser.add_argument("--address", metavar="unix:///…", help="the daemon's socket (default: $IMGSVC_ADDRESS or the usual place)")
+    """The option of every command that talks to the daemon; it may also stand before the command."""
+    parser.add_argument(
+        "--address",
+        metavar="unix:///…",
+        default=argparse.SUPPRESS,  # keeps what stood before the command
+        help="the daemon's socket (default: $IMGSVC_ADDRESS or the usual place)",
+    )
+    parser.set_defaults(takes_address=True)
 
 
 def address(arguments: argparse.Namespace) -> str:
@@ -43,19 +51,36 @@ def address(arguments: argparse.Namespace) -> str:
                     f'{source}: "{errors.printable(text, 120)}" is not a Unix socket', hint="write unix:///path/to/imgsvc.sock"
                 )
             return f"unix://{path}"
-    return default_address()
+    return places.socket_address()
 
 
 class Daemon:
-    """Stubs on one channel; create with `connect`."""
+    """Stubs on one channel, each imported when it is first used; create with `connect`."""
 
     def __init__(self, channel: grpc.Channel, target: str) -> None:
-        from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
-
-        self.images = cri_pb2_grpc.ImageServiceStub(channel)
-        self.admin = admin_pb2_grpc.AdminStub(channel)
-        self.tools = imagetools_pb2_grpc.ImageToolsStub(channel)
+        self._channel = channel
         self._target = target
+
+    @cached_property
+    def images(self) -> cri_pb2_grpc.ImageServiceStub:
+        """CRI's ImageService."""
+        from imgsvc.api import cri_pb2_grpc
+
+        return cri_pb2_grpc.ImageServiceStub(self._channel)
+
+    @cached_property
+    def admin(self) -> admin_pb2_grpc.AdminStub:
+        """What CRI has no call for: pulls with progress, inspection, store care."""
+        from imgsvc.api import admin_pb2_grpc
+
+        return admin_pb2_grpc.AdminStub(self._channel)
+
+    @cached_property
+    def tools(self) -> imagetools_pb2_grpc.ImageToolsStub:
+        """Archives, pre-pulls, events, mounts."""
+        from imgsvc.api import imagetools_pb2_grpc
+
+        return imagetools_pb2_grpc.ImageToolsStub(self._channel)
 
     def error(self, failed: grpc.RpcError) -> RemoteError:
         """What the daemon said; or that it is not ours."""
@@ -80,10 +105,10 @@ def connect(arguments: argparse.Namespace) -> Iterator[Daemon]:
 
     Raises: WrongUsage, Unavailable and PermissionDenied when nobody answers there; RemoteError for what the daemon said.
     """
-    import grpc
-
     target = address(arguments)
     _knock(target)
+    import grpc
+
     limit = 64 * 1024 * 1024
     options = [("grpc.max_receive_message_length", limit), ("grpc.enable_http_proxy", 0)]
     with grpc.insecure_channel(target, options=options) as channel:

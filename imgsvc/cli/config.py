@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from imgsvc import config
 from imgsvc.cli.client import add_address, connect
@@ -16,9 +15,8 @@ from imgsvc.errors import from_os_error
 from imgsvc.fsutil import write_atomic
 
 
-def add_commands(commands: Any) -> None:
-    """Add this module's commands."""
-    parser = commands.add_parser("config", help="the daemon's configuration")
+def config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc config`."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     default = actions.add_parser("default", help="print the embedded defaults")
     default.set_defaults(run=run_default)

@@ -10,12 +10,11 @@ from typing import Any
 from imgsvc.cli.client import add_address, connect
 
 
-def add_commands(commands: Any) -> None:
-    """Add this module's commands."""
-    events = commands.add_parser("events", help="print what happens to images, until interrupted")
-    events.add_argument("--json", action="store_true", help="one JSON object per line")
-    add_address(events)
-    events.set_defaults(run=run_events)
+def events_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc events`."""
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    add_address(parser)
+    parser.set_defaults(run=run_events)
 
 
 def run_events(arguments: argparse.Namespace) -> int:

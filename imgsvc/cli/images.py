@@ -7,55 +7,83 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from imgsvc.cli import usage
 from imgsvc.cli.client import Daemon, add_address, connect
 from imgsvc.cli.output import human_size, plural, print_json, print_table, print_timings, warn
 from imgsvc.cli.progress import PullDisplay
 from imgsvc.errors import ImgsvcError, NotFound
-from imgsvc.reference import Reference
+
+if TYPE_CHECKING:
+    from imgsvc.reference import Reference
 
 T = TypeVar("T")
-Commands = Any  # argparse's subparser collection has no public type
 
 
-def add_commands(commands: Commands) -> None:
-    """Add this module's commands."""
-    pull = commands.add_parser("pull", help="pull and unpack images")
-    pull.add_argument("references", nargs="+", metavar="REF", type=usage.reference)
-    pull.add_argument("--platform", default="", type=usage.platform, help="os/architecture[/variant]; default: this node's")
-    pull.add_argument("--creds", default=("", ""), type=usage.credentials, metavar="USER:PASSWORD", help="credentials for the registry")
-    pull.add_argument("--snapshotter", default="", help="unpack into this snapshotter")
-    pull.add_argument("--timings", action="store_true", help="print seconds by phase")
-    pull.set_defaults(run=run_pull)
-    push = commands.add_parser("push", help="upload an image under one of its names")
-    push.add_argument("reference", metavar="REF", type=usage.reference)
-    push.add_argument("--creds", default=("", ""), type=usage.credentials, metavar="USER:PASSWORD", help="credentials for the registry")
-    push.set_defaults(run=run_push)
-    listing = commands.add_parser("images", help="list images")
-    listing.add_argument("--json", action="store_true")
-    listing.set_defaults(run=run_images)
-    inspect = commands.add_parser("inspect", help="show everything known of an image, as JSON")
-    inspect.add_argument("reference", metavar="REF", type=usage.image)
-    inspect.add_argument("--json", action="store_true", help="the only format; accepted for uniformity")
-    inspect.set_defaults(run=run_inspect)
-    remove = commands.add_parser("rmi", help="remove images")
-    remove.add_argument("references", nargs="+", metavar="REF", type=usage.image, help="a name removes that name, an ID the whole image")
-    remove.set_defaults(run=run_remove)
-    tag = commands.add_parser("tag", help="give an image one more name")
-    tag.add_argument("source", metavar="SRC", type=usage.image)
-    tag.add_argument("target", metavar="DST", type=usage.reference)
-    tag.set_defaults(run=run_tag)
-    mount = commands.add_parser("mount", help="show an image's files, read-only, in an empty directory")
-    mount.add_argument("reference", metavar="REF", type=usage.image)
-    mount.add_argument("directory", metavar="DIR")
-    mount.set_defaults(run=run_mount)
-    unmount = commands.add_parser("unmount", help="end such a mount")
-    unmount.add_argument("directory", metavar="DIR")
-    unmount.set_defaults(run=run_unmount)
-    for parser in (mount, unmount, pull, push, listing, inspect, remove, tag):
-        add_address(parser)
+def pull_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc pull`."""
+    parser.add_argument("references", nargs="+", metavar="REF", type=usage.reference)
+    parser.add_argument("--platform", default="", type=usage.platform, help="os/architecture[/variant]; default: this node's")
+    _add_credentials(parser)
+    parser.add_argument("--snapshotter", default="", help="unpack into this snapshotter")
+    parser.add_argument("--timings", action="store_true", help="print seconds by phase")
+    _to_the_daemon(parser, run_pull)
+
+
+def push_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc push`."""
+    parser.add_argument("reference", metavar="REF", type=usage.reference)
+    _add_credentials(parser)
+    _to_the_daemon(parser, run_push)
+
+
+def images_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc images`."""
+    parser.add_argument("--json", action="store_true")
+    _to_the_daemon(parser, run_images)
+
+
+def inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc inspect`."""
+    parser.add_argument("reference", metavar="REF", type=usage.image)
+    parser.add_argument("--json", action="store_true", help="the only format; accepted for uniformity")
+    _to_the_daemon(parser, run_inspect)
+
+
+def remove_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc rmi`."""
+    parser.add_argument("references", nargs="+", metavar="REF", type=usage.image, help="a name removes that name, an ID the whole image")
+    _to_the_daemon(parser, run_remove)
+
+
+def tag_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc tag`."""
+    parser.add_argument("source", metavar="SRC", type=usage.image)
+    parser.add_argument("target", metavar="DST", type=usage.reference)
+    _to_the_daemon(parser, run_tag)
+
+
+def mount_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc mount`."""
+    parser.add_argument("reference", metavar="REF", type=usage.image)
+    parser.add_argument("directory", metavar="DIR")
+    _to_the_daemon(parser, run_mount)
+
+
+def unmount_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc unmount`."""
+    parser.add_argument("directory", metavar="DIR")
+    _to_the_daemon(parser, run_unmount)
+
+
+def _add_credentials(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--creds", default=("", ""), type=usage.credentials, metavar="USER:PASSWORD", help="credentials for the registry")
+
+
+def _to_the_daemon(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
+    add_address(parser)
+    parser.set_defaults(run=run)
 
 
 def run_pull(arguments: argparse.Namespace) -> int:

@@ -21,20 +21,17 @@ RETRY_PAUSE_S: Final = 2.0  # before the first retry; doubled with every further
 _FINAL: Final = ("INVALID_ARGUMENT", "PERMISSION_DENIED", "UNIMPLEMENTED")  # trying again changes nothing
 
 
-def add_commands(commands: Any) -> None:
-    """Add this module's commands."""
-    prepull = commands.add_parser("prepull", help="have many images here; with --status, how far the daemon's pre-pull files are")
-    prepull.add_argument("references", nargs="*", metavar="REF", type=usage.reference)
-    prepull.add_argument("-f", "--file", type=Path, metavar="FILE", help="a pre-pull file; its images are pulled now, whatever its windows")
-    prepull.add_argument("--concurrent", type=usage.count(1), default=0, metavar="N", help="pulls at a time (default: the file's, else 2)")
-    prepull.add_argument(
-        "--retries", type=usage.count(0), default=2, metavar="N", help="further tries of an image that failed (default: 2)"
-    )
-    prepull.add_argument("--status", action="store_true", help="show the daemon's pre-pull files instead")
-    prepull.add_argument("--now", action="store_true", help="have the daemon try all of its files' images at once")
-    prepull.add_argument("--json", action="store_true")
-    add_address(prepull)
-    prepull.set_defaults(run=run_prepull)
+def prepull_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc prepull`."""
+    parser.add_argument("references", nargs="*", metavar="REF", type=usage.reference)
+    parser.add_argument("-f", "--file", type=Path, metavar="FILE", help="a pre-pull file; its images are pulled now, whatever its windows")
+    parser.add_argument("--concurrent", type=usage.count(1), default=0, metavar="N", help="pulls at a time (default: the file's, else 2)")
+    parser.add_argument("--retries", type=usage.count(0), default=2, metavar="N", help="further tries of an image that failed (default: 2)")
+    parser.add_argument("--status", action="store_true", help="show the daemon's pre-pull files instead")
+    parser.add_argument("--now", action="store_true", help="have the daemon try all of its files' images at once")
+    parser.add_argument("--json", action="store_true")
+    add_address(parser)
+    parser.set_defaults(run=run_prepull)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from pathlib import Path
-from typing import Any
 
 from imgsvc import config
 from imgsvc.cli import usage
 from imgsvc.cli.output import print_json
 
 
-def add_commands(commands: Any) -> None:
-    """Add this module's commands."""
-    parser = commands.add_parser("hosts", help="registries and their mirrors")
+def hosts_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc hosts`."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     explain = actions.add_parser("explain", help="print the endpoints of an image in order, and why; asks nobody")
     explain.add_argument("reference", metavar="REF", type=usage.reference)
@@ -25,7 +22,7 @@ def add_commands(commands: Any) -> None:
     check.add_argument("--creds", type=usage.credentials, metavar="USER:PASSWORD", help="credentials for the registry of REF")
     check.set_defaults(run=run_check)
     for action in (explain, check):
-        action.add_argument("--config", type=Path, metavar="FILE", help="the daemon's configuration file, if not the usual one")
+        usage.add_config(action)
         action.add_argument("--json", action="store_true")
 
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
-from typing import Any
 
 from imgsvc import config, failpoints
+from imgsvc.cli.usage import add_config
 
 
-def add_commands(commands: Any) -> None:
-    """Add this module's commands."""
-    parser = commands.add_parser("serve", help="run the daemon in the foreground")
-    parser.add_argument("--config", type=Path, metavar="FILE", help=f"default: {config.DEFAULT_PATH}, if it is there")
+def serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc serve`."""
+    add_config(parser)
     parser.add_argument("--root", metavar="DIR", help="what must survive a reboot")
     parser.add_argument("--state", metavar="DIR", help="what dies with a reboot")
-    parser.add_argument("--address", metavar="unix:///…", help="where to listen")
+    parser.add_argument("--address", metavar="unix:///…", default=argparse.SUPPRESS, help="where to listen")
     parser.add_argument("--log-level", choices=config.LOG_LEVELS, help="what is said at least; default: that of [debug], else info")
-    parser.set_defaults(run=run_serve)
+    parser.set_defaults(run=run_serve, takes_address=True)
 
 
 def run_serve(arguments: argparse.Namespace) -> int:

@@ -11,21 +11,31 @@ from imgsvc.cli.client import add_address, connect
 from imgsvc.cli.output import human_size, plural, print_json, print_table
 
 
-def add_commands(commands: Any) -> None:
-    """Add this module's commands."""
-    usage = commands.add_parser("df", help="disk use by image, shared and unique bytes")
-    usage.set_defaults(run=run_df)
-    collect = commands.add_parser("gc", help="collect garbage now")
-    collect.add_argument("--explain", action="store_true", help="say why each thing stays or goes, and remove nothing")
-    collect.set_defaults(run=run_gc)
-    check = commands.add_parser("fsck", help="check the store")
-    check.add_argument("--deep", action="store_true", help="read every blob and compare its digest; compare layers with their blobs")
-    check.add_argument("--repair", action="store_true", help="forget what is broken, so that the next pull brings it back")
-    check.add_argument("--root", metavar="DIR", type=Path, help="check the store in DIR, on which no daemon runs, without one")
-    check.set_defaults(run=run_fsck)
-    for parser in (usage, collect, check):
-        parser.add_argument("--json", action="store_true")
-        add_address(parser)
+def df_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc df`."""
+    _add_common(parser)
+    parser.set_defaults(run=run_df)
+
+
+def gc_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc gc`."""
+    parser.add_argument("--explain", action="store_true", help="say why each thing stays or goes, and remove nothing")
+    _add_common(parser)
+    parser.set_defaults(run=run_gc)
+
+
+def fsck_arguments(parser: argparse.ArgumentParser) -> None:
+    """`imgsvc fsck`."""
+    parser.add_argument("--deep", action="store_true", help="read every blob and compare its digest; compare layers with their blobs")
+    parser.add_argument("--repair", action="store_true", help="forget what is broken, so that the next pull brings it back")
+    parser.add_argument("--root", metavar="DIR", type=Path, help="check the store in DIR, on which no daemon runs, without one")
+    _add_common(parser)
+    parser.set_defaults(run=run_fsck)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true")
+    add_address(parser)
 
 
 def run_df(arguments: argparse.Namespace) -> int:

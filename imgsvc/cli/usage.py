@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from imgsvc import places
 from imgsvc.errors import InvalidArgument, printable
-from imgsvc.oci import Platform
-from imgsvc.reference import Reference, may_be_id
+
+if TYPE_CHECKING:
+    from imgsvc.reference import Reference
 
 T = TypeVar("T")
 
@@ -37,7 +40,28 @@ def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
     return read
 
 
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The option of every command that reads the configuration itself; it may also stand before the command."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        default=argparse.SUPPRESS,  # keeps what stood before the command
+        help=f"the daemon's configuration file (default: {places.CONFIG_FILE}, if it is there)",
+    )
+    parser.set_defaults(takes_config=True)
+
+
+# The parsers of names are imported when something is parsed: most commands are asked for without one.
+def _reference(text: str) -> Reference:
+    from imgsvc.reference import Reference
+
+    return Reference.parse(text)
+
+
 def _image(text: str) -> str:
+    from imgsvc.reference import Reference, may_be_id
+
     if not may_be_id(text):
         Reference.parse(text)
     return text
@@ -45,11 +69,15 @@ def _image(text: str) -> str:
 
 def _repository(text: str) -> str:
     """Normalised, and without the tag that nobody typed."""
+    from imgsvc.reference import Reference
+
     reference = Reference.parse(text)
     return str(reference) if reference.digest or text.rpartition("/")[2].count(":") else reference.name
 
 
 def _platform(text: str) -> str:
+    from imgsvc.oci import Platform
+
     return str(Platform.parse(text)) if text else ""  # the default
 
 
@@ -71,7 +99,7 @@ def count(least: int) -> Callable[[str], int]:
     return read
 
 
-reference = _checked(Reference.parse)  # an image's name, normalised
+reference = _checked(_reference)  # an image's name, normalised
 image = _checked(_image)  # a name, or an ID or its beginning, as it was typed
 repository = _checked(_repository)  # a repository, normalised; or a whole name
 platform = _checked(_platform)

@@ -7,19 +7,16 @@
 Order of weight: defaults, the file, its imports (drop-ins, in name order), flags.
 """
 
-from imgsvc.config.reading import Loaded, default_address, directories, load, parse
-from imgsvc.config.schema import DEFAULT_PATH, LOG_LEVELS, VERSION, Config, Stream
+from imgsvc.config.reading import Loaded, load, parse
+from imgsvc.config.schema import LOG_LEVELS, VERSION, Config, Stream
 from imgsvc.config.writing import flatten, table_to_toml, to_json, to_toml
 
 __all__ = [
-    "DEFAULT_PATH",
     "LOG_LEVELS",
     "VERSION",
     "Config",
     "Loaded",
     "Stream",
-    "default_address",
-    "directories",
     "flatten",
     "load",
     "parse",

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from imgsvc import tomlfile
-from imgsvc.config.schema import DEFAULT_PATH, LOG_LEVELS, REFUSED, SNAPSHOTTERS, VERSION, Config, Duration, Raw
+from imgsvc import places, tomlfile
+from imgsvc.config.schema import LOG_LEVELS, REFUSED, SNAPSHOTTERS, VERSION, Config, Duration, Raw
 from imgsvc.errors import InvalidArgument, NotFound, printable
 
 
@@ -33,14 +33,14 @@ def load(path: Path | None, flags: Mapping[str, tuple[str, str]] | None = None) 
     """Read the configuration.
 
     Args:
-        path: the file; None for DEFAULT_PATH, which alone may be absent.
+        path: the file; None for the usual one (places.CONFIG_FILE), which alone may be absent.
         flags: dotted keys set on the command line, with the option's name and the value; they beat the files.
     Raises: InvalidArgument with file:line:column and the way out; NotFound when a named file does not exist.
     """
     values: Raw = {}
     origins: dict[str, str] = {}
     files: list[str] = []
-    source = path or DEFAULT_PATH
+    source = path or Path(places.CONFIG_FILE)
     if path is not None or source.exists():
         document = tomlfile.load(source)
         files.append(str(source))
@@ -58,26 +58,12 @@ def load(path: Path | None, flags: Mapping[str, tuple[str, str]] | None = None) 
         _set(values, key.split("."), text)
         origins[key] = option
     if os.geteuid() != 0:
-        for key, directory in zip(("root", "state"), directories(), strict=True):
+        for key, directory in zip(("root", "state"), places.directories(), strict=True):
             if values.setdefault(key, directory) is directory:
                 origins[key] = "default of a user other than root"
     config = _section(Config, values, (), origins)
     _check(config, origins)
     return Loaded(config, origins, tuple(files))
-
-
-def directories() -> tuple[str, str]:
-    """Root and state where nothing else is said: the machine's for root, the user's own otherwise (XDG base directories)."""
-    if os.geteuid() == 0:
-        return Config().root, Config().state
-    data = f"{os.environ.get('XDG_DATA_HOME') or Path.home() / '.local/share'}/imgsvc"
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return data, f"{runtime}/imgsvc" if runtime else f"{data}/run"
-
-
-def default_address() -> str:
-    """The socket of a daemon that runs on its defaults, as a gRPC target."""
-    return f"unix://{directories()[1]}/imgsvc.sock"
 
 
 def parse(text: str, name: str) -> Loaded:

@@ -6,13 +6,12 @@ Key names are containerd's where the meaning is the same. Source: contract.md ("
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Final
 
+from imgsvc import places
 from imgsvc.oci import GIB, MIB
 
 VERSION: Final = 1
-DEFAULT_PATH: Final = Path("/etc/imgsvc/config.toml")
 SNAPSHOTTERS: Final = ("overlayfs", "native")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 # Sections that people bring along from containerd, and why they are no use here.
@@ -275,8 +274,8 @@ class Config:
     """The whole configuration."""
 
     version: int = VERSION
-    root: str = "/var/lib/imgsvc"
-    state: str = "/run/imgsvc"
+    root: str = places.ROOT
+    state: str = places.STATE
     imports: tuple[str, ...] = ("/etc/imgsvc/config.d/*.toml",)
     grpc: Grpc = field(default_factory=Grpc)
     debug: Debug = field(default_factory=Debug)
@@ -296,4 +295,4 @@ class Config:
     @property
     def address(self) -> str:
         """Where the daemon listens, as a gRPC target."""
-        return self.grpc.address or f"unix://{self.state}/imgsvc.sock"
+        return self.grpc.address or f"unix://{self.state}/{places.SOCKET_NAME}"

@@ -13,7 +13,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from imgsvc.cli.main import main
+from imgsvc.cli.main import COMMANDS, main
+from imgsvc.cli.usage import Parser
 from tests.support.daemon import Daemon
 
 ID = "sha256:" + "a" * 64
@@ -128,3 +129,31 @@ def test_every_listing_has_json_and_stops_quietly_at_a_closed_pipe(make_daemon: 
             env={**os.environ, "IMGSVC_ADDRESS": daemon.address},
         )
         assert (shown.stdout, shown.stderr) in (("{", ""), ("[", "")), command
+
+
+def test_every_command_has_its_arguments() -> None:
+    for name, command in COMMANDS.items():
+        command.fill(Parser(prog=name))
+
+
+def test_options_of_all_commands_may_stand_before_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--address", f"unix://{tmp_path}/given.sock", "images") == 1
+    assert f"{tmp_path}/given.sock: " in capsys.readouterr().err
+    assert run("--address", f"{tmp_path}/before.sock", "images", "--address", f"{tmp_path}/after.sock") == 1
+    assert f"{tmp_path}/after.sock: " in capsys.readouterr().err
+    assert run("--config", f"{tmp_path}/none.toml", "hosts", "explain", "busybox") == 1
+    assert f"{tmp_path}/none.toml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [("--address", "/x.sock", "hosts", "explain", "a"), ("--config", "/x.toml", "images")], ids=" ".join)
+def test_an_option_that_a_command_does_not_have_is_refused_before_it_too(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    assert f"takes no {arguments[0]}" in capsys.readouterr().err
+
+
+def test_a_command_imports_no_more_than_it_needs() -> None:
+    program = "import sys; from imgsvc.cli.main import main; sys.argv[1:] = ['images']; main(); print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert not {"asyncio", "grpc", "imgsvc.config", "imgsvc.oci"} & set(shown.stdout.split())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from imgsvc import config
-from imgsvc.cli.main import build_parser
+from imgsvc.cli.main import main
 
 CRI = 'plugins."io.containerd.grpc.v1.cri"'
 
@@ -16,8 +16,7 @@ def test_the_command_keeps_secrets_private_and_exits_1_on_refusals(tmp_path: Pat
     source, target = tmp_path / "in.toml", tmp_path / "out.toml"
     source.write_text(f'version = 2\n[{CRI}.registry.configs."h".auth]\npassword = "hunter2"\n[grpc]\ntcp_address = "x"\n')
 
-    arguments = build_parser().parse_args(["config", "import", str(source), "--output", str(target)])
-    code = arguments.run(arguments)
+    code = main(["config", "import", str(source), "--output", str(target)])
 
     shown = capsys.readouterr()
     assert code == 1
