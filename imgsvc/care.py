@@ -147,7 +147,7 @@ class StoreCare:
             MetadataChecker(self._metadata),
             ContentChecker(self._content),
             LayerChecker(snapshotters, compare),
-            ImageChecker(images, self._content, snapshotters),
+            ImageChecker(self._images, self._content, snapshotters),
         ]
         work = asyncio.ensure_future(self._threads.run(lambda: fsck(checkers, deep=deep, repair=repair, cancel=cancel)))
         try:

@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 
 from imgsvc.concurrency import CancelToken
 from imgsvc.content.interfaces import Fault, Manager, Provider, Scrubber
+from imgsvc.content.verify import wrong_size
 from imgsvc.errors import Cancelled, FailedPrecondition, ImgsvcError
 from imgsvc.failpoints import failpoint
 from imgsvc.images import Image
@@ -194,25 +195,50 @@ def _parents_first(snapshots: Iterable[SnapshotInfo]) -> Iterator[tuple[Name, Na
         todo += on_top.get(name, [])
 
 
-class ImageChecker:
-    """Images against the blobs and layers they name. Only pulling repairs them."""
+class Images(Protocol):
+    """What checking images needs of their records."""
 
-    def __init__(self, images: Sequence[Image], content: Provider, snapshotters: Sequence[Snapshotter]) -> None:
-        self._images = images
+    unusable: dict[str, str]
+
+    def all(self) -> list[Image]:
+        """Every image."""
+
+    def forget_unusable(self, image_id: str) -> None:
+        """Delete a record that is in `unusable`."""
+
+
+class ImageChecker:
+    """Image records, and the blobs and layers they name. Only pulling repairs an image; a record of none is deleted."""
+
+    def __init__(self, images: Images, content: Provider, snapshotters: Sequence[Snapshotter]) -> None:
+        self._store = images
+        self._images = images.all()
         self._content = content
         self._snapshotters = snapshotters
 
     def check(self, *, deep: bool, repair: bool, cancel: CancelToken) -> Iterator[Finding]:
         """See Checker. Run it after those for content and snapshots, whose repairs it sees."""
+        for image_id, reason in list(self._store.unusable.items()):
+            yield self._unusable(image_id, reason, repair)
         for image in self._images:
             cancel.check()
             name = next(iter(image.names), image.image_id)
             for digest in image.documents:
                 if self._content.info(digest) is None:
                     yield Finding("image", name, f"its document {digest} is not here; pull it again")
+            for descriptor in (image.manifest, *(layer.descriptor for layer in image.layers)):
+                if problem := wrong_size(self._content, descriptor):
+                    yield Finding("image", name, f"{problem}; remove the image, then pull it again")
             for layer in () if image.artifact else image.layers:
                 if layer.snapshot and not any(s.stat(layer.snapshot) for s in self._snapshotters):
                     yield Finding("image", name, f"its layer {layer.snapshot} is not unpacked; pull it again")
+
+    def _unusable(self, image_id: str, reason: str, repair: bool) -> Finding:
+        def mend() -> str:
+            self._store.forget_unusable(image_id)
+            return "forgotten; pull the image again"
+
+        return _mended("image", image_id, f"its record cannot be used ({reason})", mend if repair else None)
 
 
 def fsck(checkers: Iterable[Checker], *, deep: bool, repair: bool, cancel: CancelToken) -> FsckReport:

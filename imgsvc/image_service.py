@@ -6,8 +6,9 @@ Source: CRI v1 api.proto; needs.md B5 for what the kubelet and critest compare.
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Protocol
 
 import grpc.aio
@@ -23,6 +24,8 @@ from imgsvc.registry.dockerconfig import credential_from_cri
 from imgsvc.registry.interfaces import Credential
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+log = logging.getLogger(__name__)
 
 
 class Usage(Protocol):
@@ -73,12 +76,12 @@ class ImageService(cri_pb2_grpc.ImageServiceServicer):
 
     async def ListImages(self, request: cri_pb2.ListImagesRequest, context: Context) -> cri_pb2.ListImagesResponse:
         """One entry per image ID with all its names."""
-        return cri_pb2.ListImagesResponse(images=[self._image(image) for image in self._select(request.filter)])
+        return cri_pb2.ListImagesResponse(images=self._shown(self._select(request.filter)))
 
     async def StreamImages(self, request: cri_pb2.StreamImagesRequest, context: Context) -> AsyncIterator[cri_pb2.StreamImagesResponse]:
         """As ListImages, each image once, then the end."""
-        for image in self._select(request.filter):
-            yield cri_pb2.StreamImagesResponse(images=[self._image(image)])
+        for shown in self._shown(self._select(request.filter)):
+            yield cri_pb2.StreamImagesResponse(images=[shown])
 
     async def ImageStatus(self, request: cri_pb2.ImageStatusRequest, context: Context) -> cri_pb2.ImageStatusResponse:
         """An absent image is OK with no image."""
@@ -112,6 +115,14 @@ class ImageService(cri_pb2_grpc.ImageServiceServicer):
             return self._images.all()
         image = self._images.find(wanted.image.image)
         return [image] if image else []
+
+    def _shown(self, images: list[Image]) -> Iterator[cri_pb2.Image]:
+        """The images as CRI has them. What cannot be shown is left out: the kubelet needs the list more than one entry of it."""
+        for image in images:
+            try:
+                yield self._image(image)
+            except (ValueError, TypeError):
+                log.exception("image %s is left out of a listing; remove it by its ID and pull it again", image.image_id)
 
     def _image(self, image: Image) -> cri_pb2.Image:
         out = cri_pb2.Image(

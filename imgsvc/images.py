@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import asyncio
 import fnmatch
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from imgsvc.concurrency import to_the_end
-from imgsvc.errors import InvalidArgument, NotFound, printable
+from imgsvc.errors import ImgsvcError, InvalidArgument, NotFound, printable
 from imgsvc.failpoints import afailpoint
 from imgsvc.metadb import MetaDB, Record, WriteTxn
-from imgsvc.oci import Descriptor, Digest, ImageConfig, Manifest, config_from_json
+from imgsvc.oci import MAX_DOCUMENT, MAX_INDEX_DEPTH, MAX_SIZE, Descriptor, Digest, ImageConfig, Manifest, config_from_json
 from imgsvc.reference import Reference, is_id, may_be_id
+
+log = logging.getLogger(__name__)
 
 TABLE: Final = "images"
 RECORD_VERSION: Final = 1
@@ -98,8 +101,21 @@ def build_image(
     )
 
 
+def check_image(image: Image) -> None:
+    """Raises: InvalidArgument when CRI's types could not carry the image: one such record would fail every listing of the node."""
+    if not 0 <= image.size <= MAX_SIZE + (MAX_INDEX_DEPTH + 2) * MAX_DOCUMENT:
+        raise InvalidArgument(f"a size of {image.size} bytes is out of range", where=image.image_id)
+    try:
+        "".join((image.config.user, *image.names)).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument("a name or user that is not Unicode text", where=image.image_id) from error
+
+
 class ImageStore:
-    """All images. Lookups are synchronous and cheap; changes are durable when they return."""
+    """All images. Lookups are synchronous and cheap; changes are durable when they return.
+
+    Attributes: unusable: records that no image can be made of, by image ID, each with the reason. They are in no listing; fsck reports them.
+    """
 
     def __init__(self, db: MetaDB, pinned: Iterable[str] = ()) -> None:
         self._db = db
@@ -109,9 +125,22 @@ class ImageStore:
         self._changing = asyncio.Lock()
         self._images: dict[str, Image] = {}
         self._names: dict[str, str] = {}
+        self.unusable: dict[str, str] = {}
         with db.read() as txn:
             for image_id, record in txn.items(TABLE):
-                self._show(image_id, _decode(record))
+                self._load(image_id, record)
+
+    def _load(self, image_id: str, record: Record) -> None:
+        """One bad record costs one image, not the start of the daemon."""
+        try:
+            image = _decode(record)
+            check_image(image)
+        except (ImgsvcError, ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {printable(str(error), 160)}"
+            log.error("the record of image %s cannot be used: %s; pull the image again", image_id, reason)
+            self.unusable[image_id] = reason
+        else:
+            self._show(image_id, image)
 
     def all(self) -> list[Image]:
         """Every image, oldest first."""
@@ -162,11 +191,17 @@ class ImageStore:
         called = (*image.names, image.image_id)
         return any(fnmatch.fnmatchcase(name, pattern) for name in called for patterns in self._pinned.values() for pattern in patterns)
 
+    def forget_unusable(self, image_id: str) -> None:
+        """Delete a record that is in `unusable`. Blocking."""
+        self._db.write(lambda txn: txn.delete(TABLE, image_id))
+        self.unusable.pop(image_id, None)
+
     async def add(self, image: Image, tag: str, repo_digest: str) -> Image:
         """Make a complete image visible under its names; either name may be "". Moves a tag that stood elsewhere.
 
-        Returns: the record as stored, with every name it has now.
+        Returns: the record as stored, with every name it has now. Raises: InvalidArgument for what check_image refuses.
         """
+        check_image(image)
         async with self._changing:
             known = self._images.get(image.image_id, image)
             touched = [
@@ -237,6 +272,7 @@ class ImageStore:
             await afailpoint("image.added")
             for image in reversed(images):
                 self._show(image.image_id, image)
+                self.unusable.pop(image.image_id, None)
             self._tell(change, images[0])
 
         await afailpoint("image.add")

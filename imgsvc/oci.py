@@ -365,10 +365,13 @@ def _manifest(value: Mapping[str, Any], kind: str, where: str) -> Manifest:
     layers = _descriptors(value, "layers", where)
     if "config" not in value:
         raise InvalidArgument("a manifest without config", where=where)
+    config = _descriptor(value["config"], f"{where}: config")
+    if config.size + sum(layer.size for layer in layers) > MAX_SIZE:
+        raise InvalidArgument("the sizes add up to more than any store can hold", where=where)
     subject = value.get("subject")
     return Manifest(
         media_type=kind,
-        config=_descriptor(value["config"], f"{where}: config"),
+        config=config,
         layers=layers,
         annotations=_string_map(value, "annotations", where),
         artifact_type=_member(value, "artifactType", str, where),

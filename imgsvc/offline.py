@@ -16,7 +16,7 @@ from imgsvc.concurrency import CancelToken
 from imgsvc.content.local import LocalStore
 from imgsvc.errors import DataLoss, NotFound, Unimplemented
 from imgsvc.fsck import Checker, ContentChecker, Finding, FsckReport, ImageChecker, LayerChecker, MetadataChecker, fsck, recover
-from imgsvc.images import Image, ImageStore
+from imgsvc.images import ImageStore
 from imgsvc.metadb import MetaDB, set_aside
 from imgsvc.snapshot import native, overlay
 from imgsvc.snapshot.interfaces import CheckedSnapshotter, Name
@@ -55,9 +55,9 @@ def check_offline(root: Path, *, deep: bool, repair: bool) -> FsckReport:
     return FsckReport((*lost, *findings, *report.findings), report.seconds)
 
 
-def _open(root: Path, db: MetaDB, stack: ExitStack) -> tuple[list[Image], LocalStore, list[CheckedSnapshotter], Iterable[Finding]]:
+def _open(root: Path, db: MetaDB, stack: ExitStack) -> tuple[ImageStore, LocalStore, list[CheckedSnapshotter], Iterable[Finding]]:
     """What a daemon would find, after the repair that every daemon's start does."""
-    images = ImageStore(db).all()
+    images = ImageStore(db)
     content = LocalStore(root, db, sync=True)
     findings = recover(content, db.last_end, budget=sys.float_info.max)
     makers = {overlay.NAME: overlay.OverlaySnapshotter, native.NAME: native.NativeSnapshotter}

@@ -24,7 +24,7 @@ from typing import Protocol
 from imgsvc.blobs import Blobs
 from imgsvc.concurrency import SingleFlight, Threads, all_of, to_the_end
 from imgsvc.content.interfaces import Store
-from imgsvc.content.verify import read_verified
+from imgsvc.content.verify import read_verified, wrong_size
 from imgsvc.decrypt.interfaces import Decryptor, LayerKey
 from imgsvc.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
 from imgsvc.failpoints import afailpoint
@@ -175,6 +175,7 @@ class Puller:
             else:
                 await self._layers.ensure_all(plan)
             await afailpoint("pull.layers")
+            await self._threads.run(_check_sizes, self._content, [d for d, _ in documents] + list(manifest.layers), str(request.reference))
             attempts = (*resolved.attempts, *(a for source in plan.sources.values() for a in source.attempts))
             image = build_image(
                 documents[-2][0],
@@ -331,6 +332,13 @@ def _read_small(content: Store, descriptor: Descriptor) -> bytes | None:
         return read_verified(content, descriptor.digest, MAX_DOCUMENT)
     except (DataLoss, NotFound):
         return None
+
+
+def _check_sizes(content: Store, blobs: Sequence[Descriptor], where: str) -> None:
+    """Raises: DataLoss when a descriptor claims another size than its blob has, wherever the blob came from."""
+    for blob in blobs:
+        if problem := wrong_size(content, blob):
+            raise DataLoss(problem, where=where, hint="the manifest is wrong; push the image again")
 
 
 def _store_small(content: Store, descriptor: Descriptor, data: bytes) -> None:

@@ -21,7 +21,7 @@ def node(tmp_path: Path) -> Iterator[Stored]:
 
 
 def check(node: Stored, *, repair: bool = False) -> FsckReport:
-    checkers: list[Checker] = [ContentChecker(node.content), ImageChecker(node.images.all(), node.content, [node.snapshotter])]
+    checkers: list[Checker] = [ContentChecker(node.content), ImageChecker(node.images, node.content, [node.snapshotter])]
     return fsck(checkers, deep=True, repair=repair, cancel=CancelToken())
 
 

@@ -12,7 +12,7 @@ from typing import Final
 from imgsvc.concurrency import CancelToken
 from imgsvc.content.interfaces import Provider
 from imgsvc.errors import DataLoss, ResourceExhausted
-from imgsvc.oci import MIB, Digest
+from imgsvc.oci import MIB, Descriptor, Digest
 
 CHUNK: Final = MIB  # [bytes] per read: large enough for full hashing speed, small enough to stop quickly
 
@@ -67,6 +67,17 @@ def digest_of(fd: int, algorithm: str, cancel: CancelToken | None = None) -> Dig
         if cancel is not None:
             cancel.check()
     return prefix.digest()
+
+
+def wrong_size(store: Provider, descriptor: Descriptor) -> str:
+    """What is wrong when a stored blob has another size than its descriptor says, "" when nothing is or the blob is not here. Blocking.
+
+    A digest alone does not prove the size that a manifest claims, and nothing else looks at it when nothing has to be fetched.
+    """
+    info = store.info(descriptor.digest)
+    if info is None or info.size == descriptor.size:
+        return ""
+    return f"blob {descriptor.digest} has {info.size} bytes, its descriptor says {descriptor.size}"
 
 
 def read_verified(store: Provider, digest: Digest, limit: int) -> bytes:

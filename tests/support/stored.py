@@ -41,7 +41,7 @@ class Stored:
             stored.append(Layer(Descriptor(LAYER_TYPE, blob, len(text) * 100), blob, parent or ""))
         image = Image(
             image_id=config,
-            manifest=Descriptor(OCI_MANIFEST, manifest, 10),
+            manifest=Descriptor(OCI_MANIFEST, manifest, len(f"manifest {name} ") * 100),
             config=ImageConfig(platform=Platform.host(), diff_ids=()),
             layers=tuple(stored),
             documents=(manifest, config),

@@ -1,0 +1,1 @@
+"""One test per fault found in the field, named by its ID."""
