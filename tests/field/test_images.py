@@ -81,7 +81,7 @@ def poisons(seed: random.Random) -> Iterator[BuiltDocument]:
         user = seed.choice(
             ["9" * 5000, "0" * 5000 + "7", "-1", "+1", "1000:" + "9" * 5000, "\udc80", "a\0b", "\u202e", "x" * 70000, ":", "٣"]
         )
-        labels = seed.choice([{"a": None}, {"\ud800": "\udfff"}, {"n" * 70000: ""}, {"": "\0"}])
+        labels: dict[str, Any] = seed.choice([{"a": None}, {"\ud800": "\udfff"}, {"n" * 70000: ""}, {"": "\0"}])
         match seed.randrange(8):
             case 0:
                 yield manifest_of(config_of(config={"Labels": mark}), [entry_of(size=size)])
