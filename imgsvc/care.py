@@ -149,12 +149,10 @@ class StoreCare:
             LayerChecker(snapshotters, compare),
             ImageChecker(self._images, self._content, snapshotters),
         ]
-        work = asyncio.ensure_future(self._threads.run(lambda: fsck(checkers, deep=deep, repair=repair, cancel=cancel)))
         try:
-            return (await asyncio.shield(work)).to_json()
+            report = await self._threads.run_cancellable(cancel, lambda: fsck(checkers, deep=deep, repair=repair, cancel=cancel))
+            return report.to_json()
         finally:
-            cancel.cancel()
-            await asyncio.wait([work])
             self._collector.trigger("checked")  # blobs that were fetched for comparing may be more than the cache may hold
 
     def _differs(

@@ -7,14 +7,13 @@ once, such as a server that is looked after only when it is needed, says so here
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
-from imgsvc.concurrency import to_the_end
+from imgsvc.concurrency import in_thread, to_the_end
 
 # Process IDs. None of them can be given anew before its owner has waited for it. Added and removed by any thread.
 _owed: set[int] = set()
@@ -66,7 +65,7 @@ class Companion:
         ours.setblocking(False)
         try:
             with theirs:
-                self._process = await asyncio.to_thread(self._execute, theirs.fileno())
+                self._process = await in_thread(self._execute, theirs.fileno())
         except OSError:
             ours.close()
             raise

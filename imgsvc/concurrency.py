@@ -1,4 +1,4 @@
-"""Small asyncio tools: one lock per key, one flight per key, places for a few, the hop to a thread, a cancel token for work in threads.
+"""Small asyncio tools: one lock per key, one flight per key, places for a few, the hop to a thread, a cancel token for work in threads, undoing.
 
 A cancelled await does not stop its thread: long work in a thread checks a CancelToken per chunk.
 """
@@ -9,19 +9,24 @@ import asyncio
 import functools
 import heapq
 import itertools
+import logging
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, ParamSpec, Self, TypeVar, cast
+from typing import Any, Final, Generic, ParamSpec, Self, TypeVar, cast
 
-from imgsvc.errors import Cancelled
+from imgsvc.errors import Cancelled, ImgsvcError
 
 T = TypeVar("T")
 U = TypeVar("U")
 P = ParamSpec("P")
+
+log = logging.getLogger(__name__)
+
+_SHARED_THREADS: Final = 32  # most of which wait, for mounts and small files: far more than there are processors
 
 
 class CancelToken:
@@ -188,11 +193,21 @@ class Threads:
         """Run `call` on a thread. When the caller is cancelled the call still ends before this returns, so that
         nothing the caller gives back afterwards (a descriptor, a lock) is still in use.
         """
-        future = asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(call, *args, **kwargs))
+        future = asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(call, *args, **kwargs))  # the one hop
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             await ended(future)
+            raise
+
+    async def run_cancellable(self, cancel: CancelToken, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As run, for long work that looks at `cancel`: a caller that is cancelled asks the work to stop before it waits for it."""
+        work = asyncio.ensure_future(self.run(call, *args, **kwargs))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            cancel.cancel()
+            await ended(work)
             raise
 
     @asynccontextmanager
@@ -213,9 +228,53 @@ class Threads:
         finally:
             await to_the_end(self.run(give_back, held))
 
-    def close(self) -> None:
-        """Wait for running calls and stop."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, *, wait: bool = True) -> None:
+        """Stop. wait: for calls that are running."""
+        self._pool.shutdown(wait=wait, cancel_futures=True)
+
+
+_shared = Threads(_SHARED_THREADS, "shared")  # makes its threads as they are needed
+
+
+async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Threads.run on a pool of the whole process: for short calls that nobody else may hold up, such as mounting or reading a file.
+
+    What may take long (gigabytes, a program that hangs) has a pool of its own. A call never waits for another one of this pool.
+    """
+    return await _shared.run(call, *args, **kwargs)
+
+
+class Undo:
+    """What takes back the steps that succeeded, for an `async with` block: when the block fails or is cancelled, in reverse order.
+    When it ends well, what was done stays.
+
+    Each step runs to its end, however often the caller is cancelled meanwhile. A step that fails does not stop the others and does
+    not replace the error that the block ended with: it is logged, and noted on that error.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[str, Callable[[], Coroutine[Any, Any, object]]]] = []
+        self.failed = False  # whether a step that ran has failed: what it was to undo may still be there
+
+    def push(self, what: str, step: Callable[P, Coroutine[Any, Any, object]], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Owe a step from now on. what: for the log, e.g. "detaching pod 1234 from its network"."""
+        self._steps.append((what, functools.partial(step, *args, **kwargs)))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            await to_the_end(self._run(error))
+
+    async def _run(self, cause: BaseException) -> None:
+        for what, step in reversed(self._steps):
+            try:
+                await step()
+            except Exception as error:  # whatever it is, the others are run, and the first error stays
+                log.error("%s failed, after a failure: %s", what, error, exc_info=not isinstance(error, ImgsvcError))
+                cause.add_note(f"{what} failed, too: {error}")
+                self.failed = True
 
 
 class Shared(Generic[T]):

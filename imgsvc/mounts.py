@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
 
-from imgsvc.concurrency import KeyedLock, Threads
+from imgsvc.concurrency import KeyedLock, Threads, Undo
 from imgsvc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, from_os_error, printable
 from imgsvc.images import ImageStore
 from imgsvc.leases import LeaseManager
@@ -54,16 +53,15 @@ class ImageMounts:
         if image is None:
             raise NotFound(f'image "{printable(reference, 200)}" is not on this node', hint="see `imgsvc images`, or pull it")
         name = _name(target)
-        async with self._locks.hold(name), AsyncExitStack() as undo:
+        async with self._locks.hold(name), Undo() as undo:
             if any(lease.id == name for lease in self._leases.leases()):
                 # A mount that a reboot or an umount(8) ended; what it left is replaced.
                 await self._forget(name)
             node = ("snapshot", f"{self._snapshotter}/{KEY_PREFIX}{name}")
             await self._leases.hold([node], lease_id=name, permanent=True, purpose=f"mount on {target}")
-            undo.push_async_callback(self._forget, name)
+            undo.push(f"forgetting the mount on {target}", self._forget, name)
             mounts = await self._roots.prepare_root(name, image.image_id, snapshotter=self._snapshotter, readonly=True)
             await self._threads.run(self._mount_all, mounts, target)
-            undo.pop_all()
         return image.image_id
 
     async def unmount(self, directory: str) -> None:

@@ -25,7 +25,7 @@ from imgsvc import __version__, decryption, logs, registries
 from imgsvc.admin_service import AdminService
 from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
 from imgsvc.care import ContainerKeeper, StoreCare
-from imgsvc.concurrency import Threads
+from imgsvc.concurrency import Threads, in_thread
 from imgsvc.config import Config, Loaded, to_json
 from imgsvc.content.local import LocalStore
 from imgsvc.decrypt.decryptor import LayerDecryptor
@@ -338,10 +338,10 @@ async def _listen(settings: Config, services: Services) -> grpc.aio.Server:
 async def _reload(services: Services, load: Callable[[], Loaded]) -> None:
     """SIGHUP. A bad file changes nothing; hosts.toml, policy, key and pre-pull files are read as they are needed anyway."""
     try:
-        new = await asyncio.to_thread(load)
+        new = await in_thread(load)
         if services.streams is not None:
             await services.streams.reload_certificate()
         services.reloader.reload(new)
-        await asyncio.to_thread(services.standing.look, services.reloader.loaded)
+        await in_thread(services.standing.look, services.reloader.loaded)
     except ImgsvcError as error:
         log.error("configuration not reloaded: %s", error)

@@ -5,12 +5,28 @@ import gc
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from imgsvc.concurrency import CancelToken, Coalesced, KeyedLock, SingleFlight, Slots, Threads, _TimeLimit, all_of, both, time_limit
+import imgsvc
+from imgsvc.concurrency import (
+    CancelToken,
+    Coalesced,
+    KeyedLock,
+    SingleFlight,
+    Slots,
+    Threads,
+    Undo,
+    _TimeLimit,
+    all_of,
+    both,
+    in_thread,
+    time_limit,
+)
 from imgsvc.errors import Cancelled, NotFound
+from tests.support.waiting import until
 
 
 def test_a_cancel_token_stops_work_on_another_thread() -> None:
@@ -401,3 +417,85 @@ def test_whoever_is_cancelled_while_it_waits_for_the_rest_leaves_nothing_running
         assert parent.cancelled()
 
     asyncio.run(main())
+
+
+def test_undoing_runs_backwards_to_its_end_and_keeps_the_first_error(caplog: pytest.LogCaptureFixture) -> None:
+    done: list[str] = []
+
+    async def step(name: str) -> None:
+        await asyncio.sleep(0.01)
+        done.append(name)
+        if name == "second":
+            raise OSError("cannot")
+
+    async def work(undo: Undo) -> None:
+        async with undo:
+            for name in ("first", "second", "third"):
+                undo.push(name, step, name)
+            raise ValueError("cause")
+
+    async def scenario() -> None:
+        undo = Undo()
+        with pytest.raises(ValueError, match="cause") as caught:
+            await work(undo)
+        assert caught.value.__notes__ == ["second failed, too: cannot"]
+        assert undo.failed
+
+        async with Undo() as fine:
+            fine.push("never", step, "never")
+
+    asyncio.run(scenario())
+    assert done == ["third", "second", "first"]
+    assert "second failed, after a failure: cannot" in caplog.text
+
+
+def test_undoing_goes_on_when_the_caller_is_cancelled_meanwhile() -> None:
+    done: list[str] = []
+
+    async def step(name: str) -> None:
+        done.append(f"{name} begun")
+        await asyncio.sleep(0.01)
+        done.append(name)
+
+    async def work() -> None:
+        async with Undo() as undo:
+            undo.push("first", step, "first")
+            undo.push("second", step, "second")
+            raise ValueError
+
+    async def scenario() -> None:
+        caller = asyncio.ensure_future(work())
+        await until(lambda: done)
+        caller.cancel()
+        await asyncio.wait([caller])
+        assert caller.cancelled()
+
+    asyncio.run(scenario())
+    assert done == ["second begun", "second", "first begun", "first"]
+
+
+def test_long_work_is_asked_to_stop_before_it_is_waited_for() -> None:
+    begun = threading.Event()
+    cancel = CancelToken()
+
+    def work() -> None:
+        begun.set()
+        while True:
+            cancel.check()
+
+    async def scenario() -> None:
+        threads = Threads(1, "test")
+        caller = asyncio.ensure_future(threads.run_cancellable(cancel, work))
+        await in_thread(begun.wait, 10)
+        caller.cancel()
+        await asyncio.wait([caller])
+        assert caller.cancelled()
+        threads.close()
+
+    asyncio.run(scenario())
+
+
+def test_there_is_one_way_from_the_event_loop_to_a_thread() -> None:
+    source = Path(imgsvc.__file__).parent
+    hops = {str(file.relative_to(source)) for file in source.rglob("*.py") if ".run_in_executor(" in file.read_text()}
+    assert hops == {"concurrency.py"}  # ruff's banned-api, which forbids asyncio.to_thread, does not see methods

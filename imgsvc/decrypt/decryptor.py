@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from imgsvc.concurrency import CancelToken, SingleFlight
+from imgsvc.concurrency import CancelToken, SingleFlight, Threads, in_thread
 from imgsvc.decrypt import jwe, keyprovider, pgp, pkcs7, pkcs11
 from imgsvc.decrypt.aesctr import pack_secret
 from imgsvc.decrypt.authorise import Verdicts, chain_fingerprint, key_fingerprint, question
@@ -95,8 +93,8 @@ class LayerDecryptor:
         self._directory = KeyDirectory(settings.keys_path, settings.password_files)
         self._verdicts = Verdicts()
         self._flights: SingleFlight[LayerKey] = SingleFlight()
-        # Of its own: key providers that hang must not use up the loop's default pool.
-        self._pool = ThreadPoolExecutor(_HELPERS, thread_name_prefix="decrypt")
+        # Of its own: key providers that hang must not use up the shared pool.
+        self._threads = Threads(_HELPERS, "decrypt")
 
     def encrypted(self, descriptor: Descriptor) -> bool:
         """See Decryptor."""
@@ -110,7 +108,7 @@ class LayerDecryptor:
         """See Decryptor."""
         chain = self._chain(descriptor)
         if chain.steps:
-            return await asyncio.to_thread(self._processor_key, chain, descriptor)
+            return await in_thread(self._processor_key, chain, descriptor)
         if self._settings.key_model != NODE:
             raise Unimplemented(
                 f'no decoder for "{descriptor.media_type}": decryption is switched off',
@@ -118,7 +116,7 @@ class LayerDecryptor:
                 hint='set [decrypt] key_model = "node", or configure a stream processor for the type',
             )
         asked = question(descriptor)
-        ring, generation = await asyncio.to_thread(self._state)
+        ring, generation = await in_thread(self._state)
         known = self._verdicts.get(asked, generation)
         if known is None:
             known = await self._flights.run(f"{asked} {generation}", lambda: self._unwrap(descriptor, asked, ring, generation))
@@ -140,7 +138,7 @@ class LayerDecryptor:
 
     async def close(self) -> None:
         """See Decryptor."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.close(wait=False)
 
     def _chain(self, descriptor: Descriptor) -> Chain:
         return plan_chain(self._settings.processors, descriptor.media_type)
@@ -155,11 +153,7 @@ class LayerDecryptor:
     async def _unwrap(self, descriptor: Descriptor, asked: str, ring: KeyRing, generation: object) -> LayerKey:
         """One run for all who ask at once. A caller that leaves last cancels it, and the helper programs it started."""
         cancel = CancelToken()
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, self._decide, descriptor, asked, ring, generation, cancel)
-        except asyncio.CancelledError:
-            cancel.cancel()
-            raise
+        return await self._threads.run_cancellable(cancel, self._decide, descriptor, asked, ring, generation, cancel)
 
     def _decide(self, descriptor: Descriptor, asked: str, ring: KeyRing, generation: object, cancel: CancelToken) -> LayerKey:
         settings = self._settings

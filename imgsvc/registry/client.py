@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
-from imgsvc.concurrency import SingleFlight
+from imgsvc.concurrency import SingleFlight, in_thread
 from imgsvc.errors import ResourceExhausted
 from imgsvc.oci import Descriptor
 from imgsvc.reference import Reference
@@ -121,7 +121,7 @@ class RegistryClient:
 
     async def operation(self, reference: Reference, credential: Credential | None) -> Operation:
         """A new session for the reference's repository, with its configuration as the files are now."""
-        config = await asyncio.to_thread(self.directories.lookup, reference.host, reference.repository)
+        config = await in_thread(self.directories.lookup, reference.host, reference.repository)
         session = Session(
             namespace=reference.host,
             repository=reference.repository,

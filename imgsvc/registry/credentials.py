@@ -12,7 +12,6 @@ plugins' answers are kept for as long as they say. Whatever is found is bound to
 
 from __future__ import annotations
 
-import asyncio
 import os
 import stat
 import time
@@ -20,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from imgsvc.concurrency import SingleFlight
+from imgsvc.concurrency import SingleFlight, in_thread
 from imgsvc.errors import ImgsvcError, InvalidArgument, NotFound, PermissionDenied, Unavailable, from_os_error
 from imgsvc.registry.dockerconfig import MAX_FILE, DockerConfig, entry_for, helper_for, parse_docker_config
 from imgsvc.registry.endpoint import CredentialSource
@@ -82,14 +81,14 @@ class NodeCredentials:
 
     async def find(self, registry: str, repository: str, *, directories: Sequence[str], renew: bool = False) -> Credential | None:
         """As CredentialSource.find. Raises: what is wrong with the first place that should have one."""
-        for located in await asyncio.to_thread(lambda: list(self.locate(registry, repository, directories, renew))):
+        for located in await in_thread(lambda: list(self.locate(registry, repository, directories, renew))):
             if found := await located.get():
                 return replace(found, host=registry)
         return None
 
     async def named(self, name: str, directories: Sequence[str]) -> Credential:
         """As CredentialSource.named."""
-        return await asyncio.to_thread(named_credential, name, directories)
+        return await in_thread(named_credential, name, directories)
 
     def locate(self, registry: str, repository: str, directories: Sequence[str], renew: bool = False) -> Iterator[Located]:
         """Every place that knows the registry, in order; files are read, programs are not run. Blocking."""

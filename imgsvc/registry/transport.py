@@ -11,7 +11,6 @@ that a stream was given up, so what shares a connection could not be closed earl
 
 from __future__ import annotations
 
-import asyncio
 import os
 import ssl
 import time
@@ -22,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 import httpcore
 from h2.exceptions import H2Error
 
-from imgsvc.concurrency import time_limit
+from imgsvc.concurrency import in_thread, time_limit
 from imgsvc.errors import printable
 from imgsvc.registry.exchange import Body, Chunk, Headers, RequestFailed, Response, Route, Timeouts, log_exchange
 from imgsvc.registry.hosts import Tls
@@ -176,7 +175,7 @@ class Transport:
         key = (route.tls, _stamps(route.tls), is_h2)
         if key not in self._contexts:
             # Reading the system's CAs takes tens of milliseconds.
-            self._contexts[key] = await asyncio.to_thread(context_for, route.tls)
+            self._contexts[key] = await in_thread(context_for, route.tls)
         return self._contexts[key]
 
 

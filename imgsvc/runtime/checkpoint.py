@@ -18,7 +18,6 @@ Source: KEP-2008; checkpointctl's metadata (names of files and keys); criu(8).
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import os
@@ -30,6 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from imgsvc.concurrency import in_thread
 from imgsvc.errors import AlreadyExists, InvalidArgument, NotFound
 from imgsvc.fsutil import private_dir, sync_dir
 from imgsvc.runtime.core import Core, os_errors
@@ -56,7 +56,7 @@ async def checkpoint(core: Core, container_id: str, location: str, timeout_s: fl
                 await core.handler(record.handler).checkpoint(
                     full_id, scratch / "checkpoint", scratch / "work", timeout_s or DEFAULT_TIMEOUT_S
                 )
-                await asyncio.to_thread(_write_archive, Path(location), scratch, core.paths.bundle(full_id), _describe(record))
+                await in_thread(_write_archive, Path(location), scratch, core.paths.bundle(full_id), _describe(record))
 
 
 def _check_location(location: str) -> None:

@@ -15,12 +15,11 @@ import os
 import shutil
 import signal
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from imgsvc.concurrency import time_limit
+from imgsvc.concurrency import Undo, in_thread, time_limit
 from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, printable
 from imgsvc.failpoints import afailpoint
 from imgsvc.runtime import cgroups, spec, validate
@@ -78,10 +77,9 @@ class Containers:
         core.records.reserve(container_name(sandbox.id, config), record.id)
         try:
             with os_errors("making a container"):
-                async with AsyncExitStack() as undo, core.locks.hold(record.id):
+                async with core.locks.hold(record.id), Undo() as undo:
                     made = await self._make(record, sandbox, image, undo)
                     self._require_open(core.records.sandbox(sandbox.id))
-                    undo.pop_all()
         finally:
             if record.id not in core.records.containers:
                 core.records.release(container_name(sandbox.id, config), record.id)
@@ -114,13 +112,13 @@ class Containers:
             resources=config.linux.resources,
         )
 
-    async def _make(self, record: ContainerRecord, sandbox: SandboxRecord, image: RunnableImage, undo: AsyncExitStack) -> ContainerRecord:
+    async def _make(self, record: ContainerRecord, sandbox: SandboxRecord, image: RunnableImage, undo: Undo) -> ContainerRecord:
         core = self._core
         handler = core.handler(record.handler)
-        undo.push_async_callback(core.records.drop_container, record)
+        undo.push(f"forgetting container {record.id}", self._forget, record)
         written = core.records.put_container(record)
         await afailpoint("container.recorded")
-        undo.push_async_callback(self._release, record)
+        undo.push(f"removing the files of container {record.id}", self._release, record)
         core.paths.bundle(record.id).mkdir(mode=0o711)
         mounts = await core.images.prepare_root(
             record.id,
@@ -131,7 +129,7 @@ class Containers:
         await afailpoint("container.root")
         built = await self._build(record, sandbox, image, mounts)
         await afailpoint("container.bundle")
-        undo.push_async_callback(handler.delete, record.id)
+        undo.push(f"deleting container {record.id}", handler.delete, record.id)
         config = record.config
         pid = await handler.create(
             NewTask(
@@ -156,7 +154,7 @@ class Containers:
         self, record: ContainerRecord, sandbox: SandboxRecord, image: RunnableImage, mounts: Sequence[RootMount]
     ) -> BuiltContainer:
         volumes = await self._builder.image_roots(record)
-        return await asyncio.to_thread(self._build_blocking, record, sandbox, image, mounts, volumes)
+        return await in_thread(self._build_blocking, record, sandbox, image, mounts, volumes)
 
     def _build_blocking(
         self,
@@ -331,15 +329,19 @@ class Containers:
         await afailpoint("container.deleted")
         await self._release(record)
         await afailpoint("container.released")
+        await self._forget(record)
+
+    async def _forget(self, record: ContainerRecord) -> None:
+        """Stop watching, and drop the record."""
         if (watcher := self._watchers.pop(record.id, None)) is not None:
             watcher.cancel()
             await asyncio.wait([watcher])
         self._ended.pop(record.id, None)
         self._signalled.discard(record.id)
-        await core.records.drop_container(record)
+        await self._core.records.drop_container(record)
 
     async def _release(self, record: ContainerRecord) -> None:
-        await asyncio.to_thread(self._release_blocking, record.id)
+        await in_thread(self._release_blocking, record.id)
         for number, mount in enumerate(record.config.mounts):
             if mount.image and mount.image.image:
                 await self._core.images.remove_root(volume_key(record.id, number))

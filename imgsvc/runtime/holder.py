@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from imgsvc.concurrency import in_thread
 from imgsvc.errors import ImgsvcError, Unimplemented
 from imgsvc.runtime import cgroups, spec
 from imgsvc.runtime.core import Core
@@ -86,7 +87,7 @@ class Holders:
         if bundle.exists():
             if record.handler in self._core.handlers and not self._pods(record):  # it may have left the configuration
                 await self._core.handler(record.handler).delete(record.id)
-            await asyncio.to_thread(remove_bundle, bundle)
+            await in_thread(remove_bundle, bundle)
 
     def _pods(self, record: SandboxRecord) -> PodRuntime | None:
         """What makes, or has made, the pod, when its shim does."""
@@ -124,7 +125,7 @@ class Holders:
     async def _start_pause(self, record: SandboxRecord) -> int:
         core = self._core
         bundle = core.paths.bundle(record.id)
-        await asyncio.to_thread(self._write_pause_bundle, record, bundle)
+        await in_thread(self._write_pause_bundle, record, bundle)
         return await core.handler(record.handler).start_pause(record.id, bundle)
 
     def _write_pause_bundle(self, record: SandboxRecord, bundle: Path) -> None:

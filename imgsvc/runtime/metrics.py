@@ -5,7 +5,6 @@ The descriptors are static: the kubelet reads them once. Every metric carries BA
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from imgsvc.api import cri_pb2 as pb
+from imgsvc.concurrency import in_thread
 from imgsvc.runtime import cgroups, usage
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.exits import now_ns
@@ -204,7 +204,7 @@ class Metrics:
 
     async def sandboxes(self, records: Sequence[SandboxRecord]) -> list[pb.PodSandboxMetrics]:
         """Metrics of pods with all their running containers."""
-        return await asyncio.to_thread(lambda: [self._sandbox(record) for record in records])
+        return await in_thread(lambda: [self._sandbox(record) for record in records])
 
     def _sandbox(self, record: SandboxRecord) -> pb.PodSandboxMetrics:
         m = record.config.metadata

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.concurrency import time_limit
+from imgsvc.concurrency import in_thread, time_limit, to_the_end
 from imgsvc.errors import DeadlineExceeded, FailedPrecondition, NotFound, from_os_error, printable
 from imgsvc.runtime.exits import UNKNOWN_EXIT, now_ns, process_gone, read_exit_file, settle, start_time
 from imgsvc.runtime.interfaces import Exit, NewTask
-from imgsvc.runtime.process import SAFE_PATH
+from imgsvc.runtime.process import SAFE_PATH, kill_group
 from imgsvc.runtime.reaper import Reaper
 
 CREATE_TIMEOUT_S: Final = 120.0
@@ -60,11 +60,14 @@ class Conmon:
         self._reaper = reaper
 
     async def create(self, task: NewTask, runtime: str, runtime_args: Sequence[str], flags: Sequence[str]) -> int:
-        """Have conmon run `RUNTIME ARGS create`; the pid of the container's init.
+        """Have conmon run `RUNTIME ARGS create`; the pid of the container's init. When the caller is cancelled, this ends after the
+        runtime has: what it makes can be deleted then.
 
         Raises: FailedPrecondition with the runtime's complaint, NotFound (no conmon), DeadlineExceeded.
         """
-        argv = [self._program, *self._arguments(task, runtime, runtime_args), *flags]
+        return await to_the_end(self._create(task, [self._program, *self._arguments(task, runtime, runtime_args), *flags]))
+
+    async def _create(self, task: NewTask, argv: Sequence[str]) -> int:
         sync_read, sync_write = os.pipe2(os.O_CLOEXEC)
         start_read, start_write = os.pipe2(os.O_CLOEXEC)
         environment = {"PATH": os.environ.get("PATH", SAFE_PATH), "_OCI_SYNCPIPE": str(sync_write), "_OCI_STARTPIPE": str(start_read)}
@@ -77,17 +80,26 @@ class Conmon:
             os.write(start_write, b"\0")
             os.close(start_write)
             start_write = -1
-            async with time_limit(CREATE_TIMEOUT_S):
-                await launcher.wait()
-                answer = await _read_line(sync_read)
-            self._reaper.adopt(self.pid(task.container_id))
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"container {task.container_id} was not created within {CREATE_TIMEOUT_S:g} s") from error
+            answer = await self._answer(task.container_id, launcher, sync_read)
         finally:
             os.close(sync_read)
             if start_write >= 0:
                 os.close(start_write)
         return _created_pid(answer)
+
+    async def _answer(self, container_id: str, launcher: asyncio.subprocess.Process, sync_read: int) -> bytes:
+        """What conmon says of the runtime's create. Raises: DeadlineExceeded; both are killed then."""
+        try:
+            async with time_limit(CREATE_TIMEOUT_S):
+                await launcher.wait()
+                return await _read_line(sync_read)
+        except TimeoutError as error:
+            for pid in {self.pid(container_id), launcher.pid if launcher.returncode is None else 0} - {0}:
+                kill_group(pid)
+            await launcher.wait()
+            raise DeadlineExceeded(f"container {container_id} was not created within {CREATE_TIMEOUT_S:g} s") from error
+        finally:
+            self._reaper.adopt(self.pid(container_id))
 
     def _arguments(self, task: NewTask, runtime: str, runtime_args: Sequence[str]) -> list[str]:
         bundle = task.bundle
@@ -142,7 +154,7 @@ class Conmon:
 
         Raises: FailedPrecondition (no conmon), DeadlineExceeded.
         """
-        await asyncio.to_thread(self._control, container_id, "2 0 0\n")
+        await in_thread(self._control, container_id, "2 0 0\n")
         waited = 0.0
         while not os.path.lexists(log_path):
             if waited > _REOPEN_WAIT_S:

@@ -62,17 +62,13 @@ class NamespacePlan:
 def pin(directory: Path, plan: NamespacePlan) -> None:
     """Make the namespaces of a pod and bind each to directory/KIND. Blocking, about 1 ms (40 ms with a user namespace).
 
-    On failure nothing stays mounted. Raises: FailedPrecondition (a sysctl or a mapping was refused), OSError.
+    After a failure unpin() is owed, too. Raises: FailedPrecondition (a sysctl or a mapping was refused), OSError.
     """
     directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-    try:
-        if plan.user is None:
-            kernel.in_fresh_thread(lambda: _pin_thread(directory, plan))
-        else:
-            _pin_child(directory, plan, plan.user)
-    except BaseException:
-        unpin(directory)
-        raise
+    if plan.user is None:
+        kernel.in_fresh_thread(lambda: _pin_thread(directory, plan))
+    else:
+        _pin_child(directory, plan, plan.user)
 
 
 def unpin(directory: Path) -> None:

@@ -5,7 +5,6 @@ The configuration directory is looked at again whenever somebody asks (a few sta
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from imgsvc.concurrency import all_of
 from imgsvc.errors import ImgsvcError, InvalidArgument, printable
 from imgsvc.fsutil import write_atomic
 from imgsvc.runtime.cni import CNI, Attachment, NetworkList, config_files, load_networks, parse_network, pod_addresses
@@ -81,8 +81,11 @@ class PodNetwork:
         attachments = [
             Attachment(sandbox_id, netns, f"eth{number}", pod_args(sandbox_id, config), capabilities) for number in range(len(networks))
         ]
-        calls = [self._cni.add(network, attachment) for network, attachment in zip(networks, attachments, strict=True)]
-        results = [await call for call in calls] if self._settings.setup_serially or len(calls) == 1 else list(await asyncio.gather(*calls))
+        pairs = list(zip(networks, attachments, strict=True))
+        if self._settings.setup_serially:
+            results = [await self._cni.add(network, attachment) for network, attachment in pairs]
+        else:
+            results = await all_of(*(self._cni.add(network, attachment) for network, attachment in pairs))
         return tuple(ip for result in results for ip in pod_addresses(result, self._settings.ip_pref))
 
     def _loopback(self) -> tuple[NetworkList, ...]:

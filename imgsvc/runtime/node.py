@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -11,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from imgsvc.concurrency import KeyedLock
+from imgsvc.concurrency import KeyedLock, in_thread
 from imgsvc.fsutil import private_dir
 from imgsvc.metadb import MetaDB
 from imgsvc.runtime import host
@@ -59,7 +58,7 @@ class RuntimeNode:
         reaper = Reaper()
         reaper.start()
         paths = Paths(settings.state_dir, settings.root_dir)
-        await asyncio.to_thread(_make_directories, paths)
+        await in_thread(_make_directories, paths)
         records = Records(database)
         records.load()
         records.catch_up(paths.state / "sandboxes", paths.bundles)
@@ -109,7 +108,7 @@ class RuntimeNode:
 
     async def update_pod_cidr(self, pod_cidr: str) -> None:
         """See NetworkPlugin."""
-        await asyncio.to_thread(self.core.network.update_pod_cidr, pod_cidr)
+        await in_thread(self.core.network.update_pod_cidr, pod_cidr)
 
     def pod_netns(self, sandbox_id: str) -> Path | None:
         """The pinned network namespace of a ready pod; None for the host's. Raises: NotFound, FailedPrecondition."""

@@ -12,15 +12,16 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
-from imgsvc.errors import FailedPrecondition, ImgsvcError, NotFound
+from imgsvc.concurrency import Undo, in_thread, time_limit, to_the_end
+from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound
 from imgsvc.fsutil import private_dir
 from imgsvc.runtime.criu import dump_failed, require_criu
 from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask, OCIRuntime
-from imgsvc.runtime.monitor import Conmon, MonitorPaths, runtime_message
+from imgsvc.runtime.monitor import CREATE_TIMEOUT_S, Conmon, MonitorPaths, runtime_message
 from imgsvc.runtime.pause import write_pause
-from imgsvc.runtime.process import Finished, run
+from imgsvc.runtime.process import Finished, kill_group, run
 from imgsvc.runtime.reaper import Reaper
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
 from imgsvc.runtime.streaming.attach_target import AttachTarget
@@ -107,12 +108,12 @@ class OCICommand:
                 )
 
     async def _detached(self, argv: Sequence[str]) -> Finished:
-        """Run a command whose child keeps its standard streams: they must be files, or we would wait for the child."""
+        """Run a command whose child keeps its standard streams: they must be files, or we would wait for the child.
+
+        Also when the caller is cancelled, it has ended on return: what it makes can be deleted then. Raises: DeadlineExceeded.
+        """
         with tempfile.TemporaryFile(dir=self._settings.state_dir) as errors:
-            process = await asyncio.create_subprocess_exec(
-                *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=errors, start_new_session=True
-            )
-            status = await process.wait()
+            status = await to_the_end(_to_its_end(argv, errors))
             errors.seek(0)
             return Finished(status, b"", errors.read(65536))
 
@@ -145,12 +146,9 @@ class OCICommand:
         if os.path.basename(self._program) == "runc":
             # Or its warnings land on the container's standard error, and so in its log; errors reach the monitor as well.
             arguments.append(f"--log={task.bundle / 'runtime.log'}")
-        try:
+        async with Undo() as undo:
+            undo.push(f"deleting container {task.container_id}", self.delete, task.container_id)
             return await self._monitor.create(task, self._program, arguments, flags)
-        except BaseException:
-            with contextlib.suppress(ImgsvcError):
-                await self.delete(task.container_id)
-            raise
 
     async def start_pause(self, sandbox_id: str, bundle: Path) -> int:
         """See OCIRuntime. Without a monitor: it has no streams, no log, and its end is noticed by its pid."""
@@ -204,13 +202,12 @@ class OCICommand:
         # What would be refused otherwise may stay as it is, for the container goes on.
         allowed = ["--leave-running", "--tcp-established", "--ext-unix-sk", "--file-locks"]
         argv = self._argv("checkpoint", *allowed, "--image-path", str(images), "--work-path", str(work), container_id)
-        try:
+        async with Undo() as undo:
+            # A dump that was killed leaves the container frozen.
+            undo.push(f"letting container {container_id} go on", run, self._argv("resume", container_id))
             done = await run(argv, timeout_s=timeout_s)
             if done.status:
                 raise dump_failed(self._program, work / "dump.log", runtime_message(done.stderr.decode(errors="replace")))
-        except BaseException:
-            await run(self._argv("resume", container_id))  # a dump that was killed leaves the container frozen
-            raise
 
     async def reopen_log(self, container_id: str, log_path: str) -> None:
         """See OCIRuntime."""
@@ -245,12 +242,24 @@ class OCICommand:
         return ExecResult(result.stdout, result.stderr, result.exit_code)
 
 
+async def _to_its_end(argv: Sequence[str], errors: IO[bytes]) -> int:
+    nowhere = asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(*argv, stdin=nowhere, stdout=nowhere, stderr=errors, start_new_session=True)
+    try:
+        async with time_limit(CREATE_TIMEOUT_S):
+            return await process.wait()
+    except TimeoutError as error:
+        kill_group(process.pid)
+        await process.wait()
+        raise DeadlineExceeded(f"{os.path.basename(argv[0])} did not end within {CREATE_TIMEOUT_S:g} s and was killed") from error
+
+
 async def sweep_self_tests(state: Path) -> None:
     """Remove what self-tests left that were going on when the daemon was killed: a container each."""
-    for bundle in await asyncio.to_thread(lambda: list(state.glob(f"{_SELF_TEST}*"))):
+    for bundle in await in_thread(lambda: list(state.glob(f"{_SELF_TEST}*"))):
         with contextlib.suppress(OSError, ImgsvcError):  # killed before it had begun
             await _end_self_test((bundle / "program").read_text(), bundle)
-        await asyncio.to_thread(shutil.rmtree, bundle, ignore_errors=True)
+        await in_thread(shutil.rmtree, bundle, ignore_errors=True)
 
 
 async def _end_self_test(program: str, bundle: Path) -> None:

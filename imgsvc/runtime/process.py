@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from imgsvc.concurrency import time_limit
+from imgsvc.concurrency import ended, time_limit, to_the_end
 from imgsvc.errors import DeadlineExceeded, NotFound, from_os_error, printable
 from imgsvc.oci import MIB
 
@@ -59,27 +59,49 @@ async def run(
         raise DeadlineExceeded(f"{os.path.basename(argv[0])} did not end within {timeout_s:g} s and was killed") from error
     finally:
         if process.returncode is None:
-            kill_group(process.pid)
-            await process.wait()
+            await to_the_end(_kill(process))
     return Finished(status, stdout, stderr)
 
 
 async def spawn(argv: Sequence[str], *, env: Mapping[str, str] | None, cwd: Path | None) -> asyncio.subprocess.Process:
-    """Start a program with three pipes in a process group of its own. Raises: NotFound, ImgsvcError."""
+    """Start a program with three pipes in a process group of its own, which has ended on return when the caller is cancelled.
+
+    Raises: NotFound, ImgsvcError.
+    """
+    start = asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=dict(env) if env is not None else {"PATH": os.environ.get("PATH", SAFE_PATH)},
+        cwd=cwd,
+        start_new_session=True,
+    )
     try:
-        return await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=dict(env) if env is not None else {"PATH": os.environ.get("PATH", SAFE_PATH)},
-            cwd=cwd,
-            start_new_session=True,
-        )
+        return await started_whole(start)
     except FileNotFoundError as error:
         raise NotFound(f"no program {argv[0]}", hint="install it, or correct its path in the configuration") from error
     except OSError as error:
         raise from_os_error(error, "starting a program", where=argv[0]) from error
+
+
+async def started_whole(start: Coroutine[Any, Any, asyncio.subprocess.Process]) -> asyncio.subprocess.Process:
+    """Await the start of a program. When the caller is cancelled in that moment, its whole process group is killed and waited for;
+    asyncio itself would kill the one process it started, and leave those that this one has started already.
+    """
+    starting = asyncio.ensure_future(start)
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await ended(starting)
+        if not starting.cancelled() and starting.exception() is None:
+            await to_the_end(_kill(starting.result()))
+        raise
+
+
+async def _kill(process: asyncio.subprocess.Process) -> None:
+    kill_group(process.pid)
+    await process.wait()
 
 
 def kill_group(pid: int) -> None:

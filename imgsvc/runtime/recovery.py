@@ -9,10 +9,10 @@ nothing in STATE exists any more: containers are finished with an unknown code, 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from dataclasses import replace
 
+from imgsvc.concurrency import in_thread
 from imgsvc.errors import ImgsvcError
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core
@@ -34,7 +34,7 @@ async def recover(core: Core, sandboxes: Sandboxes, containers: Containers) -> N
         await _tolerate(_container(core, containers, container), f"container {container.id}")
     for sandbox in list(core.records.sandboxes.values()):
         await _tolerate(_sandbox(core, sandboxes, sandbox), f"pod sandbox {sandbox.id}")
-    await asyncio.to_thread(_sweep_directories, core)
+    await in_thread(_sweep_directories, core)
     attached = {s.id for s in core.records.sandboxes.values() if s.network and not s.stopped_at}
     await _tolerate(core.network.collect(attached), "the network")
 

@@ -1,20 +1,19 @@
 """The life of a pod sandbox.
 
-Run: record, namespaces, files, network, what else holds it (holder.py), done. Each step that has
-succeeded leaves its undoing on a stack; a failure or a caller that leaves runs the stack backwards.
+Run: record, namespaces, files, network, what else holds it (holder.py), done. What each step needs
+to be undone is owed from before it begins; a failure or a caller that leaves pays, backwards.
 Stop and remove go on where an earlier, interrupted one ended; both may be repeated, and are, by recovery.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import shutil
-from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from imgsvc import kernel
+from imgsvc.concurrency import Undo, in_thread
 from imgsvc.errors import FailedPrecondition, ImgsvcError
 from imgsvc.failpoints import afailpoint
 from imgsvc.runtime import cgroups, podfiles, podlimits, selinux, validate
@@ -63,9 +62,8 @@ class Sandboxes:
         core.records.reserve(sandbox_name(config), record.id)
         try:
             with os_errors("making a pod sandbox"):
-                async with AsyncExitStack() as undo, core.locks.hold(record.id):
+                async with core.locks.hold(record.id), Undo() as undo:
                     ready = await self._make(record, undo)
-                    undo.pop_all()
         finally:
             if record.id not in core.records.sandboxes:
                 core.records.release(sandbox_name(config), record.id)
@@ -82,22 +80,22 @@ class Sandboxes:
         context = contexts.machine if "kata" in core.handler_settings(handler).type else contexts.process
         return selinux.process_label(context, config.linux.security_context.selinux_options, level)
 
-    async def _make(self, record: SandboxRecord, undo: AsyncExitStack) -> SandboxRecord:
+    async def _make(self, record: SandboxRecord, undo: Undo) -> SandboxRecord:
         core, config = self._core, record.config
         parent = cgroups.pod_cgroup(config.linux.cgroup_parent, record.id)
         if not cgroups.exists(core.host, cgroups.tree_path(parent)):
             record = replace(record, owned_cgroup=parent)
-        undo.push_async_callback(self._forget, record)
+        undo.push(f"forgetting pod sandbox {record.id}", self._give_up, record, undo)
         written = core.records.put_sandbox(record)
         await afailpoint("sandbox.recorded")
-        undo.push_async_callback(self._release, record)
-        await asyncio.to_thread(self._prepare, record)
+        undo.push(f"removing the files of pod sandbox {record.id}", self._release, record)
+        await in_thread(self._prepare, record)
         await durable(written)  # before the network: a DEL is owed from here on
         await afailpoint("sandbox.namespaces")
         ips: tuple[str, ...] = ()
         if record.network:
             settings = core.handler_settings(record.handler)
-            undo.push_async_callback(self._detach, record)
+            undo.push(f"detaching pod sandbox {record.id} from its network", self._detach, record)
             ips = await core.network.setup(
                 record.id,
                 str(core.paths.pins(record.id) / "net"),
@@ -107,7 +105,7 @@ class Sandboxes:
                 cgroup_path=parent,
             )
         await afailpoint("sandbox.network")
-        undo.push_async_callback(self._holders.end, record)
+        undo.push(f"ending what holds pod sandbox {record.id}", self._holders.end, record)
         held = await self._holders.start(record)
         await afailpoint("sandbox.pause")
         ready = replace(held, ips=ips, started_at=now_ns())
@@ -210,10 +208,24 @@ class Sandboxes:
 
     async def roll_back(self, record: SandboxRecord) -> None:
         """Undo a sandbox that never became ready (recovery)."""
-        await self._holders.end(record)
-        await self._detach(record)
-        await self._release(record)
-        await self._forget(record)
+        try:
+            await self._holders.end(record)
+            await self._detach(record)
+            await self._release(record)
+        except (ImgsvcError, OSError):
+            await self._keep_for_removal(record)
+            raise
+        await self._core.records.drop_sandbox(record)
+
+    async def _give_up(self, record: SandboxRecord, undo: Undo) -> None:
+        if undo.failed:
+            await self._keep_for_removal(record)
+        else:
+            await self._core.records.drop_sandbox(record)
+
+    async def _keep_for_removal(self, record: SandboxRecord) -> None:
+        """A pod of which something is left is listed, not ready: the kubelet removes it then, which tries again what failed."""
+        await durable(self._core.records.put_sandbox(replace(record, started_at=record.created_at, stopped_at=now_ns())))
 
     async def _lost(self, sandbox_id: str) -> None:
         """What held the pod has ended by itself. Its network stays until the pod is stopped."""
@@ -240,7 +252,7 @@ class Sandboxes:
             await self._core.network.teardown(record.id, str(pins / "net") if pinned(pins, "net") else "")
 
     async def _release(self, record: SandboxRecord) -> None:
-        await asyncio.to_thread(self._release_blocking, record)
+        await in_thread(self._release_blocking, record)
 
     def _release_blocking(self, record: SandboxRecord) -> None:
         directory = self._core.paths.sandbox(record.id)
@@ -249,9 +261,6 @@ class Sandboxes:
         shutil.rmtree(directory, ignore_errors=True)
         if record.owned_cgroup:
             cgroups.remove(self._core.host, record.owned_cgroup)
-
-    async def _forget(self, record: SandboxRecord) -> None:
-        await self._core.records.drop_sandbox(record)
 
     async def update_resources(
         self, sandbox_id: str, overhead: LinuxContainerResources | None, resources: LinuxContainerResources | None
@@ -269,7 +278,7 @@ class Sandboxes:
             linux = replace(old, overhead=overhead or old.overhead, resources=resources or old.resources)
             if record.owned_cgroup and core.settings.cgroup_driver != "systemd":  # which would undo what others write
                 limits = podlimits.total(linux.overhead, linux.resources)
-                problems = await asyncio.to_thread(podlimits.apply, core.host, cgroups.tree_path(record.owned_cgroup), limits)
+                problems = await in_thread(podlimits.apply, core.host, cgroups.tree_path(record.owned_cgroup), limits)
                 if problems:
                     log.warning("limits of pod sandbox %s are not all in force: %s", full_id, "; ".join(problems))
             await durable(core.records.put_sandbox(replace(record, config=replace(record.config, linux=linux))))

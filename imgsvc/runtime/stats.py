@@ -16,6 +16,7 @@ from typing import Final
 
 from imgsvc import kernel
 from imgsvc.api import cri_pb2 as pb
+from imgsvc.concurrency import in_thread
 from imgsvc.errors import ImgsvcError
 from imgsvc.runtime import cgroups, usage
 from imgsvc.runtime.codec import fill_proto
@@ -55,7 +56,7 @@ class Stats:
     async def containers(self, records: Sequence[ContainerRecord]) -> list[pb.ContainerStats]:
         """Statistics of containers, in their order."""
         await self._layer_sizes(records)
-        looks = await asyncio.to_thread(self._look, [(r.id, r.cgroup) for r in records])
+        looks = await in_thread(self._look, [(r.id, r.cgroup) for r in records])
         for record in records:
             if looks[record.id] is None and record.handler in self._core.handlers:  # in a virtual machine, say
                 looks[record.id] = await self._core.handler(record.handler).usage(record.id)
@@ -138,7 +139,7 @@ class Stats:
         members = {r.id: [c for c in core.records.containers_of(r.id) if c.started_at and not c.finished_at] for r in records}
         containers = await self.containers([c for group in members.values() for c in group])
         by_id = {c.attributes.id: c for c in containers}
-        looks, networks = await asyncio.to_thread(self._look_at_pods, records)
+        looks, networks = await in_thread(self._look_at_pods, records)
         for record in records:
             handler = core.handlers.get(record.handler)
             if record.sandboxer and handler and handler.pods and (used := await handler.pods.pod_usage(record.id)):

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,22 @@ def _processes_of(directory: str, daemon: int) -> list[str]:
                 if directory in command:
                     found.append(f"process {entry.name}: {command[:120]}")
     return found
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Until the condition holds. Raises: AssertionError when it does not in time."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def assert_clean(node: Daemon) -> None:
+    """Nothing of any pod is left, address leases included."""
+    with contextlib.suppress(AssertionError):
+        wait_for(lambda: not node.leftovers(), 30)
+    assert node.leftovers() == []
+    assert list((node.directory / "ipam").glob("*/10.*")) == []
 
 
 _CGROUPS = {"v1": ["umount", "/sys/fs/cgroup/unified"], "v2": ["mount", "-t", "cgroup2", "none", "/sys/fs/cgroup"]}

@@ -12,8 +12,8 @@ import grpc
 import pytest
 
 from imgsvc.api import cri_pb2 as pb
-from tests.runtime.harness import TIMEOUT_S, Daemon
-from tests.runtime.test_life import MakeNode, assert_clean, wait_for
+from tests.runtime.harness import TIMEOUT_S, Daemon, assert_clean, wait_for
+from tests.runtime.test_life import MakeNode
 
 pytestmark = pytest.mark.root
 

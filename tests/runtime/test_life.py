@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -18,7 +17,7 @@ import grpc
 import pytest
 
 from imgsvc.api import cri_pb2 as pb
-from tests.runtime.harness import TIMEOUT_S, Daemon
+from tests.runtime.harness import TIMEOUT_S, Daemon, assert_clean, wait_for
 
 pytestmark = pytest.mark.root
 
@@ -29,21 +28,6 @@ def code(call: Callable[[], object]) -> grpc.StatusCode:
     with pytest.raises(grpc.RpcError) as caught:
         call()
     return caught.value.code()
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def assert_clean(node: Daemon) -> None:
-    """Nothing of any pod is left, address leases included."""
-    with contextlib.suppress(AssertionError):
-        wait_for(lambda: not node.leftovers(), 30)
-    assert node.leftovers() == []
-    assert list((node.directory / "ipam").glob("*/10.*")) == []
 
 
 def test_the_main_line(make_node: MakeNode) -> None:

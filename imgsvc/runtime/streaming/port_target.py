@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imgsvc.concurrency import time_limit
+from imgsvc.concurrency import in_thread, time_limit
 from imgsvc.errors import Unavailable, from_os_error
 from imgsvc.kernel import CLONE_NEWNET, in_fresh_thread, setns
 from imgsvc.runtime.streaming.fdio import SocketConnection
@@ -61,14 +61,16 @@ async def _socket_in(netns: Path | None, family: int) -> socket.socket | None:
     """A non-blocking TCP socket of a namespace; None when the kernel lacks the family. Raises: NotFound, ImgsvcError."""
     if netns is None:
         return _socket(family)
-    made = asyncio.get_running_loop().run_in_executor(None, in_fresh_thread, lambda: _socket_inside(netns, family))
+    made: list[socket.socket | None] = []
     try:
-        return await asyncio.shield(made)
+        await in_thread(in_fresh_thread, lambda: made.append(_socket_inside(netns, family)))
     except asyncio.CancelledError:
-        made.add_done_callback(_close_late)  # the thread does not know that we left
+        if made and made[0]:
+            made[0].close()
         raise
     except OSError as error:
         raise from_os_error(error, "entering the network of the pod", where=str(netns)) from error
+    return made[0]
 
 
 def _socket_inside(netns: Path, family: int) -> socket.socket | None:
@@ -78,11 +80,6 @@ def _socket_inside(netns: Path, family: int) -> socket.socket | None:
     finally:
         os.close(fd)
     return _socket(family)
-
-
-def _close_late(made: asyncio.Future[socket.socket | None]) -> None:
-    if not made.cancelled() and not made.exception() and (sock := made.result()):
-        sock.close()
 
 
 def _socket(family: int) -> socket.socket | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
-from imgsvc.concurrency import time_limit
+from imgsvc.concurrency import in_thread, time_limit
 from imgsvc.config import Stream
 from imgsvc.errors import ImgsvcError, InvalidArgument, Unavailable
 from imgsvc.runtime.streaming.command import CommandSession, CommandWire, SpdyCommand, WebSocketCommand
@@ -72,7 +72,7 @@ class StreamServer:
     async def start(self) -> None:
         """Listen. Raises: InvalidArgument (address, certificate), Unavailable (port taken)."""
         self._check_address()
-        context = await asyncio.to_thread(self._certificate.load) if self._certificate else None
+        context = await in_thread(self._certificate.load) if self._certificate else None
         try:
             self._server = await asyncio.start_server(self._accept, self._config.address, self._config.port, limit=MAX_HEAD, ssl=context)
         except OSError as error:
@@ -98,7 +98,7 @@ class StreamServer:
     async def reload_certificate(self) -> None:
         """Take a replaced certificate for new connections. Raises: InvalidArgument, the old one stays in use."""
         if self._certificate:
-            await asyncio.to_thread(self._certificate.reload)
+            await in_thread(self._certificate.reload)
 
     def exec_url(self, target: CommandTarget, wants: StreamWants) -> str:
         """A one-time address for an exec session. Raises: InvalidArgument, ResourceExhausted."""

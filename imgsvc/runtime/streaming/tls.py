@@ -8,6 +8,7 @@ import os
 import ssl
 from typing import Final
 
+from imgsvc.concurrency import in_thread
 from imgsvc.errors import ImgsvcError, InvalidArgument
 
 CHECK_S: Final = 60.0  # between two looks at the files
@@ -48,7 +49,7 @@ class Certificate:
         while True:
             await asyncio.sleep(CHECK_S)
             try:
-                if await asyncio.to_thread(self.reload):
+                if await in_thread(self.reload):
                     _log.info("new streaming certificate in use")
             except ImgsvcError as error:
                 _log.warning("the old streaming certificate stays in use: %s", error)

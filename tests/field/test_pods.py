@@ -1,0 +1,68 @@
+"""Pods and containers: cancelled calls, failing watchers, failing undo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+
+from imgsvc.api import cri_pb2 as pb
+from tests.runtime.harness import Daemon, assert_clean
+
+pytestmark = [pytest.mark.root, pytest.mark.compat]
+
+MakeNode = Callable[..., Daemon]
+
+# Says no to ADD, and to DEL for as long as the file `stuck` is there.
+REFUSING_PLUGIN = """#!/bin/sh
+[ "$CNI_COMMAND" = DEL ] && [ ! -e {directory}/stuck ] && exit 0
+[ "$CNI_COMMAND" = ADD ] || [ "$CNI_COMMAND" = DEL ] || exit 0
+echo '{{"cniVersion": "1.0.0", "code": 100, "msg": "the reason of '$CNI_COMMAND'"}}'
+exit 1
+"""
+
+
+def test_R1_a_cancelled_run_of_a_pod_leaves_nothing(make_node: MakeNode) -> None:
+    node = make_node(bridge="imgsvcR1", failpoint="sandbox.namespaces=delay:3; sandbox.network=delay:3")
+
+    def run(number: int) -> grpc.StatusCode:
+        request = pb.RunPodSandboxRequest(config=node.pod(f"pod{number}"))
+        return node.cri.RunPodSandbox.future(request, timeout=0.005 + number * 0.004).code()
+
+    with ThreadPoolExecutor(8) as pool:
+        codes = set(pool.map(run, range(100)))
+    assert grpc.StatusCode.DEADLINE_EXCEEDED in codes
+    assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.DEADLINE_EXCEEDED}
+    node.remove_all()
+    assert_clean(node)
+
+
+def test_R5_a_failed_attachment_is_told_with_its_own_cause(make_node: MakeNode, directory: Path) -> None:
+    (directory / "bin").mkdir()
+    plugin = directory / "bin/refusing"
+    plugin.write_text(REFUSING_PLUGIN.format(directory=directory))
+    plugin.chmod(0o755)
+    (directory / "cni.d").mkdir()
+    network = {"cniVersion": "1.0.0", "name": "refusing", "plugins": [{"type": "refusing"}]}
+    (directory / "cni.d/10.conflist").write_text(json.dumps(network))
+    (directory / "stuck").touch()
+    node = make_node({"cni": {"bin_dirs": [str(directory / "bin")]}})
+    options = pb.NamespaceOption(network=pb.NamespaceMode.POD)
+    with pytest.raises(grpc.RpcError) as caught:
+        node.run_pod(namespaces=options)
+    assert "the reason of ADD" in str(caught.value.details())
+    assert "the reason of DEL" in (node.directory / "log").read_text()
+    # What is left of it is seen, and goes when the plugin lets it.
+    (left,) = node.cri.ListPodSandbox(pb.ListPodSandboxRequest()).items
+    assert left.state == pb.PodSandboxState.SANDBOX_NOTREADY
+    (directory / "stuck").unlink()
+    node.remove_all()
+    assert_clean(node)
+    with pytest.raises(grpc.RpcError):
+        node.run_pod(namespaces=options)
+    assert_clean(node)
+    assert not node.cri.ListPodSandbox(pb.ListPodSandboxRequest()).items
