@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -61,12 +60,19 @@ def private_dir(path: Path, mode: int = 0o700) -> Path:
     return path
 
 
-def remove_any(path: Path) -> None:
-    """Delete whatever has this name, a directory with all in it. Absent is a success. Raises: OSError."""
+def resolved(directory: str) -> Path:
+    """The real path of a configured directory that may not exist yet: from here on, no path below it leads through a link.
+
+    Raises: InvalidArgument when it is no directory, or its name is not UTF-8, as the JSON of an OCI specification must be.
+    """
+    path = Path(os.path.realpath(directory))
     try:
-        path.unlink(missing_ok=True)
-    except IsADirectoryError:
-        shutil.rmtree(path)
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument("the name of a directory of ours must be UTF-8", where=printable(str(path), 200)) from error
+    if path == Path("/") or (path.exists() and not path.is_dir()):
+        raise InvalidArgument("not a directory that can be ours", where=str(path), hint="name another one")
+    return path
 
 
 def lock_exclusive(path: Path, what: str) -> int:

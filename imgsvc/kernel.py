@@ -22,8 +22,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, TypeVar
 
+from imgsvc import procfs
+
 T = TypeVar("T")
 
+RESOLVE_NO_XDEV: Final = 0x01
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08
@@ -42,6 +45,7 @@ MS_NOEXEC: Final = 8
 MS_REMOUNT: Final = 32
 MS_BIND: Final = 4096
 MS_REC: Final = 16384
+MS_PRIVATE: Final = 1 << 18
 MS_SLAVE: Final = 1 << 19
 _MS_NOATIME: Final = 1024
 _MS_RELATIME: Final = 1 << 21
@@ -140,9 +144,31 @@ def open_in_root(root: str | Path, path: str, flags: int) -> int:
     """
     base = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return openat2(base, path.encode() or b".", flags, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+        return openat2(base, os.fsencode(path) or b".", flags, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
     finally:
         os.close(base)
+
+
+def open_on_mount(dir_fd: int, name: bytes, flags: int) -> int:
+    """Open the directory `name` (or "..") of an open directory, on the same mount as that one. Not a link, not a mount point.
+
+    Before Linux 5.6, and where a seccomp filter does not know openat2, the mount IDs of the two descriptors are compared.
+    Raises: OSError; EXDEV for a mount point, ENOTSUP where the kernel tells no mount IDs (before 3.15).
+    """
+    flags |= os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return openat2(dir_fd, name, flags, RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
+    fd = os.open(name, flags, dir_fd=dir_fd)
+    try:
+        if procfs.mount_id(fd) != procfs.mount_id(dir_fd):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), name)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 # Mounting
@@ -150,7 +176,9 @@ def open_in_root(root: str | Path, path: str, flags: int) -> int:
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
     """Attach a file system or a directory at `target`; `data` is at most a page. Raises: OSError naming the target."""
-    result = _libc.mount(source.encode(), target.encode(), kind.encode() or None, ctypes.c_ulong(flags), data.encode() or None)
+    result = _libc.mount(
+        os.fsencode(source), os.fsencode(target), os.fsencode(kind) or None, ctypes.c_ulong(flags), os.fsencode(data) or None
+    )
     _check(result, target)
 
 
@@ -169,7 +197,7 @@ def mount_with_options(source: str, target: str, kind: str, options: Sequence[st
         mount(source, target, "", flags | MS_BIND)
         if extra := flags & ~(MS_BIND | MS_REC):  # a bind takes them on the second call only
             mount("", target, "", MS_REMOUNT | MS_BIND | extra)
-    elif len(",".join(data).encode()) <= _PAGE:
+    elif len(os.fsencode(",".join(data))) <= _PAGE:
         mount(source, target, kind, flags, ",".join(data))
     else:
         _mount_relative(source, os.path.abspath(target), kind, flags, data)
@@ -190,7 +218,7 @@ def _mount_relative(source: str, target: str, kind: str, flags: int, data: Seque
     in_fresh_thread(run)
 
 
-def umount(target: str | Path, *, in_use: bool = True) -> bool:
+def umount(target: str | bytes | Path, *, in_use: bool = True) -> bool:
     """Detach the topmost mount at `target`; False when nothing is mounted there. in_use: also if it is, then it is gone with its last user.
 
     Raises: OSError; EBUSY without in_use.
@@ -204,10 +232,9 @@ def umount(target: str | Path, *, in_use: bool = True) -> bool:
     return True
 
 
-def umount_all(target: str | Path) -> None:
-    """Detach everything stacked at `target`."""
-    while umount(target):
-        pass
+def make_private(target: str | bytes) -> None:
+    """Take a mount and all below it out of their peer groups: neither is told of the other's mounts from now on. Raises: OSError."""
+    _check(_libc.mount(None, os.fsencode(target), None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None), target)
 
 
 def idmapped_mount(source: str, target: str, userns_fd: int, *, recursive: bool = False, read_only: bool = False) -> None:
@@ -237,7 +264,7 @@ def _clone(source: str, attributes: int, userns_fd: int, *, recursive: bool = Fa
     """A bind mount of `source` that is nowhere yet, with some attributes set."""
     more = _AT_RECURSIVE if recursive else 0
     flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC | more)
-    tree = _check(_syscall(_SYS_OPEN_TREE, _AT_FDCWD, ctypes.c_char_p(source.encode()), flags), source)
+    tree = _check(_syscall(_SYS_OPEN_TREE, _AT_FDCWD, ctypes.c_char_p(os.fsencode(source)), flags), source)
     try:
         packed = struct.pack("<4Q", attributes, 0, 0, userns_fd)
         empty = ctypes.c_char_p(b"")
@@ -251,7 +278,7 @@ def _clone(source: str, attributes: int, userns_fd: int, *, recursive: bool = Fa
 def _attach(tree: int, target: str) -> None:
     """Put a mount that is nowhere yet at its place, and close its descriptor."""
     try:
-        empty, where = ctypes.c_char_p(b""), ctypes.c_char_p(target.encode())
+        empty, where = ctypes.c_char_p(b""), ctypes.c_char_p(os.fsencode(target))
         _check(_syscall(_SYS_MOVE_MOUNT, tree, empty, _AT_FDCWD, where, ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH)), target)
     finally:
         os.close(tree)

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 
+from imgsvc import procfs
 from imgsvc.concurrency import KeyedLock, Threads, Undo
 from imgsvc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, from_os_error, printable
 from imgsvc.images import ImageStore
@@ -103,6 +104,4 @@ def _checked_target(directory: str) -> str:
 
 def _is_mounted(target: str) -> bool:
     """Whether something is mounted on exactly this directory; stat(2) does not tell bind mounts of one file system."""
-    with open("/proc/self/mountinfo", "rb") as stream:
-        points = (line.split(b" ")[4] for line in stream)
-        return any(point.decode("unicode_escape").encode("latin-1") == os.fsencode(target) for point in points)
+    return any(mount.point == os.fsencode(target) for mount in procfs.mounts())

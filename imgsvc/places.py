@@ -23,3 +23,10 @@ def directories() -> tuple[str, str]:
 def socket_address() -> str:
     """The socket of a daemon that runs on its defaults, as a gRPC target."""
     return f"unix://{directories()[1]}/{SOCKET_NAME}"
+
+
+def socket_target(path: str) -> str:
+    """A Unix socket as gRPC names it: a URI, so that a path outside ASCII, or with a "%", is escaped."""
+    from urllib.parse import quote
+
+    return f"unix://{quote(os.fsencode(path))}"

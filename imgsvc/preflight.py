@@ -13,6 +13,7 @@ from pathlib import Path
 from imgsvc import decryption, registries
 from imgsvc.config import Config, Loaded
 from imgsvc.errors import ImgsvcError, InvalidArgument
+from imgsvc.fsutil import resolved
 from imgsvc.http1 import is_loopback, server_tls, split_address
 from imgsvc.images import pin_patterns
 from imgsvc.prepull.plan import load_plan
@@ -53,7 +54,7 @@ def look(loaded: Loaded) -> Found:
     """Read everything. Blocking."""
     problems: list[str] = []
     warnings: list[str] = list(_warnings(loaded.config))
-    for check in (_decryption, _pins, _policy, _listeners, _prepull):
+    for check in (_directories, _decryption, _pins, _policy, _listeners, _prepull):
         try:
             problems += check(loaded)
         except ImgsvcError as error:
@@ -78,6 +79,15 @@ def _warnings(settings: Config) -> Iterator[str]:
         yield f"mirror.address {settings.mirror.address} is reachable from outside and speaks plain HTTP; set mirror.tls_cert_file"
     if settings.mirror.pull_through and not settings.mirror.address:
         yield "mirror.pull_through is set, but mirror.address is not: nothing is served"
+
+
+def _directories(loaded: Loaded) -> Iterator[str]:
+    settings = loaded.config
+    root, state = resolved(settings.root), resolved(settings.state)
+    if root == state:
+        yield f"{loaded.origin('state')}: root and state are the same directory, {root}"
+    if settings.images.snapshotter == "overlayfs" and set(":,\\") & set(str(root)):
+        yield f"{loaded.origin('root')}: root: overlayfs cannot use a path with a colon, comma or backslash: {root}"
 
 
 def _decryption(loaded: Loaded) -> Iterator[str]:

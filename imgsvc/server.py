@@ -31,7 +31,7 @@ from imgsvc.content.local import LocalStore
 from imgsvc.decrypt.decryptor import LayerDecryptor
 from imgsvc.errors import FailedPrecondition, ImgsvcError, Unavailable
 from imgsvc.fsck import recover
-from imgsvc.fsutil import free_space, private_dir
+from imgsvc.fsutil import free_space, private_dir, resolved
 from imgsvc.gc import Policy
 from imgsvc.image_service import ImageService
 from imgsvc.image_side import Parts, Watch, open_verification, start_image_side
@@ -41,6 +41,7 @@ from imgsvc.leases import LeaseBook
 from imgsvc.metadb import MetaDB
 from imgsvc.notify import Notifier
 from imgsvc.observe import StoreSizes, store_gauges
+from imgsvc.places import socket_target
 from imgsvc.pods import start_pods
 from imgsvc.preflight import Standing
 from imgsvc.pull import Puller
@@ -120,7 +121,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     Raises: FailedPrecondition (another daemon, a newer store), DataLoss, … with what to do.
     """
     settings = loaded.config
-    root, state = private_dir(Path(settings.root)), _state_dir(settings)
+    root, state = private_dir(resolved(settings.root)), _state_dir(settings)
     sync = settings.images.sync == "full"
     threads = Threads(IO_THREADS, "io")
     stack.callback(threads.close)
@@ -259,8 +260,8 @@ async def _ended(task: asyncio.Future[None]) -> None:
 def _state_dir(settings: Config) -> Path:
     """The state directory; a group that may use the socket may also reach it, and nothing else in there."""
     if not settings.grpc.gid:
-        return private_dir(Path(settings.state))
-    state = private_dir(Path(settings.state), 0o710)
+        return private_dir(resolved(settings.state))
+    state = private_dir(resolved(settings.state), 0o710)
     os.chown(state, -1, settings.grpc.gid)
     return state
 
@@ -324,7 +325,7 @@ async def _listen(settings: Config, services: Services) -> grpc.aio.Server:
     private = os.umask(0o177 if not settings.grpc.gid else 0o117)
     try:
         path.unlink(missing_ok=True)  # the lock on the metadata says that no other daemon of this root is behind it
-        server.add_insecure_port(settings.address)
+        server.add_insecure_port(socket_target(str(path)))
     except (OSError, RuntimeError) as error:
         raise Unavailable(f"cannot listen: {error}", where=settings.address) from error
     finally:

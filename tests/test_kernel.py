@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc import kernel
+from imgsvc import kernel, removal
 
 pytestmark = pytest.mark.root
 
@@ -58,7 +58,7 @@ def test_umount_says_whether_there_was_a_mount_and_leaves_one_in_use_where_told_
         fd = os.open(place, os.O_RDONLY)
         with pytest.raises(OSError, match="busy"):
             kernel.umount(place, in_use=False)
-        kernel.umount_all(place)
+        removal.unmount_below(place)
         assert not kernel.umount(place, in_use=False)
         os.close(fd)
 

@@ -111,7 +111,7 @@ def connect(arguments: argparse.Namespace) -> Iterator[Daemon]:
 
     limit = 64 * 1024 * 1024
     options = [("grpc.max_receive_message_length", limit), ("grpc.enable_http_proxy", 0)]
-    with grpc.insecure_channel(target, options=options) as channel:
+    with grpc.insecure_channel(places.socket_target(target.removeprefix("unix://")), options=options) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
         except grpc.FutureTimeoutError as error:

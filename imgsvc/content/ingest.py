@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -32,8 +31,9 @@ from imgsvc.content.ranges import RangeSet
 from imgsvc.content.verify import DigestMismatch, PrefixHash, SizeMismatch, digest_of
 from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, OutOfRange, Unavailable, from_os_error, printable
 from imgsvc.failpoints import failpoint
-from imgsvc.fsutil import boot_id, private_dir, remove_any, require_space, write_atomic
+from imgsvc.fsutil import boot_id, private_dir, require_space, write_atomic
 from imgsvc.oci import MAX_SIZE, MIB, Digest
+from imgsvc.removal import discard, remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -277,7 +277,7 @@ class IngestWriter:
     def _publish_and_drop(self, finished: Finished) -> Info:
         info = self._publish(finished)
         failpoint("content.commit.recorded")
-        shutil.rmtree(self._directory, ignore_errors=True)
+        discard(self._directory)
         return info
 
     def _wait_idle(self) -> None:
@@ -291,7 +291,7 @@ class IngestWriter:
     def _finish(self) -> None:
         self._undo.close()
         if self._failure is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            discard(self._directory)
         self._release(self._record.ingest_ref)
 
 
@@ -381,7 +381,7 @@ class Ingests:
         """Without its record first: half a removal leaves nothing to resume."""
         with contextlib.suppress(NotADirectoryError):
             (directory / "record").unlink(missing_ok=True)
-        remove_any(directory)
+        remove_tree(directory)
 
     def _load_status(self, directory: Path) -> IngestStatus | None:
         record = IngestRecord.load(directory)

@@ -31,9 +31,10 @@ from imgsvc.content.interfaces import ContentReader, Fault, Info, IngestStatus, 
 from imgsvc.content.verify import digest_of
 from imgsvc.errors import DataLoss, InvalidArgument, NotFound, OutOfRange, from_os_error
 from imgsvc.failpoints import failpoint
-from imgsvc.fsutil import private_dir, remove_any, sync_dir
+from imgsvc.fsutil import private_dir, sync_dir
 from imgsvc.metadb import MetaDB, Record, WriteTxn
 from imgsvc.oci import MIB, Digest
+from imgsvc.removal import remove_tree
 
 TABLE: Final = "content"
 ALGORITHMS: Final = ("sha256", "sha512")
@@ -199,7 +200,7 @@ class LocalStore:
             self._db.write(lambda txn: txn.delete(TABLE, digest))
             failpoint("content.delete.forgotten")
             try:
-                remove_any(self._path(digest))
+                remove_tree(self._path(digest))
             except OSError as error:
                 raise from_os_error(error, "deleting a blob", where=str(self._path(digest))) from error
         failpoint("content.delete.unlinked")
@@ -235,7 +236,7 @@ class LocalStore:
                 return True
             try:
                 if not self._is_sound(digest, cancel):
-                    remove_any(self._path(digest))
+                    remove_tree(self._path(digest))
                     return False
                 failpoint("content.adopt")
                 self._record_blob(digest, {})
@@ -265,7 +266,7 @@ class LocalStore:
         failpoint("content.commit.synced")
         with self._lock(finished.digest):
             if target.is_dir():  # rename replaces everything else
-                remove_any(target)
+                remove_tree(target)
             os.rename(finished.path, target)
             try:
                 failpoint("content.commit.renamed")

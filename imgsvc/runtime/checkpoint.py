@@ -21,7 +21,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from typing import Final
 from imgsvc.concurrency import in_thread
 from imgsvc.errors import AlreadyExists, InvalidArgument, NotFound
 from imgsvc.fsutil import private_dir, sync_dir
+from imgsvc.removal import discard
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.exits import now_ns
 from imgsvc.runtime.records import ContainerRecord
@@ -81,7 +81,7 @@ def _scratch(root: Path, container_id: str) -> Iterator[Path]:
             private_dir(directory / name)
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        discard(directory)
 
 
 def _describe(record: ContainerRecord) -> dict[str, str]:

@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -349,7 +348,7 @@ class Containers:
 
     def _release_blocking(self, container_id: str) -> None:
         remove_bundle(self._core.paths.bundle(container_id))
-        shutil.rmtree(self._core.paths.volumes(container_id), ignore_errors=True)
+        remove_bundle(self._core.paths.volumes(container_id))
 
     async def update(self, container_id: str, resources: LinuxContainerResources | None) -> None:
         """Change a container's limits in place. Raises: NotFound, FailedPrecondition."""

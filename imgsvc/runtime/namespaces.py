@@ -23,6 +23,7 @@ from typing import Final
 
 from imgsvc import kernel
 from imgsvc.errors import FailedPrecondition, Internal
+from imgsvc.removal import discard, unmount_below
 from imgsvc.runtime.model import IDMapping, UserNamespace
 
 KINDS: Final[Mapping[str, int]] = {"net": kernel.CLONE_NEWNET, "ipc": kernel.CLONE_NEWIPC, "uts": kernel.CLONE_NEWUTS}
@@ -73,11 +74,8 @@ def pin(directory: Path, plan: NamespacePlan) -> None:
 
 def unpin(directory: Path) -> None:
     """Let the namespaces go. Idempotent."""
-    if directory.is_dir():
-        for entry in directory.iterdir():
-            kernel.umount_all(entry)
-            entry.unlink()
-        directory.rmdir()
+    unmount_below(directory)
+    discard(directory)
 
 
 def pinned(directory: Path, kind: str) -> bool:

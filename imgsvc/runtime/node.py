@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from imgsvc.concurrency import KeyedLock, in_thread
 from imgsvc.fsutil import private_dir
 from imgsvc.metadb import MetaDB
+from imgsvc.removal import discard
 from imgsvc.runtime import host
 from imgsvc.runtime.apparmor import load_default
 from imgsvc.runtime.codec import to_json
@@ -174,4 +174,4 @@ def _make_directories(paths: Paths) -> None:
         private_dir(directory, 0o711)
     for directory in (paths.exits, paths.sockets, paths.root / "volumes"):
         private_dir(directory)
-    shutil.rmtree(paths.root / "checkpoints", ignore_errors=True)  # half-made ones of a daemon that was killed
+    discard(paths.root / "checkpoints")  # half-made ones of a daemon that was killed

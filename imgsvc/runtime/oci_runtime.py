@@ -17,12 +17,14 @@ from typing import IO, Any, Final
 from imgsvc.concurrency import Undo, in_thread, time_limit, to_the_end
 from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound
 from imgsvc.fsutil import private_dir
+from imgsvc.removal import scratch_directory
 from imgsvc.runtime.criu import dump_failed, require_criu
 from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask, OCIRuntime
 from imgsvc.runtime.monitor import CREATE_TIMEOUT_S, Conmon, MonitorPaths, runtime_message
 from imgsvc.runtime.pause import write_pause
 from imgsvc.runtime.process import Finished, kill_group, run
 from imgsvc.runtime.reaper import Reaper
+from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
 from imgsvc.runtime.streaming.attach_target import AttachTarget
 from imgsvc.runtime.streaming.exec_target import DRAIN_S, ExecTarget, exec_sync
@@ -94,8 +96,7 @@ class OCICommand:
 
     async def _self_test(self, program: str) -> None:
         """Create and delete a container that does nothing. Raises: FailedPrecondition."""
-        with tempfile.TemporaryDirectory(prefix=_SELF_TEST, dir=self._settings.state_dir) as scratch:
-            bundle = Path(scratch)
+        with scratch_directory(_SELF_TEST, self._settings.state_dir) as bundle:
             write_pause(bundle / "rootfs")
             (bundle / "program").write_text(program)
             name = bundle.name
@@ -259,7 +260,7 @@ async def sweep_self_tests(state: Path) -> None:
     for bundle in await in_thread(lambda: list(state.glob(f"{_SELF_TEST}*"))):
         with contextlib.suppress(OSError, ImgsvcError):  # killed before it had begun
             await _end_self_test((bundle / "program").read_text(), bundle)
-        await in_thread(shutil.rmtree, bundle, ignore_errors=True)
+        await in_thread(remove_bundle, bundle)
 
 
 async def _end_self_test(program: str, bundle: Path) -> None:

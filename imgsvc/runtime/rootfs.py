@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from imgsvc import kernel
 from imgsvc.errors import FailedPrecondition
+from imgsvc.removal import discard, unmount_below
 from imgsvc.runtime import selinux
 from imgsvc.runtime.interfaces import RootMount
 from imgsvc.runtime.model import UserNamespace
@@ -90,15 +90,6 @@ def idmapped_volume(bound: BoundMount, place: Path, user: UserNamespace) -> Boun
 
 
 def remove_bundle(bundle: Path) -> None:
-    """Unmount and remove everything in a bundle. Idempotent. Blocking."""
+    """Unmount and remove everything in a bundle, or another directory of ours with mounts in it. Idempotent. Blocking."""
     unmount_below(bundle)
-    shutil.rmtree(bundle, ignore_errors=True)
-
-
-def unmount_below(directory: Path) -> None:
-    """Unmount everything at or below a directory of ours, deepest first. Blocking."""
-    prefix = str(directory)
-    with open("/proc/self/mountinfo") as stream:
-        points = [line.split(" ")[4].encode().decode("unicode_escape") for line in stream]
-    for point in sorted((p for p in points if p == prefix or p.startswith(prefix + "/")), key=len, reverse=True):
-        kernel.umount(point)
+    discard(bundle)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from dataclasses import replace
 
-from imgsvc import kernel
 from imgsvc.concurrency import Undo, in_thread
 from imgsvc.errors import FailedPrecondition, ImgsvcError
 from imgsvc.failpoints import afailpoint
@@ -23,8 +21,9 @@ from imgsvc.runtime.events import EventType
 from imgsvc.runtime.exits import now_ns
 from imgsvc.runtime.holder import Holders
 from imgsvc.runtime.model import LinuxContainerResources, NamespaceMode, PodSandboxConfig
-from imgsvc.runtime.namespaces import NamespacePlan, pin, pinned, unpin
+from imgsvc.runtime.namespaces import NamespacePlan, pin, pinned
 from imgsvc.runtime.records import SandboxRecord, durable, sandbox_name
+from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.state import require_ready
 
 log = logging.getLogger(__name__)
@@ -256,9 +255,7 @@ class Sandboxes:
 
     def _release_blocking(self, record: SandboxRecord) -> None:
         directory = self._core.paths.sandbox(record.id)
-        unpin(self._core.paths.pins(record.id))
-        kernel.umount_all(directory / "shm")
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_bundle(directory)
         if record.owned_cgroup:
             cgroups.remove(self._core.host, record.owned_cgroup)
 

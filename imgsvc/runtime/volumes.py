@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc import kernel
+from imgsvc import kernel, procfs
 from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, from_os_error, printable
 from imgsvc.runtime.copyup import copy_directory
 from imgsvc.runtime.model import Mount, Propagation
@@ -83,17 +83,14 @@ def _require_propagation(source: str, propagation: Propagation) -> None:
         raise FailedPrecondition("propagation from the host needs a shared or slave mount on the node", where=source)
 
 
-def mount_fields(path: str) -> list[str]:
-    """The propagation fields ("shared:N", "master:N") of the mount a path is on. Source: proc(5) mountinfo."""
-    best: tuple[int, list[str]] = (-1, [])
-    with open("/proc/self/mountinfo") as stream:
-        for line in stream:
-            fields = line.split(" ")
-            point = fields[4].encode().decode("unicode_escape")
-            inside = path == point or path.startswith(point.rstrip("/") + "/")
-            if inside and len(point) >= best[0]:
-                best = (len(point), fields[6 : fields.index("-")])
-    return best[1]
+def mount_fields(path: str) -> tuple[str, ...]:
+    """The propagation fields ("shared:N", "master:N") of the mount a canonical path is on."""
+    where = os.fsencode(path)
+    best: procfs.Mount | None = None
+    for mount in procfs.mounts():
+        if procfs.is_within(where, mount.point) and (best is None or len(mount.point) >= len(best.point)):
+            best = mount
+    return best.propagation if best else ()
 
 
 def root_propagation(mounts: Iterable[Mount]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imgsvc.errors import Internal, InvalidArgument, ResourceExhausted, printable
-from imgsvc.kernel import without_links
+from imgsvc.kernel import open_on_mount, without_links
 from imgsvc.snapshot.interfaces import IDMapping
 
 _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -60,7 +60,7 @@ def shift(rows: Sequence[tuple[int, int, int]], number: int) -> int:
 
 
 def shift_tree(root: Path, mapping: IDMapping) -> None:
-    """Give everything below `root`, itself included, to the mapped owners; set-ID bits and capabilities stay."""
+    """Give everything below `root`, itself included, to the mapped owners; set-ID bits and capabilities stay. Raises: OSError, EXDEV for a mount in it."""
     done: set[tuple[int, int]] = set()
     fd = os.open(root, _OPEN_DIR)
     try:
@@ -73,7 +73,7 @@ def _shift_directory(fd: int, mapping: IDMapping, done: set[tuple[int, int]]) ->
     for name in os.listdir(fd):
         status = os.lstat(name, dir_fd=fd)
         if stat.S_ISDIR(status.st_mode):
-            inner = os.open(name, _OPEN_DIR, dir_fd=fd)
+            inner = open_on_mount(fd, os.fsencode(name), os.O_RDONLY)
             try:
                 _shift_directory(inner, mapping, done)
             finally:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 from imgsvc import kernel
 from imgsvc.errors import ImgsvcError
 from imgsvc.fsutil import private_dir
+from imgsvc.removal import remove_tree, scratch_directory
 from imgsvc.snapshot import native, overlay
 from imgsvc.snapshot.interfaces import Mount
 from imgsvc.snapshot.mount import in_own_namespace, mount_all, user_namespace
@@ -40,13 +39,13 @@ def detect(root: Path) -> Detected:
     """
     private_dir(root)
     userxattr = _in_user_namespace()
-    with tempfile.TemporaryDirectory(prefix=".detect-", dir=root) as scratch:
+    with scratch_directory(".detect-", root) as scratch:
         for name in ("lower/dir", "upper/dir", "work", "merged", "mapped"):
-            (Path(scratch) / name).mkdir(parents=True)
-        plain = _why_not(_try_idmap, Path(scratch))
-        if problem := _why_not(lambda place: _try_overlay(place, userxattr=userxattr), Path(scratch)):
+            (scratch / name).mkdir(parents=True)
+        plain = _why_not(_try_idmap, scratch)
+        if problem := _why_not(lambda place: _try_overlay(place, userxattr=userxattr), scratch):
             return Detected(native.NAME, f"overlayfs is not usable on {root}: {problem}{_said(plain)}", None, not plain)
-        mapped = plain or _why_not(_try_mapped_overlay, Path(scratch))
+        mapped = plain or _why_not(_try_mapped_overlay, scratch)
     index = Path("/sys/module/overlay/parameters/index").exists()
     options = OverlayOptions(userxattr=userxattr, index_off=index, idmapped=not mapped)
     return Detected(overlay.NAME, f"overlayfs works on {root}{_said(mapped)}", options, not plain)
@@ -101,7 +100,7 @@ def _try_mapped_overlay(scratch: Path) -> None:
     """Lower directories may be mapped since Linux 5.19, long after plain binds."""
     (scratch / "lower/owned").mkdir()
     _try_idmap(scratch)
-    shutil.rmtree(scratch / "work")
+    remove_tree(scratch / "work")
     (scratch / "work").mkdir()
     _mount_overlay(scratch, "mapped", ())
     if (scratch / "merged/owned").stat().st_uid != 100000 + os.geteuid():

@@ -20,8 +20,9 @@ from imgsvc import kernel
 from imgsvc.errors import from_os_error
 from imgsvc.failpoints import failpoint
 from imgsvc.fsutil import private_dir
+from imgsvc.removal import remove_at
 from imgsvc.snapshot.interfaces import Usage
-from imgsvc.snapshot.tree import Tree, remove_tree
+from imgsvc.snapshot.tree import Tree
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class Directories:
         try:
             while (name := self._queue.get()) is not None:
                 try:
-                    remove_tree(trash, os.fsencode(name))
+                    remove_at(trash, os.fsencode(name))
                 except OSError as error:
                     log.warning("cannot delete %s/%s: %s; the next start tries again", self._trash, name, error)
         finally:

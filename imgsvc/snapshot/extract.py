@@ -23,10 +23,11 @@ from typing import Final, Protocol
 
 from imgsvc.errors import FailedPrecondition, ImgsvcError, ResourceExhausted, from_os_error
 from imgsvc.failpoints import armed, failpoint
+from imgsvc.removal import remove_at
 from imgsvc.snapshot import tarheader as tar
 from imgsvc.snapshot.tarheader import BadLayer, Header
 from imgsvc.snapshot.tarstream import TarStream
-from imgsvc.snapshot.tree import MissingDirectory, NoDirectory, Tree, is_whiteout, measure, normalise, remove_tree, rounded
+from imgsvc.snapshot.tree import MissingDirectory, NoDirectory, Tree, is_whiteout, measure, normalise, rounded
 
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -422,7 +423,7 @@ class Extractor:
             size, inodes = rounded(status.st_size, self._unit) if stat.S_ISREG(status.st_mode) else 0, 1
         else:
             size = inodes = 0
-        remove_tree(dir_fd, base)
+        remove_at(dir_fd, base)
         self.size, self.inodes = self.size - size, self.inodes - inodes
         self._tree.forget()
         self._style.replaced(path, was_directory=directory, by_directory=by_directory)

@@ -18,8 +18,8 @@ from typing import Final
 
 from imgsvc.errors import ResourceExhausted
 from imgsvc.oci import MIB
+from imgsvc.removal import remove_at
 from imgsvc.snapshot.tarheader import BadLayer
-from imgsvc.snapshot.tree import remove_tree
 
 MAX_JOURNAL: Final = 64 * MIB  # [bytes]; real ones stay below 1 MiB
 IMPLIED_MODE: Final = 0o755
@@ -235,7 +235,7 @@ class InPlaceStyle:
     def whiteout(self, parent_fd: int, name: bytes, path: bytes) -> bool:
         """Delete what the layer did not make itself."""
         if path not in self._made and path not in self._above_made:
-            remove_tree(parent_fd, name)
+            remove_at(parent_fd, name)
             return True
         try:
             fd = os.open(name, _OPEN_DIR, dir_fd=parent_fd)
@@ -267,7 +267,7 @@ class InPlaceStyle:
                 finally:
                     os.close(inner)
             else:
-                remove_tree(fd, child)
+                remove_at(fd, child)
 
     def _disown(self, fd: int, path: bytes) -> None:
         """A directory the layer only implies is no longer the one that lower layers had."""

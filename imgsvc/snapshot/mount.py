@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 from imgsvc import kernel
 from imgsvc.errors import ImgsvcError, from_os_error
+from imgsvc.removal import scratch_directory
 from imgsvc.snapshot.interfaces import Mount
 
 
@@ -50,7 +50,7 @@ def _idmapped(mount: Mount) -> Iterator[Mount]:
     lowers = mount.value("lowerdir").split(":")
     with contextlib.ExitStack() as stack:
         namespace = stack.enter_context(user_namespace(uidmap, gidmap))
-        base = stack.enter_context(tempfile.TemporaryDirectory(prefix="idmapped-"))
+        base = stack.enter_context(scratch_directory("idmapped-"))
         places = []
         for index, lower in enumerate(lowers):
             place = os.path.join(base, str(index))

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Final
 
 from imgsvc import kernel
+from imgsvc.removal import enter
 from imgsvc.snapshot.tarheader import BadLayer
 
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -215,76 +216,12 @@ def normalise(name: bytes) -> bytes:
     return b"/".join(parts)
 
 
-def remove_tree(parent_fd: int, name: bytes) -> None:
-    """Delete what is at `name`, whatever it is, without following links and without recursion. Absent is a success."""
-    try:
-        os.unlink(name, dir_fd=parent_fd)
-    except FileNotFoundError:
-        return
-    except IsADirectoryError:
-        _empty_tree(parent_fd, name)
-        os.rmdir(name, dir_fd=parent_fd)
-
-
-def _empty_tree(parent_fd: int, name: bytes) -> None:
-    # A hostile tree may be deeper than descriptors last: hold one, go down by name and up by "..", which leads back to
-    # where we came from as long as nobody else moves directories in this tree.
-    fd = _enter(name, parent_fd)
-    todo = [(name, _unlink_files(fd))]
-    try:
-        while True:
-            done, children = todo[-1]
-            if children:
-                child = children.pop()
-                fd = _swap(fd, child)
-                todo.append((child, _unlink_files(fd)))
-                continue
-            todo.pop()
-            if not todo:
-                return
-            fd = _swap(fd, b"..")
-            os.rmdir(done, dir_fd=fd)
-    finally:
-        os.close(fd)
-
-
-def _enter(name: bytes, dir_fd: int) -> int:
-    try:
-        return os.open(name, _OPEN_DIR, dir_fd=dir_fd)
-    except PermissionError:  # only without CAP_DAC_OVERRIDE: the image's own modes keep us out of our own files
-        fd = os.open(name, os.O_PATH | _OPEN_DIR, dir_fd=dir_fd)
-        try:
-            os.chmod(f"/proc/self/fd/{fd}", 0o700)
-        finally:
-            os.close(fd)
-        return os.open(name, _OPEN_DIR, dir_fd=dir_fd)
-
-
-def _swap(fd: int, name: bytes) -> int:
-    try:
-        return _enter(name, fd)
-    finally:
-        os.close(fd)
-
-
-def _unlink_files(fd: int) -> list[bytes]:
-    """Unlink everything in a directory but directories; returns the names of those."""
-    with os.scandir(fd) as entries:
-        found = [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in entries]
-    if not os.fstat(fd).st_mode & 0o200 and any(found):
-        os.fchmod(fd, 0o700)  # as in _enter
-    for name, is_dir in found:
-        if not is_dir:
-            os.unlink(name, dir_fd=fd)
-    return [name for name, is_dir in found if is_dir]
-
-
 def measure(parent_fd: int, name: bytes, unit: int) -> tuple[int, int]:
     """Disk use of what is at `name`, as (bytes in whole units, inodes); hard links count once each time they are met."""
     status = os.lstat(name, dir_fd=parent_fd)
     size, inodes = rounded(status.st_size, unit), 1
     if stat.S_ISDIR(status.st_mode):
-        fd = _enter(name, parent_fd)
+        fd = enter(parent_fd, name)
         try:
             for child in os.listdir(fd):
                 more, count = measure(fd, os.fsencode(child), unit)

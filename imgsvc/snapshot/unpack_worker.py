@@ -36,6 +36,7 @@ from typing import Any, Final
 from imgsvc import failpoints, kernel
 from imgsvc.errors import DataLoss, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error
 from imgsvc.failpoints import failpoint
+from imgsvc.removal import remove_at
 from imgsvc.snapshot.extract import Extractor
 from imgsvc.snapshot.inflate import READ_SIZE, Ahead, BlobReader, TarBytes, Transform, TransformReader, open_layer
 from imgsvc.snapshot.interfaces import COUNT, Mount
@@ -44,7 +45,7 @@ from imgsvc.snapshot.mount import mount_all
 from imgsvc.snapshot.settle import NeedsParents, Settler
 from imgsvc.snapshot.tarheader import BadLayer
 from imgsvc.snapshot.tarstream import TarStream
-from imgsvc.snapshot.tree import Tree, remove_tree
+from imgsvc.snapshot.tree import Tree
 
 _UNPACK_CAPABILITIES: Final = sum(
     1 << c for c in (kernel.CAP_CHOWN, kernel.CAP_DAC_OVERRIDE, kernel.CAP_FOWNER, kernel.CAP_FSETID, kernel.CAP_MKNOD, kernel.CAP_SETFCAP)
@@ -257,7 +258,7 @@ def _open_target(order: dict[str, Any]) -> int:
         wiped = _target_of(mounts)
         fd = os.open(wiped, _OPEN_DIR)
         for name in os.listdir(fd):
-            remove_tree(fd, os.fsencode(name))
+            remove_at(fd, os.fsencode(name))
         os.close(fd)
     if len(mounts) == 1 and mounts[0].type == "bind":
         return os.open(mounts[0].source, _OPEN_DIR)

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from imgsvc import kernel
+from imgsvc import removal
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.errors import ImgsvcError, InvalidArgument, NotFound
 from imgsvc.runtime import volumes
@@ -169,7 +169,7 @@ def test_c_c6_a_sub_path_is_mounted_by_what_it_is_not_by_its_name(tmp_path: Path
         with pytest.raises(OSError, match="Read-only"):
             (tmp_path / "view/new").touch()
     finally:
-        kernel.umount_all(tmp_path / "view")
+        removal.unmount_below(tmp_path / "view")
 
 
 def refuse(node: Daemon, pod: str, config: pb.ContainerConfig) -> str:

@@ -19,10 +19,11 @@ import time
 from pathlib import Path
 
 from imgsvc.errors import ImgsvcError
+from imgsvc.removal import remove_at
 from imgsvc.snapshot.extract import Extractor
 from imgsvc.snapshot.laying import InPlaceStyle, Journal, OverlayStyle
 from imgsvc.snapshot.tarstream import TarStream
-from imgsvc.snapshot.tree import Tree, remove_tree
+from imgsvc.snapshot.tree import Tree
 from tests.snapshot.layers import END, Entry, directory, link, padded, pax_block, raw_header, record, symlink, tar, with_checksum
 
 SLOWEST = 5.0  # [seconds] for one input, on a busy machine
@@ -131,7 +132,7 @@ def once(seed: int, scratch: Path, layers: list[bytes]) -> None:
         pass
     finally:
         parent = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
-        remove_tree(parent, b"root")
+        remove_at(parent, b"root")
         os.close(parent)
     after = (sentinel.lstat(), sorted(os.listdir(sentinel)), sorted(os.listdir(scratch)))
     assert before == after, "escaped"

@@ -367,7 +367,8 @@ import os, sys
 from imgsvc.snapshot.extract import Extractor
 from imgsvc.snapshot.laying import InPlaceStyle
 from imgsvc.snapshot.tarstream import TarStream
-from imgsvc.snapshot.tree import Tree, remove_tree
+from imgsvc.removal import remove_at
+from imgsvc.snapshot.tree import Tree
 
 layer = iter([open(sys.argv[1], "rb").read()])
 os.chown(sys.argv[2], 65534, 65534)
@@ -382,7 +383,7 @@ extractor = Extractor(Tree(root, style.create_implied), style, privileged=False)
 extractor.run(TarStream(lambda: next(layer, b"")))
 print(sorted(extractor.warnings))
 print(oct(os.stat("d", dir_fd=root).st_mode), os.listdir(os.open("d", os.O_RDONLY, dir_fd=root)))
-remove_tree(outside, b"root")
+remove_at(outside, b"root")
 print(os.listdir(outside))
 """
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from google.protobuf import any_pb2, empty_pb2
 
 from imgsvc.api import task_v2_pb2 as task
 from imgsvc.errors import FailedPrecondition, ImgsvcError
+from imgsvc.removal import discard
 from imgsvc.runtime.shim.logcopy import LogCopier
 from imgsvc.runtime.streaming.exec_target import exec_process
 from imgsvc.runtime.streaming.fdio import FdReader, FdWriter
@@ -56,7 +56,7 @@ class ShimExec:
             async with AsyncExitStack() as ours:
                 return await self._run(place, streams, ours)
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            discard(place)
 
     async def _run(self, place: Path, streams: Streams, ours: AsyncExitStack) -> int:
         outputs = _outputs(place, streams, ours, terminal=self.terminal)

@@ -14,7 +14,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import signal
 import socket
 import struct
@@ -27,6 +26,7 @@ from typing import Any, Final
 
 from imgsvc.concurrency import time_limit, to_the_end
 from imgsvc.errors import DeadlineExceeded, Internal, printable
+from imgsvc.removal import discard
 from imgsvc.runtime.streaming.child import Child, Orphan, signal_group_of
 from imgsvc.runtime.streaming.fdio import FdReader, FdWriter
 from imgsvc.runtime.streaming.flow import stop
@@ -86,7 +86,7 @@ class ExecTarget:
                 finally:
                     await to_the_end(_end(wires.process, self.hangup_s))
         finally:
-            shutil.rmtree(directory, ignore_errors=True)
+            discard(directory)
 
     async def _start_on_pipes(self, directory: Path, streams: Streams, ours: contextlib.ExitStack) -> _Wires:
         with contextlib.ExitStack() as theirs:
@@ -259,7 +259,7 @@ def end_interrupted(scratch: Path, container_id: str) -> None:
         with contextlib.suppress(OSError):  # it has ended
             if pid is not None and container_id in Path(f"/proc/{pid}/cgroup").read_text():  # else the number is another's by now
                 signal_group_of(pid, signal.SIGKILL)
-        shutil.rmtree(directory, ignore_errors=True)
+        discard(directory)
 
 
 def _read_pid(pid_file: Path) -> int | None:
