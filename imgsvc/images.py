@@ -81,6 +81,8 @@ def build_image(
     encrypted: Sequence[bool],
     documents: Sequence[Descriptor],
     provenance: Mapping[str, Any],
+    *,
+    artifact: bool,
 ) -> Image:
     """The record of an image whose parts are all here. Snapshots and encrypted: one per layer, base first."""
     diff_ids: Sequence[Digest] = config.diff_ids or tuple(layer.digest for layer in manifest.layers)
@@ -96,7 +98,7 @@ def build_image(
         documents=tuple(d.digest for d in documents),
         size=sum(d.size for d in documents) + sum(layer.size for layer in manifest.layers),
         created_at=time.time(),
-        artifact=manifest.is_artifact,
+        artifact=artifact,
         provenance=provenance,
     )
 

@@ -1,7 +1,9 @@
 """Content-addressed types of an image: digest, descriptor, platform, manifest, index, config. Pure; hostile input welcome.
 
-Parsing is strict where leniency has been an advisory (ambiguous documents, duplicate keys, digests used as paths) and
-lenient where writers differ harmlessly (unknown members are kept out of the way).
+Parsing is strict where leniency has been an advisory (ambiguous documents, duplicate keys, digests used as paths). For the
+rest a document is read as Go's encoding/json reads it, because that is what engines and builders use: null is the empty
+value, also inside lists and maps; bytes and escapes that are no Unicode character become U+FFFD; members are found whatever
+their case. Unknown members are kept out of the way.
 
 Source: OCI image-spec 1.1 descriptor.md, manifest.md, image-index.md, config.md; Docker image manifest v2 schema 2.
 """
@@ -31,10 +33,12 @@ MAX_DESCRIPTORS: Final = 4096  # per document; the largest real indexes and imag
 MAX_VALUES: Final = 256 * KIB  # commas and brackets per JSON document; 4 MiB of "[]," would cost 130 MB of objects
 MAX_INDEX_DEPTH: Final = 4  # index inside index; the specification allows nesting, real images use 1
 MAX_SIZE: Final = 2**63 - 1
+_MAX_DIGITS: Final = 40  # of a number in JSON that is taken as one; Go's largest has 20
 
 OCI_INDEX: Final = "application/vnd.oci.image.index.v1+json"
 OCI_MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
 OCI_CONFIG: Final = "application/vnd.oci.image.config.v1+json"
+UNTYPED: Final = "application/octet-stream"
 OCI_EMPTY: Final = "application/vnd.oci.empty.v1+json"
 DOCKER_LIST: Final = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_MANIFEST: Final = "application/vnd.docker.distribution.manifest.v2+json"
@@ -152,8 +156,12 @@ class Platform:
         return shown if not self.variant or (self.architecture, self.variant) == ("arm64", "v8") else f"{shown}/{self.variant}"
 
 
-def _rank(wanted: Platform, offered: Platform) -> int | None:
+_UNKNOWN_RANK: Final = 1000  # of an entry without a platform: worse than any that says what it is
+
+
+def platform_rank(wanted: Platform, offered: Platform) -> int | None:
     """0 is the best match, larger is worse, None does not run. Arm and amd64 variants run what is older."""
+    wanted, offered = wanted.normalised(), offered.normalised()
     if (wanted.os, wanted.architecture) != (offered.os, offered.architecture):
         return None
     if offered.os_features and not set(offered.os_features) <= set(wanted.os_features):
@@ -224,9 +232,24 @@ class Manifest:
     subject: Descriptor | None = None
 
     @property
-    def is_artifact(self) -> bool:
-        """Not an image that could run: its config is not an image config."""
-        return self.config.media_type not in (OCI_CONFIG, DOCKER_CONFIG)
+    def may_be_image(self) -> bool:
+        """Whether the config's type allows that it is an image config; read_config tells."""
+        return self.config.media_type in (OCI_CONFIG, DOCKER_CONFIG, UNTYPED)
+
+    def read_config(self, data: bytes, where: str) -> ImageConfig | None:
+        """The image config in `data`, None when this manifest is an artifact and no image that could run.
+
+        Docker before 1.10 called its configs octet-streams; those are known by their diff IDs. Raises: as parse_config.
+        """
+        if self.config.media_type in (OCI_CONFIG, DOCKER_CONFIG):
+            return parse_config(data, where)
+        if self.config.media_type != UNTYPED:
+            return None
+        try:
+            config = parse_config(data, where)
+        except (InvalidArgument, ResourceExhausted):
+            return None
+        return config if config.diff_ids else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,25 +262,29 @@ class Index:
     subject: Descriptor | None = None
 
     def candidates(self, wanted: Platform) -> list[Descriptor]:
-        """Manifests that run on `wanted`, best first; entries without a platform come last, in document order."""
+        """Entries that may run on `wanted`, best first.
+
+        Those without a platform come last, in document order: only their configs tell what they run on. Entries that
+        cannot be images, by their own type, are left out.
+        """
         ranked = []
         for position, entry in enumerate(self.manifests):
+            if entry.media_type and entry.media_type not in INDEX_TYPES | MANIFEST_TYPES:
+                continue
             if entry.platform is None:
-                ranked.append((1000, position, entry))
-            elif (rank := _rank(wanted.normalised(), entry.platform.normalised())) is not None:
+                ranked.append((_UNKNOWN_RANK, position, entry))
+            elif (rank := platform_rank(wanted, entry.platform)) is not None:
                 ranked.append((rank, position, entry))
         return [entry for _, _, entry in sorted(ranked, key=lambda r: r[:2])]
 
-    def select(self, wanted: Platform, name: str) -> Descriptor:
-        """The one manifest for `wanted`. Raises: NotFound naming what is on offer."""
-        found = self.candidates(wanted)
-        if not found:
-            platforms = sorted({str(m.platform) for m in self.manifests if m.platform})
-            offered = ", ".join(printable(text, 60) for text in platforms[:_SHOWN_PLATFORMS]) or "none"
-            if len(platforms) > _SHOWN_PLATFORMS:
-                offered += f" and {len(platforms) - _SHOWN_PLATFORMS} more"
-            raise NotFound(f"no manifest for platform {wanted}; the index offers {offered}", where=name)
-        return found[0]
+
+def no_platform(wanted: Platform, offered: Iterable[Platform], name: str) -> NotFound:
+    """The error for an index without an image for `wanted`, naming what is on offer."""
+    platforms = sorted({str(platform) for platform in offered})
+    shown = ", ".join(printable(text, 60) for text in platforms[:_SHOWN_PLATFORMS]) or "none"
+    if len(platforms) > _SHOWN_PLATFORMS:
+        shown += f" and {len(platforms) - _SHOWN_PLATFORMS} more"
+    return NotFound(f"no manifest for platform {wanted}; the index offers {shown}", where=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,23 +337,22 @@ def parse_document(data: bytes, content_type: str, where: str) -> Manifest | Ind
     """
     value = _load(data, where)
     announced = content_type.partition(";")[0].strip()
-    declared = value.get("mediaType", "")
-    if not isinstance(declared, str):
-        raise InvalidArgument("mediaType is not a string", where=where)
-    if announced in DOCKER_SCHEMA1 or declared in DOCKER_SCHEMA1 or "fsLayers" in value or value.get("schemaVersion") == 1:
+    declared = _member(value, "mediaType", str, where)
+    has = {key.casefold() for key in value}
+    if announced in DOCKER_SCHEMA1 or declared in DOCKER_SCHEMA1 or "fslayers" in has or _get(value, "schemaVersion", where) == 1:
         raise InvalidArgument("Docker schema 1 manifests are not supported", where=where, hint="push the image again with a current tool")
     known = INDEX_TYPES | MANIFEST_TYPES
     if declared and announced in known and declared != announced:
         raise InvalidArgument(f'the document calls itself "{printable(declared, 80)}" but was announced as "{announced}"', where=where)
     kind = declared or (announced if announced in known else "")
     if not kind:
-        kind = OCI_INDEX if "manifests" in value else OCI_MANIFEST
+        kind = OCI_INDEX if "manifests" in has else OCI_MANIFEST
     if kind in INDEX_TYPES:
-        if "config" in value or "layers" in value:
+        if has & {"config", "layers"}:
             raise InvalidArgument("ambiguous index: it also has config or layers", where=where)
         return _index(value, kind, where)
     if kind in MANIFEST_TYPES:
-        if "manifests" in value:
+        if "manifests" in has:
             raise InvalidArgument("ambiguous manifest: it also has manifests", where=where)
         return _manifest(value, kind, where)
     raise InvalidArgument(f'not a manifest or index: media type "{printable(kind, 80)}"', where=where)
@@ -337,8 +363,9 @@ def parse_config(data: bytes, where: str) -> ImageConfig:
     return config_from_json(_load(data, where), where)
 
 
-def config_from_json(value: Mapping[str, Any], where: str) -> ImageConfig:
+def config_from_json(value: object, where: str) -> ImageConfig:
     """As parse_config, from a document that is parsed already."""
+    value = _typed(value, dict, "image config", where)
     rootfs = _member(value, "rootfs", dict, where)
     raw_ids = _member(rootfs, "diff_ids", list, where)
     if len(raw_ids) > MAX_DESCRIPTORS:
@@ -363,30 +390,33 @@ def config_from_json(value: Mapping[str, Any], where: str) -> ImageConfig:
 
 def _manifest(value: Mapping[str, Any], kind: str, where: str) -> Manifest:
     layers = _descriptors(value, "layers", where)
-    if "config" not in value:
+    config = _optional(value, "config", where)
+    if config is None:
         raise InvalidArgument("a manifest without config", where=where)
-    config = _descriptor(value["config"], f"{where}: config")
     if config.size + sum(layer.size for layer in layers) > MAX_SIZE:
         raise InvalidArgument("the sizes add up to more than any store can hold", where=where)
-    subject = value.get("subject")
     return Manifest(
         media_type=kind,
         config=config,
         layers=layers,
         annotations=_string_map(value, "annotations", where),
         artifact_type=_member(value, "artifactType", str, where),
-        subject=_descriptor(subject, f"{where}: subject") if subject is not None else None,
+        subject=_optional(value, "subject", where),
     )
 
 
 def _index(value: Mapping[str, Any], kind: str, where: str) -> Index:
-    subject = value.get("subject")
     return Index(
         media_type=kind,
         manifests=_descriptors(value, "manifests", where),
         annotations=_string_map(value, "annotations", where),
-        subject=_descriptor(subject, f"{where}: subject") if subject is not None else None,
+        subject=_optional(value, "subject", where),
     )
+
+
+def _optional(value: Mapping[str, Any], name: str, where: str) -> Descriptor | None:
+    found = _get(value, name, where)
+    return None if found is None else _descriptor(found, f"{where}: {name}")
 
 
 def _descriptors(value: Mapping[str, Any], name: str, where: str) -> tuple[Descriptor, ...]:
@@ -398,11 +428,11 @@ def _descriptors(value: Mapping[str, Any], name: str, where: str) -> tuple[Descr
 
 def _descriptor(value: object, where: str) -> Descriptor:
     entry = _typed(value, dict, "descriptor", where)
-    size = entry.get("size")
+    size = _get(entry, "size", where)
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_SIZE:
         raise InvalidArgument(f"size is {printable(repr(size), 40)}, not a number of bytes", where=where)
-    digest = _digest(entry.get("digest"), "digest", where)
-    inline = entry.get("data")
+    digest = _digest(_get(entry, "digest", where), "digest", where)
+    inline = _get(entry, "data", where)
     data = _inline(inline, digest, size, where) if inline is not None else None
     platform = _member(entry, "platform", dict, where)
     return Descriptor(
@@ -447,11 +477,24 @@ def _platform(value: Mapping[str, Any], where: str) -> Platform:
 
 
 def _strings(value: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
-    return tuple(_typed(item, str, name, where) for item in _member(value, name, list, where))
+    return tuple("" if item is None else _typed(item, str, name, where) for item in _member(value, name, list, where))
 
 
 def _string_map(value: Mapping[str, Any], name: str, where: str) -> dict[str, str]:
-    return {key: _typed(item, str, f"{name}.{key}", where) for key, item in _member(value, name, dict, where).items()}
+    entries = _member(value, name, dict, where).items()
+    return {key: "" if item is None else _typed(item, str, f"{name}.{key}", where) for key, item in entries}
+
+
+def _get(value: Mapping[str, Any], name: str, where: str) -> Any:
+    """A member, None when it is absent or null. Its name counts whatever its case, as in Go, so that no reader sees another document.
+
+    Raises: InvalidArgument when it is there twice in that sense: which one counts would depend on the reader.
+    """
+    folded = name.casefold()
+    found = [key for key in value if len(key) == len(name) and key.casefold() == folded]
+    if len(found) > 1:
+        raise InvalidArgument(f"ambiguous document: {name} appears twice, in other case", where=where)
+    return value[found[0]] if found else None
 
 
 _T = TypeVar("_T")
@@ -459,7 +502,7 @@ _T = TypeVar("_T")
 
 def _member(value: Mapping[str, Any], name: str, kind: type[_T], where: str) -> _T:
     """An optional member; absent and null both mean empty, as Go's writers have it."""
-    found = value.get(name)
+    found = _get(value, name, where)
     return kind() if found is None else _typed(found, kind, name, where)
 
 
@@ -471,12 +514,25 @@ def _typed(value: object, kind: type[_T], name: str, where: str) -> _T:
 
 
 def _load(data: bytes, where: str) -> dict[str, Any]:
-    return load_json_object(data, where, limit=MAX_DOCUMENT)
+    return load_json_object(data, where, limit=MAX_DOCUMENT, mend=True)
 
 
-def load_json_object(data: bytes, where: str, *, limit: int) -> dict[str, Any]:
+_LOW: Final = r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_ESCAPE = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}" + _LOW + r"|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.DOTALL)
+
+
+def _mended(data: bytes) -> str:
+    """JSON text in which what is no Unicode character, as bytes or as the escape of half a surrogate pair, is U+FFFD, as Go has it."""
+    text = data.decode("utf-8", "replace")
+    return _ESCAPE.sub(lambda escape: "\ufffd" if escape[1] else escape[0], text) if b"\\u" in data else text
+
+
+def load_json_object(data: bytes, where: str, *, limit: int, mend: bool = False) -> dict[str, Any]:
     """A JSON object from hostile bytes: UTF-8 only, no duplicate members, no NaN, no half
     surrogates; size [bytes], depth and number of values bounded.
+
+    mend: read what is no Unicode as U+FFFD, and leave numbers that no member of ours can have as text. For what only
+    describes; a credential or a signed statement is refused rather than changed.
 
     Raises: InvalidArgument; ResourceExhausted when over a bound.
     """
@@ -485,8 +541,14 @@ def load_json_object(data: bytes, where: str, *, limit: int) -> dict[str, Any]:
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
         raise ResourceExhausted(f"more than {MAX_VALUES} values", where=where)
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
-        if b"\\u" in data:  # only an escape can smuggle half a character in, which nothing later could write down
+        value = json.loads(
+            _mended(data) if mend else data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_float_or_text if mend else _finite,
+            parse_int=_int_or_text if mend else None,
+        )
+        if b"\\u" in data and not mend:  # only an escape can smuggle half a character in, which nothing later could write down
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
         raise InvalidArgument("nested too deeply", where=where) from error
@@ -504,6 +566,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _int_or_text(text: str) -> int | str:
+    return int(text) if len(text) <= _MAX_DIGITS else text
+
+
+def _float_or_text(text: str) -> float | str:
+    return number if math.isfinite(number := float(text)) else text
 
 
 def _finite(text: str) -> float:

@@ -22,29 +22,26 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from imgsvc.blobs import Blobs
+from imgsvc.choosing import Chosen, choose
 from imgsvc.concurrency import SingleFlight, Threads, all_of, to_the_end
 from imgsvc.content.interfaces import Store
 from imgsvc.content.verify import read_verified, wrong_size
 from imgsvc.decrypt.interfaces import Decryptor, LayerKey
-from imgsvc.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
+from imgsvc.errors import DataLoss, NotFound
 from imgsvc.failpoints import afailpoint
 from imgsvc.images import Image, ImageStore, build_image
 from imgsvc.layers import LayerPlan, Layers, PullReporter, Silent, layer_names, layer_secrets, unwrap_layers
 from imgsvc.leases import LeaseManager
 from imgsvc.oci import (
     MAX_DOCUMENT,
-    MAX_INDEX_DEPTH,
     Descriptor,
     Digest,
     ImageConfig,
-    Index,
     Manifest,
     Platform,
-    parse_config,
-    parse_document,
 )
 from imgsvc.reference import Reference
-from imgsvc.registry.interfaces import Attempt, BlobSource, Credential, Fetcher, Registry
+from imgsvc.registry.interfaces import Attempt, BlobSource, Credential, Fetcher, Registry, Resolved
 from imgsvc.snapshot.interfaces import Key, Name, Snapshotter, Unpacker
 
 
@@ -165,12 +162,14 @@ class Puller:
         await afailpoint("pull.resolved")
         lease = await self._leases.hold([("content", resolved.descriptor.digest)], purpose=f"pull {request.reference}")
         try:
-            documents, manifest, config = await self._walk(request, fetcher, resolved.descriptor, resolved.document)
+            chosen = await self._choose(request, fetcher, resolved)
+            documents, manifest = chosen.documents, chosen.manifest
+            config = chosen.config or ImageConfig(platform=request.platform, diff_ids=())
             plan = await self._plan(request, fetcher, manifest, config, timings)
             await self._leases.add(lease, _resources(plan, documents))
             await self._store(documents)
             await afailpoint("pull.documents")
-            if manifest.is_artifact or not config.diff_ids:
+            if not config.diff_ids:
                 await all_of(*(self._layers.bring(plan, layer) for layer in manifest.layers))
             else:
                 await self._layers.ensure_all(plan)
@@ -189,6 +188,7 @@ class Puller:
                     "credentials": _credentials(attempts),
                     "blobs": {digest: dict(source.by_endpoint) for digest, source in plan.sources.items()},
                 },
+                artifact=chosen.config is None,
             )
             reference = request.reference
             shown = await self._images.add(
@@ -233,31 +233,15 @@ class Puller:
             reporter=Silent(),
         )
 
-    async def _walk(
-        self, request: PullRequest, fetcher: Fetcher, target: Descriptor, first: bytes | None
-    ) -> tuple[list[tuple[Descriptor, bytes]], Manifest, ImageConfig]:
-        """Walk from the target to one manifest and its config. Returns every document met, config last, manifest before it."""
-        where = str(request.reference)
-        met: list[tuple[Descriptor, bytes]] = []
-        descriptor = target
-        while len(met) <= MAX_INDEX_DEPTH:
-            data = first if first is not None and not met else await self._document(fetcher, descriptor)
-            met.append((descriptor, data))
-            document = parse_document(data, descriptor.media_type, where)
-            if isinstance(document, Index):
-                descriptor = document.select(request.platform, where)
-                continue
-            raw = await self._document(fetcher, document.config)
-            met.append((document.config, raw))
-            config = _no_config(request.platform) if document.is_artifact else parse_config(raw, f"{where}: config")
-            if len(met) == 2 and not document.is_artifact:
-                _check_platform(request.platform, config.platform, where)
-            if config.diff_ids and len(config.diff_ids) != len(document.layers):
-                raise InvalidArgument(f"{len(document.layers)} layers but {len(config.diff_ids)} diff IDs in the config", where=where)
-            if document.layers and not config.diff_ids and not document.is_artifact:
-                raise InvalidArgument("an image config without diff IDs", where=where)
-            return met, document, config
-        raise ResourceExhausted(f"indexes nested deeper than {MAX_INDEX_DEPTH}", where=where)
+    async def _choose(self, request: PullRequest, fetcher: Fetcher, resolved: Resolved) -> Chosen:
+        """The image of what was resolved; its own document has come with the answer, if it has."""
+
+        async def read(descriptor: Descriptor) -> bytes:
+            if descriptor is resolved.descriptor and resolved.document is not None:
+                return resolved.document
+            return await self._document(fetcher, descriptor)
+
+        return await choose(resolved.descriptor, request.platform, read, str(request.reference))
 
     async def _document(self, fetcher: Fetcher, descriptor: Descriptor) -> bytes:
         if descriptor.data is not None:
@@ -309,19 +293,6 @@ def _bytes_from(sources: Iterable[BlobSource]) -> dict[str, int]:
 def _credentials(attempts: Sequence[Attempt]) -> list[str]:
     """Names of the credentials without which the image may not have been had; who else may have it depends on them."""
     return sorted({a.credential for a in attempts if a.credential not in ("", "none") and not a.credential.startswith("withheld")})
-
-
-def _check_platform(wanted: Platform, offered: Platform, where: str) -> None:
-    """An image without an index is taken as this node's, whatever it says, as everywhere. One that was asked for has to fit.
-
-    Raises: NotFound.
-    """
-    if wanted != Platform.host() and (wanted.os, wanted.architecture) != (offered.os, offered.architecture):
-        raise NotFound(f"there is no image for {wanted}, only one for {offered}", where=where, hint="leave out the platform to have that")
-
-
-def _no_config(platform: Platform) -> ImageConfig:
-    return ImageConfig(platform=platform, diff_ids=())
 
 
 def _read_small(content: Store, descriptor: Descriptor) -> bytes | None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imgsvc import oci
-from imgsvc.errors import InvalidArgument, NotFound, ResourceExhausted
+from imgsvc.errors import InvalidArgument, ResourceExhausted
 from imgsvc.oci import Descriptor, Digest, Index, Manifest, Platform, chain_ids, parse_config, parse_document
 
 HEX = "ab" * 32
@@ -131,12 +131,8 @@ def test_c_r2_c_r14_documents_over_a_limit_are_refused(data: bytes) -> None:
     [
         nested(100_000),
         b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
-        b'{"size":' + b"9" * 1_000_000 + b"}",
-        b'{"size":1e999}',
         b'{"size":NaN}',
         b'{"size":-Infinity}',
-        b'{"mediaType":"\\ud800"}',
-        b'{"annotations":{"\\udfff":""}}',
         b"",
         b"null",
         b"[]",
@@ -152,6 +148,14 @@ def test_c_r2_c_r15_what_is_not_a_document_is_refused(data: bytes) -> None:
         parse(data)
     with pytest.raises(InvalidArgument):
         parse_config(data, "test")
+
+
+@pytest.mark.parametrize("size", [b"9" * 1_000_000, b"1e999", b"1e3", b"1.0"], ids=lambda size: size[:5].decode())
+def test_c_r15_numbers_that_no_size_can_be_are_refused_as_sizes_only(size: bytes) -> None:
+    body = json.dumps({**MANIFEST, "layers": [{**LAYER, "size": 4711}]}).encode()
+    with pytest.raises(InvalidArgument, match="size"):
+        parse(body.replace(b"4711", size))
+    parse_config(b'{"history":[{"number":' + size + b"}]}", "test")
 
 
 @pytest.mark.parametrize("value", [b"[]", b"{}", b"[[]]", b'{"a":1}', b'"a"'], ids=bytes.decode)
@@ -219,7 +223,7 @@ def test_null_members_mean_absent_as_go_writes_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"Env": "A=b"}, {"Env": [1]}, {"User": 0}, {"User": {}}, {"Cmd": {}}, {"Labels": {"a": None}}, {"Volumes": []}]
+    "change", [{"Env": "A=b"}, {"Env": [1]}, {"User": 0}, {"User": {}}, {"Cmd": {}}, {"Labels": {"a": 1}}, {"Volumes": []}]
 )
 def test_c_r15_configs_with_a_wrong_type_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument):
@@ -259,7 +263,7 @@ def test_an_artifact_is_told_from_an_image() -> None:
     for media_type, is_artifact in ((oci.OCI_CONFIG, False), (oci.DOCKER_CONFIG, False), (oci.OCI_EMPTY, True), ("application/x", True)):
         found = parse({**MANIFEST, "config": {**CONFIG, "mediaType": media_type}})
         assert isinstance(found, Manifest)
-        assert found.is_artifact is is_artifact
+        assert (found.read_config(b"{}", "test") is None) is is_artifact
 
 
 def parses_or_is_refused(attempt: Callable[[], object]) -> None:
@@ -385,6 +389,7 @@ def test_candidates_are_those_that_run_here_best_first(wanted: str, offered: lis
     assert [d.size for d in index_of(*offered).candidates(Platform.parse(wanted))] == order
 
 
-def test_select_says_what_is_on_offer() -> None:
-    with pytest.raises(NotFound, match=r"no manifest for platform linux/s390x; the index offers linux/amd64, linux/arm/v7"):
-        index_of(arm("v7"), amd()).select(Platform.parse("linux/s390x"), "name")
+def test_the_error_says_what_is_on_offer() -> None:
+    offered = [Platform.parse(text) for text in ("linux/arm/v7", "linux/amd64")]
+    found = oci.no_platform(Platform.parse("linux/s390x"), offered, "name")
+    assert str(found) == "name: no manifest for platform linux/s390x; the index offers linux/amd64, linux/arm/v7"

@@ -15,11 +15,12 @@ import pytest
 
 from imgsvc import oci
 from imgsvc.api import cri_pb2
+from imgsvc.choosing import MAX_DOCUMENTS, Chosen, choose
 from imgsvc.concurrency import CancelToken
-from imgsvc.errors import InvalidArgument
+from imgsvc.errors import InvalidArgument, NotFound, ResourceExhausted
 from imgsvc.fsck import ImageChecker, fsck
 from imgsvc.images import TABLE, ImageStore, check_image
-from imgsvc.oci import Digest, Platform
+from imgsvc.oci import Descriptor, Digest, ImageConfig, Manifest, Platform, load_json_object, parse_config, parse_document
 from tests.fakes.registry import FakeRegistry
 from tests.registry.support import hosts_d
 from tests.support import cri, images
@@ -212,3 +213,126 @@ def test_S2_fsck_compares_recorded_sizes_with_stored_blobs(node: Stored) -> None
     asyncio.run(node.images.add(replace(image, layers=(lie,)), "docker.io/library/app:2", ""))
     (finding,) = findings(node)
     assert f"{lie.descriptor.digest} has 400 bytes, its descriptor says {2**62}" in finding
+
+
+def parsed_config(data: bytes) -> ImageConfig:
+    return parse_config(data, "test")
+
+
+@pytest.mark.parametrize("escape", [b"\\ud800", b"\\udfff x", b"\\ud800\\u0041", b"\xff", b"gr\xf6\xdfe", b"\xed\xa0\x80"], ids=repr)
+def test_P16_what_is_no_character_becomes_the_replacement_character(escape: bytes) -> None:
+    data = config_of(config={"Labels": {"a": "@", "smile": "\U0001f600"}, "User": "@", "Env": ["A=\\\\ud800 @"]}).replace(b"@", escape)
+    found = parsed_config(data)
+    assert "\ufffd" in found.labels["a"]
+    assert found.user == found.labels["a"]
+    assert found.labels["smile"] == "\U0001f600"
+    assert found.env[0].startswith("A=\\\\ud800 "), "an escaped backslash begins no escape"
+    json.dumps(dict(found.raw), ensure_ascii=False).encode()
+
+
+def test_P16_null_is_the_empty_value_wherever_it_stands() -> None:
+    found = parsed_config(
+        config_of(config={"Labels": {"a": None}, "Env": [None, "A=b"], "Cmd": [None], "User": None, "Volumes": {"/v": None}})
+    )
+    assert (found.labels, found.env, found.cmd, found.user, found.volumes) == ({"a": ""}, ("", "A=b"), ("",), "", ("/v",))
+    made = manifest_of(config_of(), [entry_of(annotations={"a": None}, urls=[None], platform=None)], annotations={"b": None}, subject=None)
+    manifest = parse_document(made.data, made.media_type, "test")
+    assert isinstance(manifest, Manifest)
+    assert (manifest.annotations, manifest.layers[0].annotations, manifest.layers[0].urls) == ({"b": ""}, {"a": ""}, ("",))
+
+
+def test_P16_credentials_and_signatures_are_not_mended() -> None:
+    for bad in (b'{"a":"\\ud800"}', b'{"a":"\xff"}', b'{"a":' + b"9" * 5000 + b"}"):
+        with pytest.raises(InvalidArgument):
+            load_json_object(bad, "test", limit=1_000_000)
+
+
+def test_P16_members_are_found_in_any_case_and_two_of_one_name_are_ambiguous() -> None:
+    assert parsed_config(json.dumps({"CONFIG": {"user": "7"}, "rootFS": {}, "OS": "linux"}).encode()).user == "7"
+    with pytest.raises(InvalidArgument, match="ambiguous"):
+        parsed_config(b'{"config":{"User":"1000","user":"0"}}')
+    made = json.loads(manifest_of(config_of(), [entry_of()]).data)
+    with pytest.raises(InvalidArgument, match="ambiguous"):
+        parse_document(json.dumps({**made, "MANIFESTS": []}).encode(), "", "test")
+
+
+def index_of(*entries: tuple[BuiltDocument, dict[str, Any]]) -> BuiltDocument:
+    value = {"schemaVersion": 2, "mediaType": oci.OCI_INDEX}
+    listed = [{**descriptor(made.media_type, made.data), **members} for made, members in entries]
+    return BuiltDocument(oci.OCI_INDEX, json.dumps({**value, "manifests": listed}).encode(), {}, tuple(made for made, _ in entries))
+
+
+def told(platform: Platform) -> dict[str, Any]:
+    return {"platform": {"os": platform.os, "architecture": platform.architecture, "variant": platform.variant}}
+
+
+HERE: Final = manifest_of(config_of(config={"Cmd": ["here"]}), [entry_of()])
+ELSEWHERE: Final = manifest_of(config_of(platform=FOREIGN), [entry_of()])
+SBOM: Final = manifest_of(b"{}", [entry_of()], "application/vnd.example.sbom.config+json", artifactType="application/spdx+json")
+UNTYPED: Final = manifest_of(config_of(config={"Cmd": ["old"]}), [entry_of()], oci.UNTYPED)
+NO_IMAGE: Final = manifest_of(b"just text", [entry_of()], oci.UNTYPED)
+
+
+@pytest.mark.parametrize(
+    "target, expected",
+    {
+        "P6 the other platform first": (index_of((ELSEWHERE, {}), (HERE, {})), HERE),
+        "P6 one that says what it is wins": (index_of((UNTYPED, {}), (HERE, told(HOST))), HERE),
+        "P6 nothing fits": (index_of((ELSEWHERE, {}), (ELSEWHERE, told(FOREIGN))), None),
+        "P6 an index inside": (index_of((index_of((ELSEWHERE, {})), {}), (index_of((HERE, {})), {})), HERE),
+        "P6 the entry is believed": (index_of((ELSEWHERE, told(HOST)), (HERE, {})), ELSEWHERE),
+        "P6 without an index anything is taken": (ELSEWHERE, ELSEWHERE),
+        "P7 an artifact first": (index_of((SBOM, {}), (HERE, {})), HERE),
+        "P7 an artifact that claims the platform": (index_of((SBOM, told(HOST)), (HERE, told(HOST))), HERE),
+        "P7 an artifact and no image": (index_of((ELSEWHERE, told(FOREIGN)), (SBOM, {})), SBOM),
+        "P7 an artifact alone": (SBOM, SBOM),
+        "P7 an entry of a type that no manifest has": (index_of((HERE, {"mediaType": "application/spdx+json"}), (UNTYPED, {})), UNTYPED),
+        "P10 an untyped config": (UNTYPED, UNTYPED),
+        "P10 untyped and no image": (index_of((NO_IMAGE, {}), (HERE, {})), HERE),
+    }.values(),
+)
+def test_P6_P7_P10_which_image_an_index_stands_for(target: BuiltDocument, expected: BuiltDocument | None) -> None:
+    stored = {}
+    todo = [target]
+    while todo:
+        made = todo.pop()
+        stored.update({made.digest: made.data, **made.blobs})
+        todo += made.children
+
+    async def read(wanted: Descriptor) -> bytes:
+        return stored[wanted.digest]
+
+    async def chosen() -> Chosen:
+        return await choose(Descriptor(target.media_type, target.digest, len(target.data)), HOST, read, "test")
+
+    if expected is None:
+        with pytest.raises(NotFound, match=f"the index offers {FOREIGN}"):
+            asyncio.run(chosen())
+        return
+    found = asyncio.run(chosen())
+    assert found.documents[-2][0].digest == expected.digest
+    assert (found.config is None) is (expected is SBOM)
+
+
+def test_P6_an_index_of_unnamed_platforms_costs_a_bounded_number_of_requests() -> None:
+    others = [manifest_of(config_of(platform=FOREIGN, created=str(n)), [entry_of()]) for n in range(200)]
+    stored = {made.digest: made.data for made in others} | {digest: data for made in others for digest, data in made.blobs.items()}
+    target = index_of(*((made, {}) for made in others))
+    asked = []
+
+    async def read(wanted: Descriptor) -> bytes:
+        asked.append(wanted)
+        return stored.get(wanted.digest, target.data)
+
+    with pytest.raises(ResourceExhausted, match="name their platforms"):
+        asyncio.run(choose(Descriptor(target.media_type, target.digest, len(target.data)), HOST, read, "test"))
+    assert len(asked) == MAX_DOCUMENTS
+
+
+def test_P6_P10_a_pull_takes_what_fits_and_old_images_run(daemon: Daemon, fake: FakeRegistry) -> None:
+    fake.add(index_of((SBOM, {}), (ELSEWHERE, {}), (UNTYPED, {})), "library/p6")
+    assert cri.pull(daemon.images(), "p6") == str(UNTYPED.config_digest)
+    shown = json.loads(daemon.cli("inspect", "p6").stdout)
+    assert shown["artifact"] is False
+    assert shown["manifest"]["digest"] == UNTYPED.digest
+    assert not [request for request in fake.seen("library/p6/blobs/") if request.path.endswith(str(SBOM.config_digest))]

@@ -63,6 +63,7 @@ class Node:
             [False] * len(manifest.layers),
             [*descriptors, manifest.config],
             {},
+            artifact=manifest.config.media_type != OCI_CONFIG,
         )
         record = replace(record, provenance={"credentials": list(credentials)})
         asyncio.run(self.images.add(record, f"{name}:1", f"{name}@{descriptors[0].digest}"))

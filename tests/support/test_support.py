@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from imgsvc.oci import Index, Manifest, Platform, parse_config, parse_document
+from imgsvc.oci import Index, Manifest, Platform, parse_document
 from tests.support import images
 from tests.support.images import Compression, Entry
 from tests.support.registries import RealRegistry, ScriptedRegistry
@@ -21,8 +21,8 @@ def test_a_built_image_is_one_our_parser_accepts(compression: Compression, docke
     made = images.image([images.layer([Entry("a", b"1")], compression, docker=docker)], docker=docker, Cmd=["x"], User="me")
     manifest = parse_document(made.data, made.media_type, "test")
     assert isinstance(manifest, Manifest)
-    assert not manifest.is_artifact
-    config = parse_config(made.blobs[manifest.config.digest], "test")
+    config = manifest.read_config(made.blobs[manifest.config.digest], "test")
+    assert config
     assert (config.cmd, config.user, len(config.diff_ids)) == (("x",), "me", 1)
 
 
@@ -31,7 +31,7 @@ def test_an_index_offers_its_platforms() -> None:
     made = images.index({"linux/arm64": arm, "linux/amd64": amd})
     index = parse_document(made.data, made.media_type, "test")
     assert isinstance(index, Index)
-    assert index.select(Platform.parse("linux/arm64"), "test").digest == arm.digest
+    assert [entry.digest for entry in index.candidates(Platform.parse("linux/arm64"))] == [arm.digest]
 
 
 @pytest.mark.compat

@@ -228,7 +228,9 @@ def stored(document: BuiltDocument, *names: str) -> Any:
     config = parse_config(document.blobs[manifest.config.digest], "test")
     from dataclasses import replace
 
-    record = build_image(target(document), manifest, config, ["s"] * len(manifest.layers), [False] * len(manifest.layers), [], {})
+    record = build_image(
+        target(document), manifest, config, ["s"] * len(manifest.layers), [False] * len(manifest.layers), [], {}, artifact=False
+    )
     return replace(record, repo_digests=names)
 
 
