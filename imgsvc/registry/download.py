@@ -20,7 +20,7 @@ from imgsvc.registry.endpoint import Ask, Endpoint
 from imgsvc.registry.exchange import Chunk, RequestFailed, Response
 from imgsvc.registry.failover import Failover, HealthBook
 from imgsvc.registry.interfaces import BlobSink
-from imgsvc.registry.ranges import TICK_S, Plan, Span, Tuner, partial_problem, range_header
+from imgsvc.registry.ranges import PROOF, TICK_S, Plan, Span, Tuner, partial_problem, range_header
 from imgsvc.registry.redact import shown_url
 from imgsvc.registry.retry import MAX_WAIT_S, Action, Failure
 
@@ -89,12 +89,13 @@ class Download:
         self._extra = extra
         self._plan = Plan(sink.missing())
         self._tuner = Tuner()
-        self._workers: set[asyncio.Task[None]] = set()
+        self._workers: dict[asyncio.Task[None], Span] = {}
         self._current = 0
         self._tries = 0
         self._waited = 0.0
         self._progress = 0
         self._etags: dict[str, str] = {}
+        self._plain_failed: set[str] = set()  # endpoints where a plain request failed like the ranged one before it
         self._received = 0
         self.by_endpoint: Counter[str] = Counter()
 
@@ -115,7 +116,7 @@ class Download:
     def _start_workers(self) -> None:
         while len(self._workers) < self._tuner.target:
             is_extra = bool(self._workers)
-            if is_extra and (self._book.of(self._endpoint).parked_for(time.monotonic()) or not self._extra.take()):
+            if is_extra and not self._may_add():
                 return
             span = self._plan.take()
             if span is None:
@@ -123,14 +124,28 @@ class Download:
                     self._extra.give_back()
                 return
             worker = asyncio.create_task(self._work(span))
-            self._workers.add(worker)
+            self._workers[worker] = span
             if is_extra:
+                self._begin_probe(worker, span)
                 worker.add_done_callback(lambda _: self._extra.give_back())
+
+    def _begin_probe(self, worker: asyncio.Task[None], span: Span) -> None:
+        """Now, because the worker itself begins later than another blob may ask."""
+        ranges = self._book.of(self._endpoint).ranges
+        ranges.begin(span)
+        worker.add_done_callback(lambda _: ranges.end(span))
+
+    def _may_add(self) -> bool:
+        """Whether to fetch over another connection; takes it from the budget then."""
+        health, now = self._book.of(self._endpoint), time.monotonic()
+        return not health.parked_for(now) and health.ranges.admits_another(now) and self._extra.take()
 
     async def _watch(self) -> None:
         before, connections, started = self._received, len(self._workers), time.monotonic()
-        done, self._workers = await asyncio.wait(self._workers, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
-        failures = [error for worker in done if (error := worker.exception())]
+        done, _ = await asyncio.wait(self._workers, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
+        for worker in done:
+            del self._workers[worker]
+        failures = [error for worker in done if not worker.cancelled() and (error := worker.exception())]
         if failures:
             raise failures[0]
         if not done:
@@ -148,21 +163,41 @@ class Download:
         try:
             while span.left:
                 endpoint = self._endpoint
+                wanted = self._range_of(endpoint, span)
                 try:
-                    await self._fetch(self._source, span)
+                    await self._fetch(self._source, span, wanted)
                 except RequestFailed as error:
-                    self._book.note(endpoint, error)
+                    is_refusal = self._is_refused_range(endpoint, error, wanted)
+                    if not is_refusal:
+                        self._book.note(endpoint, error)
                     if len(self._workers) > 1:
                         # The others go on; whoever is left alone decides about the host.
                         self._tuner.limit(len(self._workers) - 1)
                         return
-                    await self._recover(endpoint, error)
+                    if not is_refusal and (span.left or not wanted):
+                        await self._recover(endpoint, error, wanted)
                 else:
                     self._book.of(endpoint).served()
         finally:
             self._plan.finish(span)
 
-    async def _recover(self, endpoint: Endpoint, error: RequestFailed) -> None:
+    def _range_of(self, endpoint: Endpoint, span: Span) -> str:
+        """The Range to ask for, "" for a plain request: the whole blob, of which what is here already is dropped."""
+        if self._book.of(endpoint).ranges.is_refused(time.monotonic()):
+            return ""
+        return range_header(span, self._descriptor.size)
+
+    def _is_refused_range(self, endpoint: Endpoint, error: RequestFailed, wanted: str) -> bool:
+        """Learn from the failure of a request with a Range. True: the next request is plain and may follow at once."""
+        ranges, now = self._book.of(endpoint).ranges, time.monotonic()
+        if not wanted or endpoint.base in self._plain_failed:
+            return False
+        is_answer = error.status >= 400 and error.status != 401 and error.phase == "fetch"
+        if error.failure is Failure.LIED or (is_answer and (error.failure is Failure.DEFINITE or not ranges.is_proven)):
+            ranges.refused(now)
+        return ranges.is_refused(now)
+
+    async def _recover(self, endpoint: Endpoint, error: RequestFailed, wanted: str) -> None:
         """Wait, or go to the next host. Raises: PullFailed when there is none."""
         self._failover.failed(endpoint, error)
         if self._received - self._progress >= _PROGRESS:
@@ -174,6 +209,9 @@ class Download:
         self._waited += decision.delay
         if decision.action is Action.RETRY and self._waited <= MAX_WAIT_S:
             await asyncio.sleep(decision.delay)
+            return
+        if wanted and error.failure is Failure.BROKEN and endpoint.base not in self._plain_failed:
+            self._book.of(endpoint).ranges.refused(time.monotonic())  # one plain request before the host is left
             return
         if error.failure is Failure.LIED:
             self._book.of(endpoint).quarantine(str(self._descriptor.digest))
@@ -193,11 +231,10 @@ class Download:
     def _failed(self) -> Exception:
         return self._failover.failure(f"blob {self._descriptor.digest} not fetched")
 
-    async def _fetch(self, source: Source, span: Span) -> None:
+    async def _fetch(self, source: Source, span: Span, wanted: str) -> None:
         endpoint, began = source.endpoint, time.monotonic()
-        size, start, end = self._descriptor.size, span.position, span.end
         headers = [("Accept", "*/*")]
-        if wanted := range_header(span, size):
+        if wanted:
             headers.append(("Range", wanted))
             if etag := self._etags.get(endpoint.base):
                 headers.append(("If-Range", etag))
@@ -210,63 +247,106 @@ class Download:
             ok=frozenset({200, 206}),
             is_bulk=True,
         )
-        async with await endpoint.ask(ask) as response:
+        ranges = self._book.of(endpoint).ranges
+        start, end = (span.position, span.end) if wanted else (0, self._descriptor.size)
+        if wanted:
+            ranges.begin(span)
+        try:
+            response = await endpoint.ask(ask)
+        except RequestFailed:
+            if not wanted:
+                ranges.forget()
+                self._plain_failed.add(endpoint.base)
+            raise
+        async with response:
             self._book.of(endpoint).succeeded()
+            if response.status == 200:
+                if wanted:
+                    ranges.refused(time.monotonic())
+                start, end = 0, self._descriptor.size
+            self._check_head(response, start, end)
             self._check_etag(endpoint, response)
-            skip = self._check_head(response, start, end)
-            if skip and len(self._workers) > 1:
+            if response.status == 200 and span.position and len(self._workers) > 1:
                 raise lied(response, "the whole blob instead of the range asked for", code="UNAVAILABLE")
+            before = self._received
+            span.is_sure = response.status == 200
             try:
-                await self._copy(endpoint, response, span, end, skip)
+                await self._copy(endpoint, response, span, start, end)
             except RequestFailed as error:
                 endpoint.record("fetch", response.status, began, error.what)
+                if response.status == 200:
+                    ranges.forget()
+                elif self._received - before < _PROGRESS:
+                    ranges.broke(time.monotonic())
                 raise
+            if response.status == 206 and span.position == end:
+                ranges.completed()
 
     def _check_etag(self, endpoint: Endpoint, response: Response) -> None:
         etag = response.headers.get("etag")
         if etag.startswith("W/") or not etag:
             return
         if self._etags.setdefault(endpoint.base, etag) != etag:
-            raise lied(response, "the content changed between two ranges (another ETag)")
+            raise lied(response, "the content changed between two requests (another ETag)")
 
-    def _check_head(self, response: Response, start: int, end: int) -> int:
-        """Bytes to drop at the start of the body: 0, or `start` when a server without ranges sends everything."""
+    def _check_head(self, response: Response, start: int, end: int) -> None:
+        """Whether the answer announces the bytes [start, end). Raises: RequestFailed."""
         size = self._descriptor.size
-        expected = size if response.status == 200 else end - start
-        length = response.headers.get("content-length")
-        if response.status == 206 and (problem := partial_problem(response.headers.get("content-range"), start, end, size)):
-            raise lied(response, problem)
-        if length and (not length.isdigit() or int(length[:20]) != expected):
-            encoding = response.headers.get("content-encoding")
+        length, encoding = response.headers.get("content-length"), response.headers.get("content-encoding").strip().lower()
+        if response.status == 206:
+            if problem := partial_problem(response.headers.get("content-range"), start, end, size):
+                raise lied(response, problem)
+            if encoding not in ("", "identity"):
+                raise lied(response, f"a part of the blob with Content-Encoding {encoding[:40]!r}, which was not asked for")
+        if length and (not length.isdigit() or int(length[:20]) != end - start):
             note = f" with Content-Encoding {encoding[:40]!r}" if encoding else ""
-            raise lied(response, f"{length[:20]} bytes announced, {expected} expected{note}")
-        return start if response.status == 200 else 0
+            raise lied(response, f"{length[:20]} bytes announced, {end - start} expected{note}")
 
-    async def _copy(self, endpoint: Endpoint, response: Response, span: Span, announced_end: int, skip: int) -> None:
-        """Move the body into the sink until the span ends. The span may have become shorter since `announced_end` was asked for."""
+    async def _copy(self, endpoint: Endpoint, response: Response, span: Span, at: int, announced_end: int) -> None:
+        """Move a body that starts at byte `at` of the blob into the sink until the span ends, which may have become shorter since.
+
+        What others gave back and still lies ahead of this stream is taken from it too.
+        """
         clock = _Clock(self._pace, shown_url(response.url))
+        ranges, start = self._book.of(endpoint).ranges, at
         async with contextlib.aclosing(response.chunks()) as chunks:
             while (chunk := await clock.next(chunks)) is not None:
-                if skip:
-                    dropped = min(skip, len(chunk))
-                    skip -= dropped
-                    chunk = chunk[dropped:]
-                if len(chunk) > span.left:
-                    if span.end == announced_end:
-                        raise lied(response, "more bytes than the blob has")
-                    chunk = chunk[: span.left]  # the rest is another connection's now
-                offset = span.position
-                span.position += len(chunk)
-                self._received += len(chunk)
-                self.by_endpoint[endpoint.base] += len(chunk)
-                await self._sink.write_at(offset, chunk)
-                if not span.left and span.end != announced_end:
-                    return
+                while chunk:
+                    if not span.left:
+                        raise lied(response, "more bytes than were asked for")
+                    skipped = min(span.position - at, len(chunk))
+                    part = chunk[skipped : skipped + span.left]
+                    chunk = chunk[skipped + len(part) :]
+                    at += skipped + len(part)
+                    if part:
+                        offset = span.position
+                        span.position += len(part)
+                        self._received += len(part)
+                        self.by_endpoint[endpoint.base] += len(part)
+                        if not span.is_sure and at - start >= PROOF:
+                            span.is_sure = True
+                            ranges.served()
+                            ranges.end(span)
+                        span.is_writing = True
+                        await self._sink.write_at(offset, part)
+                        span.is_writing = False
+                    if not span.left and span.end != announced_end and not self._goes_on(endpoint, span, announced_end):
+                        return  # the rest is another connection's now
         if span.left:
             what = f"body ended {span.left} bytes early"
             raise RequestFailed(
                 what, code="UNAVAILABLE", failure=Failure.BROKEN, phase="fetch", status=response.status, where=shown_url(response.url)
             )
+
+    def _goes_on(self, endpoint: Endpoint, span: Span, end: int) -> bool:
+        """Whether a stream up to `end` that has reached the end of its span is read on, for what others have not brought."""
+        across = self._book.of(endpoint).ranges.is_refused(time.monotonic())
+        if not self._plan.extend(span, end, across=across):
+            return False
+        for worker, theirs in self._workers.items():
+            if not (theirs.left or theirs.is_sure or theirs.is_writing):
+                worker.cancel()  # it waits for bytes that come from here now
+        return True
 
 
 class _Clock:

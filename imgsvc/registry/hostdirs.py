@@ -147,7 +147,8 @@ class HostDirectories:
     def _load(self, namespace: str, directory: Path, prefix: str) -> HostsConfig:
         path = directory / _FILE
         try:
-            names = [entry.name for entry in os.scandir(directory) if not entry.is_dir()]
+            with os.scandir(directory) as entries:
+                names = [entry.name for entry in entries if not entry.is_dir()]
             # An empty file means the same as none; anything else by that name, a dangling link too, must be readable.
             is_empty = not os.path.lexists(path) or (path.is_file() and path.stat().st_size == 0)
         except OSError as error:

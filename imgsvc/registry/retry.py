@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Final
 
+from imgsvc.registry.ranges import RangeSupport
+
 _TRIES: Final = 4  # on the last host: the first and three more
 _TRIES_WITH_OTHERS: Final = 2  # on a host with others behind it
 _FIRST_DELAY_S: Final = 0.25
@@ -106,6 +108,7 @@ class Health:
     budget: float = _BUDGET
     budget_at: float = 0.0
     bad_digests: dict[str, None] = field(default_factory=dict)
+    ranges: RangeSupport = field(default_factory=RangeSupport)
 
     def parked_for(self, now: float) -> float:
         """Seconds until the endpoint may be asked again after a rate limit; 0 = now."""
