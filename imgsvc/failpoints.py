@@ -103,6 +103,8 @@ POINTS: Final[dict[str, str]] = {
     "container.started": "a container's init runs, its record does not say so",
     "container.deleted": "a container's processes and cgroup are gone, its files are there",
     "container.released": "nothing of a container exists but its record",
+    "watch.container": "about to wait for the end of a container",
+    "watch.pod": "about to wait for the end of what holds a pod",
 }
 
 _TERM = re.compile(

@@ -25,7 +25,7 @@ from imgsvc.runtime import cgroups, spec, validate
 from imgsvc.runtime.containerplan import BuiltContainer, ContainerBuilder, volume_key
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType
-from imgsvc.runtime.exits import UNKNOWN_EXIT, alive, now_ns, start_time
+from imgsvc.runtime.exits import UNKNOWN_EXIT, alive, now_ns, persistently, start_time
 from imgsvc.runtime.interfaces import Exit, NewTask, RootMount, RunnableImage
 from imgsvc.runtime.logs import check_log_directory, prepare_log
 from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, NamespaceMode
@@ -226,20 +226,23 @@ class Containers:
         self._watchers[record.id] = asyncio.create_task(self._watch(record), name=f"watch-{record.id[:12]}")
 
     async def _watch(self, record: ContainerRecord) -> None:
-        try:
-            handler = self._core.handler(record.handler)
-            end = await handler.wait(record.id, record.pid, record.pid_start)
-            if record.config.security.namespace_options.pid != NamespaceMode.CONTAINER:
-                # Without a PID namespace of its own, init's death does not take the others with it.
-                with contextlib.suppress(ImgsvcError):
-                    await handler.kill(record.id, signal.SIGKILL, everyone=True)
-            killed = self._kills.ended(self._group(record))
-            await self.finish(record.id, replace(end, oom_killed=end.oom_killed or killed))
-        except ImgsvcError as error:
-            log.error("the end of container %s cannot be awaited: %s", record.id, error)
+        seen = await persistently(f"container {record.id}", lambda: self._note_end(record), lambda: not alive(record.pid, record.pid_start))
+        if not seen:
             await self.finish(record.id, Exit(UNKNOWN_EXIT, now_ns(), known=False))
-        finally:
-            self._ended[record.id].set()
+        self._ended[record.id].set()
+
+    async def _note_end(self, record: ContainerRecord) -> None:
+        await afailpoint("watch.container")
+        handler = self._core.handler(record.handler)
+        end = await handler.wait(record.id, record.pid, record.pid_start)
+        if record.config.security.namespace_options.pid != NamespaceMode.CONTAINER:
+            # Without a PID namespace of its own, init's death does not take the others with it.
+            try:
+                await handler.kill(record.id, signal.SIGKILL, everyone=True)
+            except ImgsvcError as error:
+                log.warning("processes of container %s may have outlived it: %s", record.id, error)
+        killed = self._kills.ended(self._group(record))
+        await self.finish(record.id, replace(end, oom_killed=end.oom_killed or killed))
 
     def _group(self, record: ContainerRecord) -> Path:
         """The container's cgroup on version 2; on version 1 there is none of that name, and conmon hears of every kill."""
@@ -257,8 +260,9 @@ class Containers:
             # A file's time comes from the clock's last tick, which may lie before the start.
             finished_at = max(end.finished_at, record.started_at, record.created_at)
             finished = replace(record, finished_at=finished_at, exit_code=end.code, reason=reason, message=message)
-            await durable(core.records.put_container(finished))
+            written = core.records.put_container(finished)
             core.events.emit(EventType.STOPPED, container_id, record.sandbox_id)
+            await durable(written)
 
     async def stop(self, container_id: str, timeout_s: float) -> None:
         """Stop signal, then SIGKILL after `timeout_s`. Unknown and ended already are successes.
@@ -274,21 +278,25 @@ class Containers:
             current = core.records.containers.get(record.id)
         if current is None or container_state(current, core.boot_id) not in (ContainerState.CREATED, ContainerState.RUNNING):
             return
-        handler = core.handler(current.handler)
-        if timeout_s > 0 and current.started_at:
-            if current.id not in self._signalled:  # a second stop only waits: many signals are not more graceful than one
-                self._signalled.add(current.id)
-                await handler.kill(current.id, to_number(current.stop_signal))
-            if await self._wait_end(current.id, timeout_s):
-                return
-        await handler.kill(current.id, signal.SIGKILL, everyone=current.config.security.namespace_options.pid != NamespaceMode.CONTAINER)
-        if not await self._wait_end(current.id, KILL_WAIT_S):
-            raise FailedPrecondition(f"container {current.id} does not die", hint="a process of it hangs in the kernel")
+        with os_errors("stopping a container"):
+            await self._end(current, timeout_s)
 
-    async def _wait_end(self, container_id: str, timeout_s: float) -> bool:
-        ended = self._ended.get(container_id)
-        if ended is None:
-            return True
+    async def _end(self, record: ContainerRecord, timeout_s: float) -> None:
+        handler = self._core.handler(record.handler)
+        if timeout_s > 0 and record.started_at:
+            if record.id not in self._signalled:  # a second stop only waits: many signals are not more graceful than one
+                self._signalled.add(record.id)
+                await handler.kill(record.id, to_number(record.stop_signal))
+            if await self._wait_end(record, timeout_s):
+                return
+        await handler.kill(record.id, signal.SIGKILL, everyone=record.config.security.namespace_options.pid != NamespaceMode.CONTAINER)
+        if not await self._wait_end(record, KILL_WAIT_S):
+            raise FailedPrecondition(f"container {record.id} does not die", hint="a process of it hangs in the kernel")
+
+    async def _wait_end(self, record: ContainerRecord, timeout_s: float) -> bool:
+        ended = self._ended.get(record.id)
+        if ended is None:  # removed meanwhile
+            return not alive(record.pid, record.pid_start)
         try:
             async with time_limit(timeout_s):
                 await ended.wait()

@@ -4,31 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
+from imgsvc.errors import ImgsvcError
+
+log = logging.getLogger(__name__)
+
 UNKNOWN_EXIT: Final = 255  # what CRI-O and containerd report when nobody saw the code
+GONE: Final = (FileNotFoundError, ProcessLookupError)  # how /proc says that a process is not there, at once or while it is read
+_FIRST_RETRY_S: Final = 0.1
+_LAST_RETRY_S: Final = 30.0
+_TRIES_AFTER_END: Final = 5  # about 3 s
 
 
 def start_time(pid: int) -> int:
-    """When a process started [clock ticks since boot], 0 when it is gone or a zombie. With the pid, an identity."""
+    """When a process started [clock ticks since boot], 0 when it is gone or a zombie. With the pid, an identity.
+
+    Raises: OSError when that cannot be told now (no descriptor is free); the process may well be there.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as stream:
             fields = stream.read().rpartition(b")")[2].split()
-    except OSError:
+    except GONE:
         return 0
     return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def alive(pid: int, started: int) -> bool:
-    """Whether this very process is still there."""
+    """Whether this very process is still there. Raises: OSError, as start_time."""
     return pid > 0 and started > 0 and start_time(pid) == started
 
 
 async def process_gone(pid: int, started: int) -> None:
-    """Return when the process has ended. started: its start_time()."""
+    """Return when the process has ended. started: its start_time(). Raises: OSError, which says nothing about the process."""
     if not alive(pid, started):
         return
     try:
@@ -48,9 +61,32 @@ async def process_gone(pid: int, started: int) -> None:
         os.close(fd)
 
 
+async def persistently(what: str, wait: Callable[[], Awaitable[None]], is_gone: Callable[[], bool]) -> bool:
+    """Wait for an end, however often the waiting itself fails: that is logged and tried again, less and less often.
+
+    what: for the log, e.g. "container 1234". Returns whether `wait` returned at last; False when it goes on failing although
+    `is_gone` says that there is nothing to wait for any more.
+    """
+    pause, tries = _FIRST_RETRY_S, 0
+    while True:
+        try:
+            await wait()
+        except Exception as error:  # whatever it is, it is not the end that is waited for
+            unforeseen = not isinstance(error, (ImgsvcError, OSError))
+            log.error("waiting for the end of %s failed, trying again in %g s: %s", what, pause, error, exc_info=unforeseen)
+        else:
+            return True
+        with contextlib.suppress(OSError):
+            tries += is_gone()
+        if tries >= _TRIES_AFTER_END:
+            return False
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, _LAST_RETRY_S)
+
+
 def read_exit_file(path: Path) -> tuple[int, int] | None:
-    """Exit code and time [ns] that conmon left, or None."""
-    with contextlib.suppress(OSError, ValueError):
+    """Exit code and time [ns] that conmon left, or None. Raises: OSError when there may be one."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
         return int(path.read_text().strip()), path.stat().st_mtime_ns
     return None
 

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from imgsvc.concurrency import in_thread
-from imgsvc.errors import ImgsvcError, Unimplemented
+from imgsvc.errors import Unimplemented
+from imgsvc.failpoints import afailpoint
 from imgsvc.runtime import cgroups, spec
 from imgsvc.runtime.core import Core
-from imgsvc.runtime.exits import alive, process_gone, start_time
+from imgsvc.runtime.exits import alive, persistently, process_gone, start_time
 from imgsvc.runtime.interfaces import NewPod, PodRuntime
 from imgsvc.runtime.model import NamespaceMode
 from imgsvc.runtime.namespaces import pinned
@@ -100,15 +101,20 @@ class Holders:
             self._watchers[record.id] = asyncio.create_task(self._watch(record), name=f"hold-{record.id[:12]}")
 
     async def _watch(self, record: SandboxRecord) -> None:
-        try:
-            if pods := self._pods(record):
-                await pods.wait_pod(record.id)
-            else:
-                await process_gone(record.pause_pid, record.pause_start)
-        except ImgsvcError as error:
-            log.error("what holds pod sandbox %s cannot be waited for, and counts as ended: %s", record.id, error)
+        await persistently(
+            f"what holds pod sandbox {record.id}",
+            lambda: self._wait(record),
+            lambda: bool(record.pause_pid) and not alive(record.pause_pid, record.pause_start),
+        )
         self._watchers.pop(record.id, None)
         await self._lost(record.id)
+
+    async def _wait(self, record: SandboxRecord) -> None:
+        await afailpoint("watch.pod")
+        if pods := self._pods(record):
+            await pods.wait_pod(record.id)
+        else:
+            await process_gone(record.pause_pid, record.pause_start)
 
     def _unwatch(self, sandbox_id: str) -> None:
         if watcher := self._watchers.pop(sandbox_id, None):

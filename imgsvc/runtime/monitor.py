@@ -117,10 +117,10 @@ class Conmon:
         return argv
 
     def pid(self, container_id: str) -> int:
-        """Conmon's pid, 0 when there is none."""
+        """Conmon's pid, 0 when there is none. Raises: OSError when that cannot be told now."""
         try:
             return int((self._paths.bundle(container_id) / "conmon.pid").read_text())
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             return 0
 
     async def wait(self, container_id: str, pid: int, pid_start: int) -> Exit:

@@ -19,12 +19,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from imgsvc import children, kernel
+from imgsvc.runtime.exits import GONE
+
+log = logging.getLogger(__name__)
 
 _DELAY_S: Final = 0.005  # collects the SIGCHLDs of one burst into one look
 _SWEEP_S: Final = 5.0  # for children that were adopted as zombies already: they send no signal
@@ -71,12 +75,22 @@ class Reaper:
 
     def _wake(self) -> None:
         if self._pending is None:
-            self._pending = asyncio.get_running_loop().call_later(_DELAY_S, self.reap)
+            self._pending = asyncio.get_running_loop().call_later(_DELAY_S, self._look_after)
+
+    def _look_after(self) -> None:
+        self._pending = None
+        try:
+            self.reap()
+        except OSError as error:
+            log.error("looking for ended processes failed, trying again within %g s: %s", _SWEEP_S, error)
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
-            self.sweep()
+            try:
+                self.sweep()
+            except OSError as error:
+                log.error("looking for ended processes failed, trying again in %g s: %s", _SWEEP_S, error)
 
     def sweep(self) -> None:
         """Forget who is gone, and take for an orphan what nobody has waited for in three sweeps."""
@@ -88,7 +102,6 @@ class Reaper:
 
     def reap(self) -> None:
         """Take the status of every orphan that has ended."""
-        self._pending = None
         own = os.getpgrp()
         for process, group, _ in _zombies():
             if process in self._adopted or group not in (process.pid, own) or _in_nested_namespace(process.pid):
@@ -117,11 +130,11 @@ class _Found(NamedTuple):
 
 
 def _look(pid: int) -> _Found | None:
-    """What the process table says; None for what is gone."""
+    """What the process table says; None for what is gone. Raises: OSError when that cannot be told now."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stream:
             fields = stream.read().rpartition(b")")[2].split()
-    except OSError:
+    except GONE:
         return None
     return _Found(_Process(pid, int(fields[19])), int(fields[2]), fields[0] == b"Z")
 

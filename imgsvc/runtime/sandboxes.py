@@ -234,8 +234,9 @@ class Sandboxes:
             if record is None or record.stopped_at:
                 return
             log.warning("what held pod sandbox %s has ended; it is not ready any more", sandbox_id)
-            await durable(core.records.put_sandbox(replace(record, stopped_at=now_ns(), pause_pid=0, pause_start=0)))
-        core.events.emit(EventType.STOPPED, sandbox_id, sandbox_id)
+            written = core.records.put_sandbox(replace(record, stopped_at=now_ns(), pause_pid=0, pause_start=0))
+            core.events.emit(EventType.STOPPED, sandbox_id, sandbox_id)
+            await durable(written)
 
     def watch(self, record: SandboxRecord) -> None:
         """Watch over a ready pod of an earlier daemon."""

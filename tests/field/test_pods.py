@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import signal
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +15,8 @@ import grpc
 import pytest
 
 from imgsvc.api import cri_pb2 as pb
-from tests.runtime.harness import Daemon, assert_clean
+from imgsvc.runtime.exits import alive, start_time
+from tests.runtime.harness import TIMEOUT_S, Daemon, assert_clean, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.compat]
 
@@ -66,3 +71,37 @@ def test_R5_a_failed_attachment_is_told_with_its_own_cause(make_node: MakeNode, 
         node.run_pod(namespaces=options)
     assert_clean(node)
     assert not node.cri.ListPodSandbox(pb.ListPodSandboxRequest()).items
+
+
+def test_R2_a_watcher_that_fails_goes_on(make_node: MakeNode) -> None:
+    node = make_node(failpoint="watch.container=error:EMFILE*6; watch.pod=error:EMFILE*2")
+    shared = pb.NamespaceOption(network=pb.NamespaceMode.NODE)  # a PID namespace that a process holds
+    pod = node.run_pod(namespaces=shared)
+    stubborn = node.run(pod, "trap '' TERM; echo ready; while true; do sleep 1; done", "stubborn")
+    brief = node.run(pod, "exit 3", "brief")
+    node.wait_line(stubborn, "ready")
+    node.cri.StopContainer(pb.StopContainerRequest(container_id=stubborn, timeout=1), timeout=TIMEOUT_S)
+    assert node.status(stubborn).exit_code == 137  # it was still there after its second, and was killed
+    assert node.wait_exit(brief).exit_code == 3
+    info = node.cri.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod, verbose=True)).info["info"]
+    os.kill(json.loads(info)["pid"], signal.SIGKILL)
+    wait_for(lambda: node.cri.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod)).status.state == pb.SANDBOX_NOTREADY)
+    assert "waiting for the end of container" in (node.directory / "log").read_text()
+
+
+def test_R2_no_free_descriptor_does_not_mean_that_a_process_is_gone() -> None:
+    sleeper = subprocess.Popen(["sleep", "100"])
+    try:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        started = start_time(sleeper.pid)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                alive(sleeper.pid, started)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert alive(sleeper.pid, started)
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    assert not alive(sleeper.pid, started)

@@ -89,7 +89,8 @@ def footprint(running: RawContainer) -> tuple[int, int, int, int]:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
     scratch = len(list(running.ctl_fifo.parent.glob("exec-*")))
-    return len(os.listdir("/proc/self/fd")), threading.active_count(), len(running.processes()), scratch
+    threads = sum(not thread.name.startswith("shared") for thread in threading.enumerate())  # a pool keeps its own for the next call
+    return len(os.listdir("/proc/self/fd")), threads, len(running.processes()), scratch
 
 
 @contextlib.contextmanager
