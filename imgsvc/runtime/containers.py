@@ -153,7 +153,8 @@ class Containers:
         self, record: ContainerRecord, sandbox: SandboxRecord, image: RunnableImage, mounts: Sequence[RootMount]
     ) -> BuiltContainer:
         volumes = await self._builder.image_roots(record)
-        return await in_thread(self._build_blocking, record, sandbox, image, mounts, volumes)
+        target = self._target_pid(record, sandbox)  # here, because records belong to the event loop
+        return await in_thread(self._build_blocking, record, sandbox, image, mounts, volumes, target)
 
     def _build_blocking(
         self,
@@ -162,12 +163,12 @@ class Containers:
         image: RunnableImage,
         mounts: Sequence[RootMount],
         volumes: Sequence[Sequence[RootMount]],
+        target: str,
     ) -> BuiltContainer:
         bundle = self._core.paths.bundle(record.id)
         self._builder.mount_root(record, mounts, sandbox)
         if record.log_path:
             prepare_log(sandbox.config.log_directory, record.config.log_path)
-        target = self._target_pid(record, sandbox)
         built = self._builder.build(record, sandbox, image, volumes, target)
         (bundle / "config.json").write_text(json.dumps(built.spec))
         return built

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from imgsvc.api import cri_pb2 as pb
@@ -17,7 +18,7 @@ from imgsvc.runtime import cgroups, usage
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.exits import now_ns
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord
-from imgsvc.runtime.stats import Stats, pod_cgroup_path
+from imgsvc.runtime.stats import Stats, network_counters, pod_cgroup_path, running_containers
 from imgsvc.runtime.usage import Usage
 
 BASE_LABELS: Final = ("container", "id", "image", "name", "namespace", "pod")
@@ -204,30 +205,40 @@ class Metrics:
 
     async def sandboxes(self, records: Sequence[SandboxRecord]) -> list[pb.PodSandboxMetrics]:
         """Metrics of pods with all their running containers."""
-        return await in_thread(lambda: [self._sandbox(record) for record in records])
+        members = running_containers(self._core.records, records)
+        layers = {c.id: self._stats.layer_size(c.id) for group in members.values() for c in group}
+        return await in_thread(lambda: [self._sandbox(record, members[record.id], layers) for record in records])
 
-    def _sandbox(self, record: SandboxRecord) -> pb.PodSandboxMetrics:
+    def _sandbox(
+        self, record: SandboxRecord, containers: Sequence[ContainerRecord], layers: Mapping[str, tuple[int, int]]
+    ) -> pb.PodSandboxMetrics:
         m = record.config.metadata
         labels = ["POD", pod_cgroup_path(record), "", record.id, m.namespace, m.name]
         message = pb.PodSandboxMetrics(pod_sandbox_id=record.id)
-        look = self._look(None, pod_cgroup_path(record), self._stats.network_counters(record))
-        message.metrics.extend(_values(look, labels, of_pod=True))
-        for container in self._core.records.containers_of(record.id):
-            if container.started_at and not container.finished_at:
-                path = cgroups.tree_path(container.cgroup)
-                own = [container.config.metadata.name, path, container.image_name, container.id, m.namespace, m.name]
-                values = _values(self._look(container, path, {}), own, of_pod=False)
-                message.container_metrics.add(container_id=container.id).metrics.extend(values)
+        interfaces = network_counters(record, containers, self._core.paths.pins(record.id))
+        message.metrics.extend(_values(self._look(None, pod_cgroup_path(record), interfaces=interfaces), labels, of_pod=True))
+        for container in containers:
+            path = cgroups.tree_path(container.cgroup)
+            own = [container.config.metadata.name, path, container.image_name, container.id, m.namespace, m.name]
+            values = _values(self._look(container, path, layer=layers[container.id]), own, of_pod=False)
+            message.container_metrics.add(container_id=container.id).metrics.extend(values)
         return message
 
-    def _look(self, record: ContainerRecord | None, path: str, interfaces: Mapping[str, Sequence[int]]) -> Look:
+    def _look(
+        self,
+        record: ContainerRecord | None,
+        path: str,
+        *,
+        interfaces: Mapping[str, Sequence[int]] = MappingProxyType({}),
+        layer: tuple[int, int] = (0, 0),
+    ) -> Look:
         host = self._core.host
         pids = usage.processes(host, path) if record else []
         threads, descriptors_, sockets = _count(pids)
         return Look(
             usage=usage.read(host, path, details=True) or Usage(now_ns()),
             record=record,
-            layer=self._stats.layer_size(record.id) if record else (0, 0),
+            layer=layer,
             processes=pids,
             threads=threads,
             descriptors=descriptors_,

@@ -10,6 +10,7 @@ nothing in STATE exists any more: containers are finished with an unknown code, 
 from __future__ import annotations
 
 import logging
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from imgsvc.concurrency import in_thread
@@ -34,7 +35,7 @@ async def recover(core: Core, sandboxes: Sandboxes, containers: Containers) -> N
         await _tolerate(_container(core, containers, container), f"container {container.id}")
     for sandbox in list(core.records.sandboxes.values()):
         await _tolerate(_sandbox(core, sandboxes, sandbox), f"pod sandbox {sandbox.id}")
-    await in_thread(_sweep_directories, core)
+    await in_thread(_sweep_directories, core, core.records.sandboxes.keys() | core.records.containers.keys())
     attached = {s.id for s in core.records.sandboxes.values() if s.network and not s.stopped_at}
     await _tolerate(core.network.collect(attached), "the network")
 
@@ -88,9 +89,8 @@ def _pins_there(core: Core, record: SandboxRecord) -> bool:
     return all(pinned(pins, kind) for kind in wanted)
 
 
-def _sweep_directories(core: Core) -> None:
-    """Directories that no record names: left by a removal that was interrupted after its last step."""
-    known = set(core.records.sandboxes) | set(core.records.containers)
+def _sweep_directories(core: Core, known: AbstractSet[str]) -> None:
+    """Directories that no record names: left by a removal that was interrupted after its last step. known: IDs of all records."""
     for parent in (core.paths.state / "sandboxes", core.paths.bundles, core.paths.root / "volumes"):
         for directory in list(parent.iterdir()):
             if directory.name not in known:

@@ -1,6 +1,6 @@
 """Statistics of containers and pods: cgroup numbers, writable layers, network counters, as CRI messages.
 
-A listing reads all cgroups in one go on a worker thread. Sizes of writable layers come from the image side, may mean a
+A listing reads all cgroups in one go on a worker thread, which is handed the records it needs: they belong to the event loop. Sizes of writable layers come from the image side, may mean a
 walk over many files, and are therefore remembered and renewed in the background.
 """
 
@@ -23,11 +23,13 @@ from imgsvc.runtime.codec import fill_proto
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.exits import now_ns
 from imgsvc.runtime.model import NamespaceMode
-from imgsvc.runtime.records import ContainerRecord, SandboxRecord
+from imgsvc.runtime.records import ContainerRecord, Records, SandboxRecord
 from imgsvc.runtime.usage import Stalls, Usage
 
 _LAYER_TTL_NS: Final = 60 * 10**9  # as old as the size of a writable layer may be
 _RATE_WINDOW_NS: Final = 10**9  # a CPU rate over less than this is noise
+
+Members = Mapping[str, Sequence[ContainerRecord]]  # by the pod's ID
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,39 +138,29 @@ class Stats:
     async def sandboxes(self, records: Sequence[SandboxRecord]) -> list[pb.PodSandboxStats]:
         """Statistics of pods with all their containers, in their order."""
         core = self._core
-        members = {r.id: [c for c in core.records.containers_of(r.id) if c.started_at and not c.finished_at] for r in records}
+        members = running_containers(core.records, records)
         containers = await self.containers([c for group in members.values() for c in group])
         by_id = {c.attributes.id: c for c in containers}
-        looks, networks = await in_thread(self._look_at_pods, records)
+        looks, networks = await in_thread(self._look_at_pods, records, members)
         for record in records:
             handler = core.handlers.get(record.handler)
             if record.sandboxer and handler and handler.pods and (used := await handler.pods.pod_usage(record.id)):
                 looks[record.id] = used
         return [self._sandbox(r, looks[r.id], networks[r.id], [by_id[c.id] for c in members[r.id]]) for r in records]
 
-    def _look_at_pods(self, records: Sequence[SandboxRecord]) -> tuple[dict[str, Usage | None], dict[str, list[pb.NetworkInterfaceUsage]]]:
+    def _look_at_pods(
+        self, records: Sequence[SandboxRecord], members: Members
+    ) -> tuple[dict[str, Usage | None], dict[str, list[pb.NetworkInterfaceUsage]]]:
         looks = self._look((r.id, pod_cgroup_path(r)) for r in records)
-        return looks, {r.id: self._network(r) for r in records}
+        return looks, {r.id: self._network(r, members[r.id]) for r in records}
 
-    def _network(self, record: SandboxRecord) -> list[pb.NetworkInterfaceUsage]:
+    def _network(self, record: SandboxRecord, containers: Sequence[ContainerRecord]) -> list[pb.NetworkInterfaceUsage]:
         return [
             pb.NetworkInterfaceUsage(
                 name=name, rx_bytes=_value(c[0]), rx_errors=_value(c[2]), tx_bytes=_value(c[8]), tx_errors=_value(c[10])
             )
-            for name, c in self.network_counters(record).items()
+            for name, c in network_counters(record, containers, self._core.paths.pins(record.id)).items()
         ]
-
-    def network_counters(self, record: SandboxRecord) -> Mapping[str, list[int]]:
-        """The columns of /proc/net/dev by interface, without lo; {} for pods in the host's network. Blocking."""
-        if record.stopped_at or record.config.namespaces.network == NamespaceMode.NODE:
-            return {}
-        for container in self._core.records.containers_of(record.id):
-            if container.pid and container.started_at and not container.finished_at:
-                with contextlib.suppress(OSError):
-                    return parse_net_dev(Path(f"/proc/{container.pid}/net/dev").read_text())
-        with contextlib.suppress(OSError):
-            return kernel.in_fresh_thread(lambda: _net_dev_of(self._core.paths.pins(record.id) / "net"))
-        return {}
 
     def _sandbox(
         self,
@@ -194,6 +186,27 @@ class Stats:
             rest = [i for i in interfaces if i is not default]
             linux.network.CopyFrom(pb.NetworkUsage(timestamp=now_ns(), default_interface=default, interfaces=rest))
         return stats
+
+
+def running_containers(records: Records, pods: Iterable[SandboxRecord]) -> Members:
+    """The running containers of pods by the pod's ID: what threads may look at, taken on the event loop, which records belong to."""
+    return {pod.id: tuple(c for c in records.containers_of(pod.id) if c.started_at and not c.finished_at) for pod in pods}
+
+
+def network_counters(record: SandboxRecord, containers: Iterable[ContainerRecord], pins: Path) -> Mapping[str, list[int]]:
+    """The columns of /proc/net/dev by interface, without lo; {} for pods in the host's network. Blocking.
+
+    Args: containers: the pod's, running; pins: where its namespaces are bound.
+    """
+    if record.stopped_at or record.config.namespaces.network == NamespaceMode.NODE:
+        return {}
+    for container in containers:
+        if container.pid:
+            with contextlib.suppress(OSError):
+                return parse_net_dev(Path(f"/proc/{container.pid}/net/dev").read_text())
+    with contextlib.suppress(OSError):
+        return kernel.in_fresh_thread(lambda: _net_dev_of(pins / "net"))
+    return {}
 
 
 def pod_cgroup_path(record: SandboxRecord) -> str:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import resource
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
 
 from imgsvc.api import cri_pb2 as pb
+from imgsvc.metadb import MetaDB
+from imgsvc.runtime import host
+from imgsvc.runtime.core import Paths
 from imgsvc.runtime.exits import alive, start_time
+from imgsvc.runtime.metrics import Metrics
+from imgsvc.runtime.records import ContainerRecord, Records, SandboxRecord
+from imgsvc.runtime.settings import RuntimeSettings
+from imgsvc.runtime.stats import Stats
 from tests.runtime.harness import TIMEOUT_S, Daemon, assert_clean, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.compat]
@@ -105,3 +116,40 @@ def test_R2_no_free_descriptor_does_not_mean_that_a_process_is_gone() -> None:
         sleeper.kill()
         sleeper.wait()
     assert not alive(sleeper.pid, started)
+
+
+class LoopRecords(Records):
+    """Records that refuse threads."""
+
+    _owner = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("sandboxes", "containers", "containers_of"):
+            assert threading.get_ident() == object.__getattribute__(self, "_owner")
+        return super().__getattribute__(name)
+
+
+def test_R9_statistics_are_read_from_what_the_loop_handed_over(tmp_path: Path) -> None:
+    async def scenario(database: MetaDB) -> None:
+        records = LoopRecords(database)
+        records._owner = threading.get_ident()
+        images = SimpleNamespace(root_usage=lambda _: asyncio.sleep(0, (1, 1)))
+        core: Any = SimpleNamespace(
+            records=records,
+            host=host.look(),
+            paths=Paths(tmp_path, tmp_path),
+            images=images,
+            handlers={},
+            settings=RuntimeSettings(tmp_path, tmp_path, {}),
+        )
+        records.put_sandbox(pod := SandboxRecord("pod", started_at=1))
+        records.put_container(ContainerRecord("container", "pod", started_at=1, pid=os.getpid()))
+        stats = Stats(core)
+        (told,) = await stats.sandboxes([pod])
+        assert [c.attributes.id for c in told.linux.containers] == ["container"]
+        (metrics,) = await Metrics(core, stats).sandboxes([pod])
+        assert [c.container_id for c in metrics.container_metrics] == ["container"]
+
+    database = MetaDB(tmp_path / "db")
+    asyncio.run(scenario(database))
+    database.close()
