@@ -230,7 +230,7 @@ class Daemon:
 
     def leftovers(self) -> list[str]:
         """What is still there although nothing should be: mounts, directories, cgroups, processes, snapshots."""
-        found = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if f" {self.directory}/" in line]
+        found = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines() if f" {self.directory}/" in line]
         for place in ("s/sandboxes", "s/containers", "s/exits", "s/a", "root/volumes", "images/roots", "cni/results"):
             path = self.directory / place
             found += [str(p) for p in path.iterdir()] if path.exists() else []
