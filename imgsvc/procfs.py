@@ -6,11 +6,14 @@ Source: proc(5).
 from __future__ import annotations
 
 import errno
+import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+_GONE: Final = (FileNotFoundError, ProcessLookupError)  # how /proc says that a process is not there, at once or while it is read
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")  # the kernel writes blank, tab, newline and backslash so
 
 
@@ -82,3 +85,83 @@ def mount_id(fd: int) -> int:
             if name == b"mnt_id":
                 return int(value)
     raise OSError(errno.ENOTSUP, "the kernel does not tell mount IDs")
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process, told from a later one of the same number by its start [clock ticks since boot].
+
+    Attributes:
+        state: one letter, b"Z" for a zombie.
+        group: its process group.
+    """
+
+    pid: int
+    start: int
+    group: int
+    state: bytes
+
+    @property
+    def ended(self) -> bool:
+        """Whether only its exit status is left."""
+        return self.state in (b"Z", b"X")
+
+
+def process(pid: int) -> Process | None:
+    """What the process table says; None when there is no such process. Blocking.
+
+    Raises: OSError when that cannot be told now.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stream:
+            # The name, in parentheses, may have anything in it.
+            fields = stream.read().rpartition(b")")[2].split()
+    except _GONE:
+        return None
+    return Process(pid, int(fields[19]), int(fields[2]), fields[0])
+
+
+def cgroups(pid: int) -> list[bytes]:
+    """Paths of the control groups a process is in, one per hierarchy; [] when it is gone. Blocking. Raises: OSError."""
+    try:
+        with open(f"/proc/{pid}/cgroup", "rb") as stream:
+            return [line.rstrip(b"\n").split(b":", 2)[2] for line in stream]
+    except _GONE:
+        return []
+
+
+def nested(pid: int) -> bool:
+    """Whether a process is in a PID namespace below ours; False when it is gone. Blocking. Raises: OSError."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as stream:
+            return any(line.startswith(b"NSpid:") and len(line.split()) > 2 for line in stream)
+    except _GONE:
+        return False
+
+
+def children() -> list[int]:
+    """Pids of this process's children. Blocking. Raises: OSError."""
+    found: list[int] = []
+    for thread in os.listdir("/proc/self/task"):
+        try:
+            with open(f"/proc/self/task/{thread}/children", "rb") as stream:
+                found += [int(pid) for pid in stream.read().split()]
+        except _GONE:  # the thread has ended
+            continue
+    return found
+
+
+def interfaces(process: int | str) -> dict[str, list[int]]:
+    """The 16 counters of /proc/PID/net/dev by interface, without lo. Blocking. Raises: OSError."""
+    with open(f"/proc/{process}/net/dev", "rb") as stream:
+        return parse_interfaces(stream)
+
+
+def parse_interfaces(lines: Iterable[bytes]) -> dict[str, list[int]]:
+    """Lines of net/dev. A name is made printable: it is shown to clients, and may be of any bytes."""
+    found = {}
+    for line in itertools.islice(lines, 2, None):
+        name, _, counters = line.rpartition(b":")
+        if (name := name.strip(b" ")) != b"lo":
+            found[name.decode("utf-8", "backslashreplace")] = [int(counter) for counter in counters.split()]
+    return found

@@ -11,12 +11,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
+from imgsvc import procfs
 from imgsvc.errors import ImgsvcError
 
 log = logging.getLogger(__name__)
 
 UNKNOWN_EXIT: Final = 255  # what CRI-O and containerd report when nobody saw the code
-GONE: Final = (FileNotFoundError, ProcessLookupError)  # how /proc says that a process is not there, at once or while it is read
 _FIRST_RETRY_S: Final = 0.1
 _LAST_RETRY_S: Final = 30.0
 _TRIES_AFTER_END: Final = 5  # about 3 s
@@ -27,12 +27,8 @@ def start_time(pid: int) -> int:
 
     Raises: OSError when that cannot be told now (no descriptor is free); the process may well be there.
     """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stream:
-            fields = stream.read().rpartition(b")")[2].split()
-    except GONE:
-        return 0
-    return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
+    found = procfs.process(pid)
+    return 0 if found is None or found.ended else found.start
 
 
 def alive(pid: int, started: int) -> bool:
@@ -94,11 +90,6 @@ def read_exit_file(path: Path) -> tuple[int, int] | None:
 def now_ns() -> int:
     """Nanoseconds since the epoch."""
     return time.time_ns()
-
-
-def boot_id() -> str:
-    """What tells one boot of this node from another."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def settle(future: asyncio.Future[None]) -> None:

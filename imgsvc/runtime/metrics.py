@@ -279,11 +279,11 @@ def _count(pids: Sequence[int]) -> tuple[int, int, int]:
 
 def _open_files_limit(pid: int) -> int:
     try:
-        line = next(line for line in Path(f"/proc/{pid}/limits").read_text().splitlines() if line.startswith("Max open files"))
+        with open(f"/proc/{pid}/limits", "rb") as stream:
+            soft = next(line for line in stream if line.startswith(b"Max open files")).split()[3]
     except (OSError, StopIteration):
         return 0
-    soft = line.split()[3]
-    return int(soft) if soft.isdecimal() else 0
+    return int(soft) if soft.isdigit() else 0
 
 
 def _filesystem(path: Path) -> tuple[int, int, int]:

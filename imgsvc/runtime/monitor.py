@@ -70,7 +70,9 @@ class Conmon:
     async def _create(self, task: NewTask, argv: Sequence[str]) -> int:
         sync_read, sync_write = os.pipe2(os.O_CLOEXEC)
         start_read, start_write = os.pipe2(os.O_CLOEXEC)
-        environment = {"PATH": os.environ.get("PATH", SAFE_PATH), "_OCI_SYNCPIPE": str(sync_write), "_OCI_STARTPIPE": str(start_read)}
+        # Its arguments have to be text in its locale: without one of UTF-8, a path outside ASCII is refused.
+        environment = {"PATH": os.environ.get("PATH", SAFE_PATH), "LC_ALL": "C.UTF-8"}
+        environment |= {"_OCI_SYNCPIPE": str(sync_write), "_OCI_STARTPIPE": str(start_read)}
         try:
             try:
                 launcher = await _launch(argv, environment, task.bundle, (sync_write, start_read))

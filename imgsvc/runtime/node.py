@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from imgsvc.concurrency import KeyedLock, in_thread
-from imgsvc.fsutil import private_dir
+from imgsvc.fsutil import boot_id, private_dir
 from imgsvc.metadb import MetaDB
 from imgsvc.removal import discard
 from imgsvc.runtime import host
@@ -20,7 +20,7 @@ from imgsvc.runtime.containerplan import volume_key
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, Paths
 from imgsvc.runtime.events import Events
-from imgsvc.runtime.exits import boot_id, now_ns
+from imgsvc.runtime.exits import now_ns
 from imgsvc.runtime.handlers import start_handlers
 from imgsvc.runtime.interfaces import Images
 from imgsvc.runtime.metrics import Metrics

@@ -19,12 +19,12 @@ def write(directory: Path, config: PodSandboxConfig, label: str) -> None:
     """Write the files; the host's own where the pod shares its network and says nothing else. label: of SELinux, or ""."""
     host_network = config.namespaces.network == NamespaceMode.NODE
     owner = config.namespaces.user.uids[0].host_id if config.namespaces.user else 0
-    _file(directory / "hostname", hostname_of(config) + "\n", owner)
-    _file(directory / "hosts", _read("/etc/hosts") if host_network else hosts_file(hostname_of(config)), owner)
+    _file(directory / "hostname", f"{hostname_of(config)}\n".encode(), owner)
+    _file(directory / "hosts", _read("/etc/hosts") if host_network else hosts_file(hostname_of(config)).encode(), owner)
     dns = config.dns_config
     _file(
         directory / "resolv.conf",
-        resolv_conf(dns) if dns and (dns.servers or dns.searches or dns.options) else _read("/etc/resolv.conf"),
+        resolv_conf(dns).encode() if dns and (dns.servers or dns.searches or dns.options) else _read("/etc/resolv.conf"),
         owner,
     )
     for path in provided(directory).values():
@@ -69,15 +69,15 @@ def provided(directory: Path) -> dict[str, str]:
     return {path: str(directory / os.path.basename(path)) for path in PROVIDED}
 
 
-def _file(path: Path, text: str, owner: int) -> None:
-    path.write_text(text)
+def _file(path: Path, data: bytes, owner: int) -> None:
+    path.write_bytes(data)
     path.chmod(0o644)
     if owner:
         os.chown(path, owner, owner)
 
 
-def _read(path: str) -> str:
+def _read(path: str) -> bytes:
     try:
-        return Path(path).read_text()
+        return Path(path).read_bytes()
     except OSError:
-        return ""
+        return b""

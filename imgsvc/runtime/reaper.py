@@ -22,11 +22,9 @@ import contextlib
 import logging
 import os
 import signal
-from pathlib import Path
 from typing import Final, NamedTuple
 
-from imgsvc import children, kernel
-from imgsvc.runtime.exits import GONE
+from imgsvc import children, kernel, procfs
 
 log = logging.getLogger(__name__)
 
@@ -36,19 +34,24 @@ _PATIENCE: Final = 3  # sweeps
 _REMEMBERED: Final = 1024  # exit codes; asked for within moments, or never
 
 
-class _Process(NamedTuple):
+class _Identity(NamedTuple):
     """A process, told from a later one of the same number by its start [clock ticks since boot]."""
 
     pid: int
     start: int
 
 
+def _identity(pid: int) -> _Identity | None:
+    found = procfs.process(pid)
+    return _Identity(pid, found.start) if found else None
+
+
 class Reaper:
     """One per process; start() and stop() on the event loop's thread."""
 
     def __init__(self) -> None:
-        self._adopted: set[_Process] = set()
-        self._seen: dict[_Process, int] = {}
+        self._adopted: set[_Identity] = set()
+        self._seen: dict[_Identity, int] = {}
         self._codes: dict[int, int] = {}
         self._pending: asyncio.TimerHandle | None = None
         self._sweeper: asyncio.Task[None] | None = None
@@ -70,8 +73,8 @@ class Reaper:
 
     def adopt(self, pid: int) -> None:
         """This process is or will be an orphan of ours: reap it when it ends. Gone already is fine."""
-        if pid > 0 and (found := _look(pid)) is not None:
-            self._adopted.add(found.process)
+        if pid > 0 and (found := _identity(pid)) is not None:
+            self._adopted.add(found)
 
     def _wake(self) -> None:
         if self._pending is None:
@@ -94,8 +97,8 @@ class Reaper:
 
     def sweep(self) -> None:
         """Forget who is gone, and take for an orphan what nobody has waited for in three sweeps."""
-        self._adopted = {p for p in self._adopted if (found := _look(p.pid)) is not None and found.process == p}
-        unclaimed = [found.process for found in _zombies() if found.process.pid not in children.owed()]
+        self._adopted = {p for p in self._adopted if _identity(p.pid) == p}
+        unclaimed = [_Identity(found.pid, found.start) for found in _zombies() if found.pid not in children.owed()]
         self._seen = {process: self._seen.get(process, 0) + 1 for process in unclaimed}
         self._adopted.update(process for process, sweeps in self._seen.items() if sweeps >= _PATIENCE)
         self.reap()
@@ -103,10 +106,11 @@ class Reaper:
     def reap(self) -> None:
         """Take the status of every orphan that has ended."""
         own = os.getpgrp()
-        for process, group, _ in _zombies():
-            if process in self._adopted or group not in (process.pid, own) or _in_nested_namespace(process.pid):
+        for found in _zombies():
+            process = _Identity(found.pid, found.start)
+            if process in self._adopted or found.group not in (found.pid, own) or procfs.nested(found.pid):
                 with contextlib.suppress(ChildProcessError):
-                    self._note(*os.waitpid(process.pid, os.WNOHANG))
+                    self._note(*os.waitpid(found.pid, os.WNOHANG))
                 self._adopted.discard(process)
 
     def _note(self, pid: int, status: int) -> None:
@@ -123,42 +127,10 @@ class Reaper:
         return code if code >= 0 else 128 - code
 
 
-class _Found(NamedTuple):
-    process: _Process
-    group: int
-    zombie: bool
-
-
-def _look(pid: int) -> _Found | None:
-    """What the process table says; None for what is gone. Raises: OSError when that cannot be told now."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stream:
-            fields = stream.read().rpartition(b")")[2].split()
-    except GONE:
-        return None
-    return _Found(_Process(pid, int(fields[19])), int(fields[2]), fields[0] == b"Z")
-
-
-def _zombies() -> list[_Found]:
+def _zombies() -> list[procfs.Process]:
     try:  # one call tells, most of the time, that there are none: a look at each of hundreds of monitors is dear
         if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return []
     except ChildProcessError:
         return []
-    return [found for pid in _children() if (found := _look(pid)) is not None and found.zombie]
-
-
-def _children() -> list[int]:
-    found: list[int] = []
-    for thread in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
-            found += [int(pid) for pid in (thread / "children").read_text().split()]
-    return found
-
-
-def _in_nested_namespace(pid: int) -> bool:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as stream:
-        for line in stream:
-            if line.startswith("NSpid:"):
-                return len(line.split()) > 2
-    return False
+    return [found for pid in procfs.children() if (found := procfs.process(pid)) is not None and found.ended]

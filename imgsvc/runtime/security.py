@@ -167,7 +167,7 @@ def _apparmor_name(text: str) -> SecurityProfile | None:
 def loaded_apparmor_profiles() -> frozenset[str]:
     """Names the kernel knows."""
     try:
-        text = Path("/sys/kernel/security/apparmor/profiles").read_text()
+        text = Path("/sys/kernel/security/apparmor/profiles").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return frozenset()
     return frozenset(line.rpartition(" (")[0] for line in text.splitlines())

@@ -69,8 +69,8 @@ class Contexts:
 def read_contexts(etc: Path = Path("/etc/selinux")) -> Contexts:
     """Those of the node's policy, or the usual ones where it names none. Blocking."""
     try:
-        policy = _pairs((etc / "config").read_text()).get("SELINUXTYPE", "targeted")
-        found = _pairs((etc / policy / "contexts/lxc_contexts").read_text())
+        policy = _pairs((etc / "config").read_text(errors="replace")).get("SELINUXTYPE", "targeted")
+        found = _pairs((etc / policy / "contexts/lxc_contexts").read_text(errors="replace"))
     except OSError:
         return Contexts()
     usual = Contexts()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imgsvc import kernel
+from imgsvc import kernel, procfs
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.concurrency import in_thread
 from imgsvc.errors import ImgsvcError
@@ -203,7 +203,7 @@ def network_counters(record: SandboxRecord, containers: Iterable[ContainerRecord
     for container in containers:
         if container.pid:
             with contextlib.suppress(OSError):
-                return parse_net_dev(Path(f"/proc/{container.pid}/net/dev").read_text())
+                return procfs.interfaces(container.pid)
     with contextlib.suppress(OSError):
         return kernel.in_fresh_thread(lambda: _net_dev_of(pins / "net"))
     return {}
@@ -257,23 +257,13 @@ def psi(stalls: Stalls) -> pb.PsiStats:
     return message
 
 
-def parse_net_dev(text: str) -> dict[str, list[int]]:
-    """Interface -> the 16 counters of /proc/net/dev."""
-    found = {}
-    for line in text.splitlines()[2:]:
-        name, _, counters = line.partition(":")
-        if name.strip() != "lo":
-            found[name.strip()] = [int(c) for c in counters.split()]
-    return found
-
-
 def _net_dev_of(netns: Path) -> dict[str, list[int]]:
     fd = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
     try:
         kernel.setns(fd, kernel.CLONE_NEWNET)
     finally:
         os.close(fd)
-    return parse_net_dev(Path("/proc/thread-self/net/dev").read_text())
+    return procfs.interfaces("thread-self")
 
 
 def _value(number: int) -> pb.UInt64Value:

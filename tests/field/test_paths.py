@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
-from imgsvc import kernel, removal
+from imgsvc import config, kernel, preflight, procfs, removal
 from imgsvc.api import cri_pb2 as pb
+from imgsvc.runtime import model, podfiles
+from tests.e2e.conftest import BUSYBOX
 from tests.runtime.harness import TIMEOUT_S
 from tests.runtime.test_life import MakeNode
+from tests.support import cri, daemon
+from tests.support.registries import RealRegistry
 
 pytestmark = pytest.mark.root
 
@@ -151,7 +157,7 @@ def test_K1_a_directory_moved_away_during_its_removal_leads_nowhere_else(tmp_pat
 
 def test_K1_a_tree_deeper_than_descriptors_and_paths_last_is_removed(tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)
-    for _ in range(2500):
+    for _ in range(2100):
         os.mkdir("d", dir_fd=fd)
         below = os.open("d", os.O_RDONLY, dir_fd=fd)
         os.close(fd)
@@ -159,3 +165,141 @@ def test_K1_a_tree_deeper_than_descriptors_and_paths_last_is_removed(tmp_path: P
     os.close(fd)
     removal.remove_tree(tmp_path / "d")
     assert not list(tmp_path.iterdir())
+
+
+ODD = b"gr\xf6\xdfe \xff\\\n"  # Latin-1, a blank, a byte of no encoding, a backslash, a line's end
+
+
+@pytest.fixture
+def odd_mount(directory: Path) -> Iterator[None]:
+    """A bind mount whose source and place no encoding takes."""
+    source, place = (os.path.join(os.fsencode(directory), name + ODD) for name in (b"source-", b"place-"))
+    for made in (source, place):
+        os.mkdir(made)
+    subprocess.run(["mount", "--bind", source, place], check=True)
+    yield
+    subprocess.run(["umount", place], check=True)
+
+
+def test_S5_a_mount_of_any_bytes_changes_nothing(make_node: MakeNode, odd_mount: None) -> None:
+    node = make_node()
+    pod = node.run_pod()
+    container = node.run(pod, "sleep 100")
+    node.stop()
+    node.start()
+    node.cri.StopContainer(pb.StopContainerRequest(container_id=container), timeout=TIMEOUT_S)
+    node.cri.RemoveContainer(pb.RemoveContainerRequest(container_id=container), timeout=TIMEOUT_S)
+    node.cri.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=pod), timeout=TIMEOUT_S)
+    node.cri.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=pod), timeout=TIMEOUT_S)
+    assert not list((node.directory / "s/containers").iterdir())
+    assert not list((node.directory / "s/sandboxes").iterdir())
+
+
+def test_S5_mountinfo_is_read_in_bytes(odd_mount: None, directory: Path) -> None:
+    (found,) = [mount for mount in procfs.mounts() if b"place-" in mount.point]
+    assert found.point == os.path.join(os.fsencode(directory), b"place-" + ODD)
+    assert found.root.endswith(b"source-" + ODD)
+    fd = os.open(found.point, os.O_RDONLY)
+    assert procfs.mount_id(fd) == found.id
+    os.close(fd)
+    (parsed,) = procfs.parse_mounts([b"36 35 98:0 /a\\040b /m\\134\xff rw,noatime master:1 shared:7 - ext3 /dev/root rw,errors=continue\n"])
+    assert parsed == procfs.Mount(
+        36, 35, "98:0", b"/a b", b"/m\\\xff", ("rw", "noatime"), ("master:1", "shared:7"), "ext3", b"/dev/root", b"rw,errors=continue"
+    )
+
+
+def test_S5_shared_mounts_with_names_outside_ascii_are_recognised(make_node: MakeNode, directory: Path) -> None:
+    node = make_node()
+    files = directory / "größe"
+    files.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", files], check=True)
+    try:
+        subprocess.run(["mount", "--make-shared", files], check=True)
+        pod = node.run_pod(privileged=True)
+        both_ways = pb.Mount(host_path=str(files), container_path="/data", propagation=pb.PROPAGATION_BIDIRECTIONAL)
+        security = pb.LinuxContainerSecurityContext(privileged=True)
+        assert node.output(pod, "touch /data/größe; cd /data; echo *", mounts=[both_ways], security=security) == ["größe"]
+    finally:
+        subprocess.run(["umount", files], check=True)
+
+
+def test_S5_a_process_of_any_name_is_reaped_and_an_interface_of_any_name_is_told() -> None:
+    odd = subprocess.Popen(
+        [sys.executable, "-c", "import ctypes; ctypes.CDLL(None).prctl(15, b') Z \xff\\n'); print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert odd.stdout
+    odd.stdout.readline()
+    found = procfs.process(odd.pid)
+    assert found
+    assert not found.ended
+    assert found.start > 0
+    assert odd.pid in procfs.children()
+    assert not procfs.nested(odd.pid)
+    odd.communicate(b"\n")
+    assert procfs.process(odd.pid) is None
+    lines = [b"Inter-|\n", b" face |\n", b"    lo: 1 2\n", b"  e\xff:0:3 4\n", b"eth0: 5 6\n"]
+    assert procfs.parse_interfaces(lines) == {"e\\xff:0": [3, 4], "eth0": [5, 6]}
+
+
+def test_S5_the_nodes_own_files_may_be_of_any_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hosts").write_bytes(b"10.0.0.1 n\xf6de\n")
+    monkeypatch.setattr(podfiles, "_read", lambda path: (tmp_path / "hosts").read_bytes())
+    host = model.NamespaceOption(network=model.NamespaceMode.NODE)
+    linux = model.LinuxPodSandboxConfig(security_context=model.LinuxSandboxSecurityContext(namespace_options=host))
+    (tmp_path / "pod").mkdir()
+    podfiles.write(tmp_path / "pod", model.PodSandboxConfig(linux=linux), "")
+    assert (tmp_path / "pod/hosts").read_bytes() == b"10.0.0.1 n\xf6de\n"
+
+
+@pytest.mark.usefixtures("busybox")
+def test_K1_root_state_and_socket_below_links_and_outside_ascii_serve_pods(
+    make_daemon: Callable[..., daemon.Daemon], registry: RealRegistry
+) -> None:
+    node = make_daemon()
+    node.directory.chmod(0o711)  # for user namespaces
+    for name in ("root", "state"):
+        (node.directory / f"{name} größe%20").mkdir()
+        (node.directory / name).symlink_to(f"{name} größe%20")
+    node.map_host("docker.io", registry.address)
+    assert node.cli("config", "check", str(node.config)).returncode == 0
+    node.start()
+    runtime = node.runtime()
+    assert cri.pull(node.images(), BUSYBOX)
+    pod = cri.pod_config(node)
+    pod.linux.security_context.namespace_options.CopyFrom(USER_POD)
+    sandbox = cri.run_pod(runtime, pod)
+    good = cri.container_config(BUSYBOX, ["sh", "-c", "id -u; cd /data; echo *"])
+    good.linux.security_context.namespace_options.CopyFrom(USER_POD)
+    (node.directory / "users/größe").mkdir(parents=True)
+    good.mounts.append(mapped(node.directory / "users", "/data"))
+    container = cri.create(runtime, sandbox, good, pod)
+    cri.start(runtime, container)
+    ended = cri.wait_for_exit(runtime, container)
+    assert [line.text for line in cri.read_log(Path(ended.log_path))] == ["0", "größe"]
+    assert json.loads(node.cli("images", "--json").stdout)
+    bad = cri.container_config(BUSYBOX, ["true"], "bad")
+    bad.linux.CopyFrom(good.linux)
+    bad.mounts.extend([mapped(node.directory / "users", "/data"), pb.Mount(host_path="/tmp", container_path="/x", mount_options=["bogus"])])
+    cri.refusal(lambda: cri.create(runtime, sandbox, bad, pod))
+    assert (node.directory / "users/größe").exists()
+    node.remove_all_pods()
+    assert node.leftovers() == []
+    assert node.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ('root = "/etc/passwd"', "/etc/passwd"),
+        ('state = "/"', "ours"),
+        ('root = "/nowhere/x"\nstate = "/nowhere/x"', "same directory"),
+        ('root = "/nowhere/a:b"\n[images]\nsnapshotter = "overlayfs"', "colon"),
+    ],
+)
+def test_K1_the_check_refuses_directories_that_cannot_be_used(text: str, what: str) -> None:
+    (problem,) = preflight.look(
+        config.parse(f"version = 1\n{text}\n[registry]\nconfig_path = '/nowhere'\n[prepull]\ndirectory = '/nowhere'\n", "file")
+    ).problems
+    assert what in problem

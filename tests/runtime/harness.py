@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from imgsvc import failpoints
+from imgsvc import failpoints, procfs
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.api.cri_pb2_grpc import RuntimeServiceStub, add_RuntimeServiceServicer_to_server
 from imgsvc.metadb import MetaDB
@@ -230,7 +230,7 @@ class Daemon:
 
     def leftovers(self) -> list[str]:
         """What is still there although nothing should be: mounts, directories, cgroups, processes, snapshots."""
-        found = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines() if f" {self.directory}/" in line]
+        found = [os.fsdecode(m.point) for m in procfs.mounts() if procfs.is_within(m.point, os.fsencode(self.directory))]
         for place in ("s/sandboxes", "s/containers", "s/exits", "s/a", "root/volumes", "images/roots", "cni/results"):
             path = self.directory / place
             found += [str(p) for p in path.iterdir()] if path.exists() else []

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from imgsvc import failpoints, kernel
+from imgsvc import failpoints, kernel, procfs
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.metadb import MetaDB, WriteTxn
 from tests.runtime.harness import TIMEOUT_S, Daemon, assert_clean, wait_for
@@ -215,7 +215,7 @@ def reboot(node: Daemon, running: list[str]) -> None:
         for name in ("init.pid", "conmon.pid"):
             os.kill(int((node.directory / "s/containers" / container / name).read_text()), signal.SIGKILL)
     time.sleep(0.3)
-    points = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    points = [os.fsdecode(mount.point) for mount in procfs.mounts()]
     for point in sorted((p for p in points if p.startswith(f"{node.directory}/s/")), key=len, reverse=True):
         kernel.umount(point)
     for directory in Path("/sys/fs/cgroup").glob(f"*{node.cgroup_parent}/*/*"):

@@ -14,14 +14,14 @@ pytestmark = pytest.mark.root  # becoming a subreaper needs none, but the daemon
 _PREAMBLE: Final = """
 import asyncio, os, subprocess, sys, time
 from imgsvc import children
-from imgsvc import kernel
-from imgsvc.runtime.reaper import Reaper, _look, _zombies
+from imgsvc import kernel, procfs
+from imgsvc.runtime.reaper import Reaper, _identity, _zombies
 
 kernel.become_subreaper()
 reaper = Reaper()
 
 def until_zombie(pid):
-    while (found := _look(pid)) is None or not found.zombie:
+    while (found := procfs.process(pid)) is None or not found.ended:
         time.sleep(0.01)
 
 def orphan(program):
@@ -122,7 +122,7 @@ def test_a_number_given_anew_is_not_the_process_that_was_adopted() -> None:
     check("""
 child = subprocess.Popen(["sh", "-c", "exit 3"], start_new_session=True)
 until_zombie(child.pid)
-earlier = _look(child.pid).process._replace(start=1)
+earlier = _identity(child.pid)._replace(start=1)
 reaper._adopted.add(earlier)
 reaper.reap()
 assert child.poll() == 3

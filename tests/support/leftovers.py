@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from imgsvc import procfs
+
 CGROUPS: Final = Path("/sys/fs/cgroup")
 _CONTAINER_ID = re.compile(r"[0-9a-f]{32,64}")
 _PRUNED: Final = frozenset({"blobs", "ingest", "snapshots"})  # named by digest, or full of image files: no pod's
@@ -31,8 +33,7 @@ def of_pods(directory: Path, cgroup_parent: str, bridge: str | None) -> list[str
 
 def mounts_below(directory: Path) -> list[str]:
     """Mount points at or below a directory, innermost last."""
-    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    return [p for p in points if p == str(directory) or p.startswith(f"{directory}/")]
+    return [os.fsdecode(m.point) for m in procfs.mounts() if procfs.is_within(m.point, os.fsencode(directory))]
 
 
 def processes_of(directory: Path, cgroup_parent: str) -> list[tuple[int, str]]:
@@ -41,8 +42,8 @@ def processes_of(directory: Path, cgroup_parent: str) -> list[tuple[int, str]]:
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-            groups = Path(f"/proc/{pid}/cgroup").read_text()
-            state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+            groups = Path(f"/proc/{pid}/cgroup").read_text(errors="replace")
+            state, parent = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
         except (FileNotFoundError, ProcessLookupError):
             continue
         if ("imgsvc.cli" in words and "serve" in words) or (state, parent) == ("Z", "1"):

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from imgsvc import procfs
 from imgsvc.concurrency import time_limit, to_the_end
 from imgsvc.errors import DeadlineExceeded, Internal, printable
 from imgsvc.removal import discard
@@ -256,8 +257,9 @@ def end_interrupted(scratch: Path, container_id: str) -> None:
     """End the commands that were under way in a container when a daemon was killed, and remove their files. Blocking."""
     for directory in list(scratch.glob("exec-*")):
         pid = _read_pid(directory / "pid")
-        with contextlib.suppress(OSError):  # it has ended
-            if pid is not None and container_id in Path(f"/proc/{pid}/cgroup").read_text():  # else the number is another's by now
+        # Else the number is another's by now.
+        if pid is not None and any(container_id.encode() in path for path in procfs.cgroups(pid)):
+            with contextlib.suppress(OSError):  # it has ended
                 signal_group_of(pid, signal.SIGKILL)
         discard(directory)
 
