@@ -22,6 +22,7 @@ from imgsvc.pull import Puller, PullRequest
 from imgsvc.reference import Reference
 from imgsvc.registry.dockerconfig import credential_from_cri
 from imgsvc.registry.interfaces import Credential
+from imgsvc.runtime.users import announced_user
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -133,7 +134,7 @@ class ImageService(cri_pb2_grpc.ImageServiceServicer):
             pinned=self._images.pinned(image),
             spec=cri_pb2.ImageSpec(image=image.image_id),
         )
-        uid, username = image_user(image.config.user)
+        uid, username = announced_user(image.config.user)
         if uid is not None:
             out.uid.value = uid
         else:
@@ -146,23 +147,6 @@ class ImageService(cri_pb2_grpc.ImageServiceServicer):
         if handler not in self._handlers:
             raise InvalidArgument(f'unknown runtime handler "{printable(handler, 80)}"', hint=f"this node has {', '.join(self._handlers)}")
         return self._handlers[handler]
-
-
-MAX_ID = 2**31 - 1  # user and group IDs that the kernel and the runtimes take as positive
-
-
-def image_user(user: str) -> tuple[int | None, str]:
-    """(uid, username) as CRI wants them: exactly one is set, and an image without a user runs as uid 0.
-
-    Only the part before the colon counts. A number beyond MAX_ID is a name, never uid 0 and never a lookup by
-    somebody else's parser (CVE-2024-40635).
-    """
-    name = user.partition(":")[0]
-    if not name:
-        return 0, ""
-    if name.isascii() and name.isdigit() and int(name[:20]) <= MAX_ID:
-        return int(name), ""
-    return None, name
 
 
 def _credential(auth: cri_pb2.AuthConfig) -> Credential | None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
 from imgsvc import places
 from imgsvc.errors import InvalidArgument, printable
+from imgsvc.numerals import whole_number
 
 if TYPE_CHECKING:
     from imgsvc.reference import Reference
 
 T = TypeVar("T")
+_MAX_COUNT: Final = 10**6
 
 
 class WrongUsage(InvalidArgument):
@@ -92,9 +94,10 @@ def count(least: int) -> Callable[[str], int]:
     """An argparse type: a whole number of at least `least`."""
 
     def read(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text[:9]) < least:
-            raise argparse.ArgumentTypeError(f'"{printable(text, 40)}" is not a number of at least {least}')
-        return int(text[:9])
+        number = whole_number(text, _MAX_COUNT)
+        if number is None or not least <= number <= _MAX_COUNT:
+            raise argparse.ArgumentTypeError(f'"{printable(text, 40)}" is not a number from {least} to {_MAX_COUNT}')
+        return number
 
     return read
 

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from imgsvc.numerals import whole_number
 from imgsvc.oci import KIB, MIB, Descriptor
 from imgsvc.registry.documents import lied
 from imgsvc.registry.endpoint import Ask, Endpoint
@@ -298,7 +299,7 @@ class Download:
                 raise lied(response, problem)
             if encoding not in ("", "identity"):
                 raise lied(response, f"a part of the blob with Content-Encoding {encoding[:40]!r}, which was not asked for")
-        if length and (not length.isdigit() or int(length[:20]) != end - start):
+        if length and whole_number(length, end - start) != end - start:
             note = f" with Content-Encoding {encoding[:40]!r}" if encoding else ""
             raise lied(response, f"{length[:20]} bytes announced, {end - start} expected{note}")
 

@@ -13,6 +13,7 @@ from typing import Final, Protocol, Self
 
 from imgsvc.concurrency import time_limit
 from imgsvc.errors import ImgsvcError, ResourceExhausted, printable
+from imgsvc.numerals import whole_number
 from imgsvc.registry.hosts import Tls
 from imgsvc.registry.netguard import ANYWHERE, Reach
 from imgsvc.registry.redact import shown_url
@@ -131,7 +132,7 @@ class Response(ABC):
         """The whole body. Raises: ResourceExhausted beyond `limit` bytes; RequestFailed."""
         length = self.headers.get("content-length")
         parts, total = [], 0
-        if not length.isdigit() or int(length[:20]) <= limit:
+        if (whole_number(length, limit) or 0) <= limit:
             async with contextlib.aclosing(self.chunks()) as chunks:
                 async for chunk in chunks:
                     total += len(chunk)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 from imgsvc.errors import ImgsvcError
+from imgsvc.numerals import whole_number
 from imgsvc.oci import MAX_DOCUMENT, Descriptor, Digest, parse_document
 from imgsvc.reference import Reference
 from imgsvc.registry.documents import ACCEPT_HEADER, MANIFESTS, announced_digest, check_is_manifest, lied, media_type_of, read_document
@@ -46,9 +47,10 @@ async def _head(endpoint: Endpoint, reference: Reference) -> Resolved | None:
         digest = announced_digest(response)
         kind, length = media_type_of(response), response.headers.get("content-length")
         _check_digest(response, digest, reference)
-        if digest and kind in MANIFESTS and length.isdigit() and 0 < int(length[:20]) <= MAX_DOCUMENT:
-            return Resolved(Descriptor(kind, digest, int(length)), endpoint.base)
-        if length.isdigit() and int(length[:20]) > MAX_DOCUMENT:
+        size = whole_number(length, MAX_DOCUMENT) or 0
+        if digest and kind in MANIFESTS and 0 < size <= MAX_DOCUMENT:
+            return Resolved(Descriptor(kind, digest, size), endpoint.base)
+        if size > MAX_DOCUMENT:
             raise lied(response, f"a manifest of {length[:20]} bytes; at most {MAX_DOCUMENT} are accepted", code="RESOURCE_EXHAUSTED")
         if Capability.PULL not in endpoint.host.capabilities:
             what = "HEAD does not tell digest, type and size, and this host may not be asked for content"

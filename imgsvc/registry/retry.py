@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Final
 
+from imgsvc.numerals import whole_number
 from imgsvc.registry.ranges import RangeSupport
 
 _TRIES: Final = 4  # on the last host: the first and three more
@@ -65,8 +66,8 @@ def kind_of_status(status: int, has_retry_after: bool) -> Failure:
 def retry_after(value: str, now: datetime) -> float | None:
     """A Retry-After header [seconds from now], None when absent, negative or unreadable; capped to an hour."""
     text = value.strip()
-    if text.isascii() and text.isdigit():
-        return min(float(text[:9]), _MAX_PARK_S)
+    if (number := whole_number(text, int(_MAX_PARK_S))) is not None:
+        return min(float(number), _MAX_PARK_S)
     try:
         at = email.utils.parsedate_to_datetime(text)
     except (ValueError, TypeError, IndexError, OverflowError):

@@ -22,7 +22,7 @@ from imgsvc.runtime.users import resolve_user
 
 @dataclass(frozen=True, slots=True)
 class BuiltContainer:
-    """The specification, and what of it the record keeps."""
+    """The specification, and what of it the record keeps. user: as it runs, with groups that devices add."""
 
     spec: dict[str, Any]
     user: User
@@ -147,7 +147,7 @@ class ContainerBuilder:
                 raise FailedPrecondition("CDI devices are asked for, but enable_cdi is false")
             cdi.apply(made, cdi.edits_for([device.name for device in config.CDI_devices], settings.cdi_spec_dirs))
             made["mounts"] = volumes.in_mount_order(made["mounts"])
-        return BuiltContainer(made, user, cgroups_path)
+        return BuiltContainer(made, spec.process_user(made), cgroups_path)
 
     def _mounts(
         self, record: ContainerRecord, sandbox: SandboxRecord, image: RunnableImage, image_volumes: Sequence[Sequence[RootMount]]

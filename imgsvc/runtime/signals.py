@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from typing import Final
 
+from imgsvc.numerals import whole_number
+
 _CRI_NAMES: Final = (
     "",
     *(
@@ -60,8 +62,9 @@ def stop_signal_name(requested: int, of_image: str) -> str:
     if 0 < requested < len(_CRI_NAMES):
         return _CRI_NAMES[requested]
     name = of_image.strip().upper()
-    if name.isdecimal():
-        return name if 1 <= int(name) <= int(signal.SIGRTMAX) else DEFAULT
+    number = whole_number(name, signal.SIGRTMAX)
+    if number is not None:
+        return str(number) if 1 <= number <= signal.SIGRTMAX else DEFAULT
     name = name if name.startswith("SIG") else "SIG" + name
     return name if name in _CRI_NAMES else DEFAULT
 

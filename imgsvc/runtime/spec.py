@@ -168,6 +168,12 @@ def _process(plan: ContainerPlan) -> dict[str, Any]:
     return process
 
 
+def process_user(spec: Mapping[str, Any]) -> User:
+    """Whom a finished specification runs the process as."""
+    user = spec["process"]["user"]
+    return User(user["uid"], user["gid"], tuple(user["additionalGids"]))
+
+
 def oom_score(wanted: int, host: Host, *, restrict: bool) -> int:
     """The nearest score the kernel lets this daemon give. restrict: never below the daemon's own."""
     if not -1000 <= wanted <= 1000:

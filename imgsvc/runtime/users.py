@@ -1,7 +1,7 @@
 """Which numbers a container's process runs with, from the request, the image and hostile passwd and group files.
 
 A name is looked up; a number never is, except for its groups. Numbers outside 0 … 2^31-1 are errors, not names
-(CVE-2024-40635, CVE-2026-46680). Files are read only when regular, inside the root, and up to MAX_FILE
+(CVE-2024-40635, CVE-2026-46680). What ImageStatus tells of an image's user comes from the same parser as what is run. Files are read only when regular, inside the root, and up to MAX_FILE
 (CVE-2026-47262, CVE-2025-4437). The primary group is always among the groups (CVE-2022-36109).
 """
 
@@ -17,19 +17,20 @@ from typing import Final
 
 from imgsvc import kernel
 from imgsvc.errors import InvalidArgument, NotFound, ResourceExhausted, from_os_error, printable
+from imgsvc.numerals import whole_number
 from imgsvc.oci import MIB
 from imgsvc.runtime.model import LinuxContainerSecurityContext, SupplementalGroupsPolicy, User
 
 MAX_FILE: Final = 10 * MIB  # [bytes] of /etc/passwd and of /etc/group
 MAX_ID: Final = 2**31 - 1  # what the kubelet's runAsNonRoot can compare
 
-_NUMBER = re.compile(r"[+-]?[0-9]+", re.ASCII)
+_ROOT: Final = "0"  # USER of an image that has none
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.@-]{0,255}\$?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class PasswdEntry:
-    """A line of /etc/passwd."""
+    """A line of /etc/passwd. IDs out of range are MAX_ID + 1."""
 
     name: str
     uid: int
@@ -38,14 +39,27 @@ class PasswdEntry:
 
 def parse_number(text: str, what: str) -> int | None:
     """The ID a text of digits stands for; None when it is a name. Raises: InvalidArgument for what is neither."""
-    if _NUMBER.fullmatch(text):
-        number = int(text[:24])
-        if not 0 <= number <= MAX_ID or text[0] in "+-":
+    number = whole_number(text, MAX_ID)
+    if number is not None:
+        if number > MAX_ID:
             raise InvalidArgument(f"{what} {printable(text, 40)} is out of range", hint=f"use 0 to {MAX_ID}")
         return number
     if not _NAME.fullmatch(text):
         raise InvalidArgument(f'{what} "{printable(text, 80)}" is neither a number from 0 to {MAX_ID} nor a name')
     return None
+
+
+def announced_user(image_user: str) -> tuple[int | None, str]:
+    """(UID, user name) of an image's USER as ImageStatus has them: exactly one is given, and none at all is UID 0.
+
+    What cannot be used, such as a number out of range, is told as a name: never as a UID, so that no check of it passes.
+    """
+    name = image_user.partition(":")[0] or _ROOT
+    try:
+        number = parse_number(name, "image user")
+    except InvalidArgument:
+        number = None
+    return (number, "") if number is not None else (None, name)
 
 
 def split_image_user(text: str) -> tuple[str, str]:
@@ -88,8 +102,10 @@ def read_database(rootfs: Path, path: str) -> list[list[str]]:
 
 def _passwd(rootfs: Path) -> Iterator[PasswdEntry]:
     for fields in read_database(rootfs, "/etc/passwd"):
-        if len(fields) >= 4 and fields[2].isdecimal() and fields[3].isdecimal():
-            yield PasswdEntry(fields[0], int(fields[2][:24]), int(fields[3][:24]))
+        if len(fields) >= 4:
+            uid, gid = whole_number(fields[2], MAX_ID), whole_number(fields[3], MAX_ID)
+            if uid is not None and gid is not None:
+                yield PasswdEntry(fields[0], uid, gid)
 
 
 def _find_user(rootfs: Path, name: str) -> PasswdEntry:
@@ -103,21 +119,27 @@ def _find_user(rootfs: Path, name: str) -> PasswdEntry:
 
 def _in_range(number: int, where: str) -> int:
     if not 0 <= number <= MAX_ID:
-        raise InvalidArgument(f"ID {number} is out of range", where=where, hint=f"use 0 to {MAX_ID}")
+        raise InvalidArgument("an ID is out of range", where=where, hint=f"use 0 to {MAX_ID}")
     return number
 
 
-def _find_group(rootfs: Path, name: str) -> int:
+def _groups(rootfs: Path) -> Iterator[tuple[str, int, list[str]]]:
+    """(name, GID, members) of the lines of /etc/group. IDs out of range are MAX_ID + 1."""
     for fields in read_database(rootfs, "/etc/group"):
-        if len(fields) >= 3 and fields[0] == name and fields[2].isdecimal():
-            return _in_range(int(fields[2][:24]), "/etc/group")
+        gid = whole_number(fields[2], MAX_ID) if len(fields) >= 3 else None
+        if gid is not None:
+            yield fields[0], gid, fields[3].split(",") if len(fields) >= 4 else []
+
+
+def _find_group(rootfs: Path, name: str) -> int:
+    for group, gid, _ in _groups(rootfs):
+        if group == name:
+            return _in_range(gid, "/etc/group")
     raise NotFound(f'the image has no group "{printable(name, 80)}" in /etc/group')
 
 
 def _groups_of(rootfs: Path, name: str) -> list[int]:
-    lines = read_database(rootfs, "/etc/group")
-    mine = (fields[2] for fields in lines if len(fields) >= 4 and fields[2].isdecimal() and name in fields[3].split(","))
-    return [_in_range(int(number[:24]), "/etc/group") for number in mine]
+    return [_in_range(gid, "/etc/group") for _, gid, members in _groups(rootfs) if name in members]
 
 
 def resolve_user(security: LinuxContainerSecurityContext, image_user: str, rootfs: Path) -> User:
@@ -147,7 +169,7 @@ def _requested(security: LinuxContainerSecurityContext, image_user: str) -> tupl
     if security.run_as_username:
         return security.run_as_username, ""
     user, group = split_image_user(image_user)
-    return user or "0", group
+    return user or _ROOT, group
 
 
 def _primary_group(security: LinuxContainerSecurityContext, group_text: str, entry: PasswdEntry | None, rootfs: Path) -> int:
