@@ -53,9 +53,7 @@ async def checkpoint(core: Core, container_id: str, location: str, timeout_s: fl
             record = core.records.container(full_id)
             require_running(record, core.boot_id)
             with _scratch(core.paths.root, full_id) as scratch:
-                await core.handler(record.handler).checkpoint(
-                    full_id, scratch / "checkpoint", scratch / "work", timeout_s or DEFAULT_TIMEOUT_S
-                )
+                await core.runtime_of(record).checkpoint(full_id, scratch / "checkpoint", scratch / "work", timeout_s or DEFAULT_TIMEOUT_S)
                 await in_thread(_write_archive, Path(location), scratch, core.paths.bundle(full_id), _describe(record))
 
 

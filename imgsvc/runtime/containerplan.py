@@ -153,7 +153,7 @@ class ContainerBuilder:
         self, record: ContainerRecord, sandbox: SandboxRecord, image: RunnableImage, image_volumes: Sequence[Sequence[RootMount]]
     ) -> list[volumes.BoundMount]:
         core, bundle = self._core, self._core.paths.bundle(record.id)
-        rro = core.handler(record.handler).features.recursive_read_only_mounts
+        rro = core.runtime_of(record).features.recursive_read_only_mounts
         label = self._file_label(record, sandbox)
         found: list[volumes.BoundMount] = []
         for number, (mount, roots) in enumerate(zip(record.config.mounts, image_volumes, strict=True)):

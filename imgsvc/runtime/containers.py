@@ -113,7 +113,7 @@ class Containers:
 
     async def _make(self, record: ContainerRecord, sandbox: SandboxRecord, image: RunnableImage, undo: Undo) -> ContainerRecord:
         core = self._core
-        handler = core.handler(record.handler)
+        handler = core.runtime_of(record)
         undo.push(f"forgetting container {record.id}", self._forget, record)
         written = core.records.put_container(record)
         await afailpoint("container.recorded")
@@ -203,7 +203,7 @@ class Containers:
         self._require_open(core.records.sandbox(record.sandbox_id))
         started_at = now_ns()
         try:
-            await core.handler(record.handler).start_task(record.id)
+            await core.runtime_of(record).start_task(record.id)
             await afailpoint("container.started")
             current = core.records.container(full_id)
             core.records.advance_container(replace(current, started_at=started_at), core.paths.bundle(full_id))
@@ -215,7 +215,7 @@ class Containers:
     async def _start_failed(self, record: ContainerRecord, message: str) -> None:
         core = self._core
         with contextlib.suppress(ImgsvcError):
-            await core.handler(record.handler).kill(record.id, signal.SIGKILL)
+            await core.runtime_of(record).kill(record.id, signal.SIGKILL)
         current = core.records.container(record.id)
         failed = replace(current, finished_at=now_ns(), exit_code=_START_FAILED, reason="StartError", message=message)
         await durable(core.records.put_container(failed))
@@ -234,7 +234,7 @@ class Containers:
 
     async def _note_end(self, record: ContainerRecord) -> None:
         await afailpoint("watch.container")
-        handler = self._core.handler(record.handler)
+        handler = self._core.runtime_of(record)
         end = await handler.wait(record.id, record.pid, record.pid_start)
         if record.config.security.namespace_options.pid != NamespaceMode.CONTAINER:
             # Without a PID namespace of its own, init's death does not take the others with it.
@@ -283,7 +283,7 @@ class Containers:
             await self._end(current, timeout_s)
 
     async def _end(self, record: ContainerRecord, timeout_s: float) -> None:
-        handler = self._core.handler(record.handler)
+        handler = self._core.runtime_of(record)
         if timeout_s > 0 and record.started_at:
             if record.id not in self._signalled:  # a second stop only waits: many signals are not more graceful than one
                 self._signalled.add(record.id)
@@ -332,8 +332,8 @@ class Containers:
     async def discard(self, record: ContainerRecord) -> None:
         """Remove every trace of a container, in whatever state it is; the record last."""
         core = self._core
-        if record.handler in core.handlers:
-            await core.handler(record.handler).delete(record.id)
+        if runtime := core.find_runtime(record):
+            await runtime.delete(record.id)
         await afailpoint("container.deleted")
         await self._release(record)
         await afailpoint("container.released")
@@ -370,7 +370,7 @@ class Containers:
             require_alive(record, core.boot_id)
             limits = spec.resources(resources, core.host, tolerate=core.settings.tolerate_missing_hugetlb_controller)
             if limits:
-                await core.handler(record.handler).update(record.id, limits)
+                await core.runtime_of(record).update(record.id, limits)
             merged = merge_resources(record.resources, resources)
             await durable(core.records.put_container(replace(core.records.container(full_id), resources=merged)))
 
@@ -382,7 +382,7 @@ class Containers:
         if record.log_path:
             sandbox = core.records.sandbox(record.sandbox_id)
             check_log_directory(sandbox.config.log_directory, record.config.log_path)
-            await core.handler(record.handler).reopen_log(record.id, record.log_path)
+            await core.runtime_of(record).reopen_log(record.id, record.log_path)
 
     async def close(self) -> None:
         """Stop watching; containers keep running."""

@@ -12,7 +12,7 @@ from imgsvc.errors import FailedPrecondition, InvalidArgument, from_os_error, pr
 from imgsvc.runtime.events import Events
 from imgsvc.runtime.host import Host
 from imgsvc.runtime.interfaces import Images, NetworkPlugin, OCIRuntime
-from imgsvc.runtime.records import Records
+from imgsvc.runtime.records import ContainerRecord, Records, SandboxRecord
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
 
 
@@ -66,7 +66,11 @@ class Paths:
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    """Shared by the use cases; never changed after the start."""
+    """Shared by the use cases; never changed after the start.
+
+    handlers: by name, for new pods. runtimes: by what they run as (SandboxRecord.runtime): the handlers, and those that only pods
+    of an earlier configuration still need.
+    """
 
     settings: RuntimeSettings
     paths: Paths
@@ -74,6 +78,7 @@ class Core:
     images: Images
     handlers: Mapping[str, OCIRuntime]
     broken_handlers: Mapping[str, str]
+    runtimes: Mapping[str, OCIRuntime]
     network: NetworkPlugin
     host: Host
     boot_id: str
@@ -92,12 +97,23 @@ class Core:
         raise InvalidArgument(f'no runtime handler "{printable(wanted, 80)}"', hint=f"configured are: {known}")
 
     def handler(self, name: str) -> OCIRuntime:
-        """A handler by its resolved name. Raises: FailedPrecondition when it has left the configuration."""
+        """A handler for new pods by its resolved name. Raises: FailedPrecondition when it has left the configuration."""
         if name not in self.handlers:
             reason = self.broken_handlers.get(name, "it is no longer configured")
             raise FailedPrecondition(f'runtime handler "{name}" is not usable: {reason}')
         return self.handlers[name]
 
+    def runtime_of(self, record: SandboxRecord | ContainerRecord) -> OCIRuntime:
+        """What a pod, or a container in it, was made with. Raises: FailedPrecondition when that is not here any more."""
+        return self.find_runtime(record) or self.handler(record.handler)
+
+    def find_runtime(self, record: SandboxRecord | ContainerRecord) -> OCIRuntime | None:
+        """As runtime_of; None when it is not here any more."""
+        pod = record if isinstance(record, SandboxRecord) else self.records.sandboxes.get(record.sandbox_id)
+        return (self.runtimes.get(pod.runtime) if pod else None) or self.handlers.get(record.handler)
+
     def handler_settings(self, name: str) -> HandlerSettings:
-        """Configuration of a handler by its resolved name."""
+        """Configuration of a handler by its resolved name. Raises: FailedPrecondition when it has left the configuration."""
+        if name not in self.settings.handlers:
+            raise FailedPrecondition(f'runtime handler "{name}" is no longer configured')
         return self.settings.handlers[name]

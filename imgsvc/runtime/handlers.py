@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable, Mapping
 
 from imgsvc.errors import ImgsvcError, InvalidArgument, printable
 from imgsvc.runtime.interfaces import OCIRuntime
@@ -40,6 +41,30 @@ async def start_handlers(settings: RuntimeSettings, paths: MonitorPaths, reaper:
     for warning in sorted({warning for runtime in working.values() for warning in runtime.features.warnings}):
         log.warning("%s", warning)
     return working, broken
+
+
+async def start_earlier(
+    needed: Iterable[str], working: Mapping[str, OCIRuntime], settings: RuntimeSettings, paths: MonitorPaths, reaper: Reaper
+) -> dict[str, OCIRuntime]:
+    """Everything that pods are or were made with, by its description: what works, and what `needed` names beyond that because the
+    configuration, or the program it stands for, has changed since. Pods of those can be used, stopped and removed, not made.
+    """
+    runtimes = {runtime.description: runtime for runtime in working.values()}
+    for description in sorted(set(needed) - runtimes.keys() - {""}):
+        try:
+            handler = HandlerSettings.described(description)
+            current = working.get(handler.name)
+            if handler.type != "oci" and isinstance(current, ShimRuntime):  # shims are found by their sockets, whatever started them
+                runtimes[description] = current
+                continue
+            runtime = build_handler(handler, settings, paths, reaper)
+            await runtime.start(test=False)
+        except (ImgsvcError, ValueError, TypeError) as error:
+            log.error("pods that were made with runtime handler %s cannot be stopped: %s", description, error)
+            continue
+        runtimes[description] = runtime
+        log.warning("pods that an earlier configuration made still use runtime handler %s: %s", handler.name, handler.path or handler.type)
+    return runtimes
 
 
 def build_handler(handler: HandlerSettings, settings: RuntimeSettings, paths: MonitorPaths, reaper: Reaper) -> OCIRuntime:

@@ -59,7 +59,7 @@ class Holders:
                 log.warning('the shims of runtime handler "%s" make no pods; its pods are made of namespaces', record.handler)
                 await self.end(record)
                 record = replace(record, sandboxer="")
-        if record.config.namespaces.pid == NamespaceMode.POD or core.handler(record.handler).features.needs_pause:
+        if record.config.namespaces.pid == NamespaceMode.POD or core.runtime_of(record).features.needs_pause:
             pid = await self._start_pause(record)
             return replace(record, pause_pid=pid, pause_start=start_time(pid))
         return record
@@ -86,14 +86,14 @@ class Holders:
             os.kill(record.pause_pid, signal.SIGKILL)
             await process_gone(record.pause_pid, record.pause_start)
         if bundle.exists():
-            if record.handler in self._core.handlers and not self._pods(record):  # it may have left the configuration
-                await self._core.handler(record.handler).delete(record.id)
+            if not self._pods(record) and (runtime := self._core.find_runtime(record)):
+                await runtime.delete(record.id)
             await in_thread(remove_bundle, bundle)
 
     def _pods(self, record: SandboxRecord) -> PodRuntime | None:
         """What makes, or has made, the pod, when its shim does."""
-        handler = self._core.handlers.get(record.handler)
-        return handler.pods if handler and record.sandboxer else None
+        runtime = self._core.find_runtime(record)
+        return runtime.pods if runtime and record.sandboxer else None
 
     def watch(self, record: SandboxRecord) -> None:
         """From now on, tell when what holds a ready pod has ended; also for a pod of an earlier daemon."""
@@ -132,7 +132,7 @@ class Holders:
         core = self._core
         bundle = core.paths.bundle(record.id)
         await in_thread(self._write_pause_bundle, record, bundle)
-        return await core.handler(record.handler).start_pause(record.id, bundle)
+        return await core.runtime_of(record).start_pause(record.id, bundle)
 
     def _write_pause_bundle(self, record: SandboxRecord, bundle: Path) -> None:
         write_pause(bundle / "rootfs")

@@ -153,8 +153,15 @@ class OCIRuntime(Protocol):
     def pods(self) -> PodRuntime | None:
         """Its way to make pods itself; None when it has none."""
 
-    async def start(self) -> None:
-        """Find the programs, test them. Raises: NotFound, FailedPrecondition."""
+    @property
+    def description(self) -> str:
+        """What it runs as; see HandlerSettings.describe. Known after start()."""
+
+    async def start(self, *, test: bool = True) -> None:
+        """Find the programs, test them. Raises: NotFound, FailedPrecondition.
+
+        test: False for one that makes no new pods: it need not work as a whole to end what it made.
+        """
 
     async def close(self) -> None:
         """Let go; containers keep running."""

@@ -21,7 +21,7 @@ from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, Paths
 from imgsvc.runtime.events import Events
 from imgsvc.runtime.exits import now_ns
-from imgsvc.runtime.handlers import start_handlers
+from imgsvc.runtime.handlers import start_earlier, start_handlers
 from imgsvc.runtime.interfaces import Images
 from imgsvc.runtime.metrics import Metrics
 from imgsvc.runtime.model import NamespaceMode
@@ -62,7 +62,9 @@ class RuntimeNode:
         records = Records(database)
         records.load()
         records.catch_up(paths.state / "sandboxes", paths.bundles)
-        working, broken = await start_handlers(settings, MonitorPaths(paths.bundles, paths.exits, paths.sockets), reaper)
+        places = MonitorPaths(paths.bundles, paths.exits, paths.sockets)
+        working, broken = await start_handlers(settings, places, reaper)
+        runtimes = await start_earlier({r.runtime for r in records.sandboxes.values()}, working, settings, places, reaper)
         facts = host.look(hugetlb=not settings.disable_hugetlb_controller)
         if settings.enable_selinux and not facts.selinux:
             log.warning("enable_selinux is true, but this kernel runs no SELinux; pods get no labels")
@@ -75,6 +77,7 @@ class RuntimeNode:
             images=images,
             handlers=working,
             broken_handlers=broken,
+            runtimes=runtimes,
             network=PodNetwork(settings.cni),
             host=facts,
             boot_id=boot_id(),
@@ -90,8 +93,8 @@ class RuntimeNode:
         """Stop watching. Pods keep running."""
         await self.sandboxes.close()
         await self.containers.close()
-        for handler in self.core.handlers.values():
-            await handler.close()
+        for runtime in set(self.core.runtimes.values()):
+            await runtime.close()
         await self._reaper.stop()
 
     def root_keys(self) -> list[str]:
@@ -154,10 +157,10 @@ class RuntimeNode:
             "overhead": to_json(linux.overhead) if linux.overhead else None,
             "resources": to_json(linux.resources) if linux.resources else None,
         }
-        handler = self.core.handlers.get(record.handler)
-        if record.sandboxer and handler and handler.pods:
+        runtime = self.core.find_runtime(record)
+        if record.sandboxer and runtime and runtime.pods:
             info["sandboxer"] = record.sandboxer
-            info["shim"] = dict(await handler.pods.pod_info(record.id))
+            info["shim"] = dict(await runtime.pods.pod_info(record.id))
         return {"info": json.dumps(info)}
 
     def describe_container(self, record: ContainerRecord) -> dict[str, str]:

@@ -68,9 +68,17 @@ class OCICommand:
         """Path of the runtime CLI."""
         return self._program
 
-    async def start(self) -> None:
-        """Choose and test the runtime. Raises: NotFound, FailedPrecondition."""
+    @property
+    def description(self) -> str:
+        """See OCIRuntime. The program is that which was chosen: another one could not read what this one has noted."""
+        return self._handler.describe(self._program)
+
+    async def start(self, *, test: bool = True) -> None:
+        """See OCIRuntime: choose and test the runtime."""
         private_dir(Path(self._root))
+        if not test:
+            self._program = self._handler.path
+            return
         wanted = self._handler.path or str(self._handler.options.get("BinaryName") or "")
         self._program = await self._choose([wanted] if wanted else list(CANDIDATES))
         self._features = await self._find_features()

@@ -44,6 +44,8 @@ class SandboxRecord:
         owned_cgroup: the pod's cgroup when we made it and so remove it; "" when it is the kubelet's.
         selinux: label of its processes, "" where SELinux is off; its level is the pod's alone.
         sandboxer: "shim" when the shim makes the pod itself.
+        runtime: what its handler ran as when the pod was made (HandlerSettings.describe), so that its pods can be stopped and removed when
+            the handler has left the configuration, or means another program now. "" in records of earlier versions.
         pause_pid, pause_start: the process that keeps a shared PID namespace, or the one the shim named, and its start time
             [clock ticks].
     """
@@ -61,6 +63,7 @@ class SandboxRecord:
     ips: tuple[str, ...] = ()
     selinux: str = ""
     sandboxer: str = ""
+    runtime: str = ""
     pause_pid: int = 0
     pause_start: int = 0
 

@@ -55,8 +55,6 @@ async def _container(core: Core, containers: Containers, record: ContainerRecord
         return
     elif record.boot_id != core.boot_id:
         await containers.finish(record.id, Exit(UNKNOWN_EXIT, now_ns(), known=False))
-    elif record.handler not in core.handlers:
-        log.error("container %s needs runtime handler %s, which is not usable", record.id, record.handler)
     else:
         containers.watch(record)
 

@@ -56,6 +56,7 @@ class Sandboxes:
             created_at=now_ns(),
             network=config.namespaces.network != NamespaceMode.NODE,
             selinux=self._label(config, handler),
+            runtime=core.handler(handler).description,
             sandboxer="shim" if core.handler_settings(handler).sandboxer == "shim" else "",
         )
         core.records.reserve(sandbox_name(config), record.id)

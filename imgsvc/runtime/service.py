@@ -218,7 +218,7 @@ class RuntimeService(RuntimeServiceServicer):
         record = self._running(request.container_id)
         if not request.cmd:
             raise InvalidArgument("no command to execute")
-        result = await self._node.core.handler(record.handler).exec_sync(record.id, tuple(request.cmd), max(0, request.timeout))
+        result = await self._node.core.runtime_of(record).exec_sync(record.id, tuple(request.cmd), max(0, request.timeout))
         return pb.ExecSyncResponse(stdout=result.stdout, stderr=result.stderr, exit_code=result.exit_code)
 
     async def Exec(self, request: pb.ExecRequest, context: Any) -> pb.ExecResponse:
@@ -226,7 +226,7 @@ class RuntimeService(RuntimeServiceServicer):
         record = self._running(request.container_id)
         if not request.cmd:
             raise InvalidArgument("no command to execute")
-        target = self._node.core.handler(record.handler).exec_target(record.id, tuple(request.cmd), terminal=request.tty)
+        target = self._node.core.runtime_of(record).exec_target(record.id, tuple(request.cmd), terminal=request.tty)
         wants = StreamWants(request.stdin, request.stdout, request.stderr, request.tty)
         return pb.ExecResponse(url=self._stream_server().exec_url(target, wants))
 
@@ -234,7 +234,7 @@ class RuntimeService(RuntimeServiceServicer):
         """A URL to attach at."""
         record = self._running(request.container_id)
         wants = StreamWants(request.stdin, request.stdout, request.stderr, record.config.tty)
-        target = self._node.core.handler(record.handler).attach_target(record.id)
+        target = self._node.core.runtime_of(record).attach_target(record.id)
         return pb.AttachResponse(url=self._stream_server().attach_url(target, wants))
 
     async def PortForward(self, request: pb.PortForwardRequest, context: Any) -> pb.PortForwardResponse:

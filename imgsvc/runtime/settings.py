@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,15 @@ class HandlerSettings:
     cni_max_conf_num: int = 0
     snapshotter: str = ""
     sandboxer: str = ""
+
+    def describe(self, program: str) -> str:
+        """What pods need of this to be stopped and removed, whatever the configuration says then; as text, for their records."""
+        return json.dumps({"name": self.name, "type": self.type, "path": program, "options": self.options}, sort_keys=True)
+
+    @classmethod
+    def described(cls, text: str) -> HandlerSettings:
+        """The settings that describe() told of. Raises: ValueError, TypeError."""
+        return cls(**json.loads(text))
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,8 +60,8 @@ class Stats:
         await self._layer_sizes(records)
         looks = await in_thread(self._look, [(r.id, r.cgroup) for r in records])
         for record in records:
-            if looks[record.id] is None and record.handler in self._core.handlers:  # in a virtual machine, say
-                looks[record.id] = await self._core.handler(record.handler).usage(record.id)
+            if looks[record.id] is None and (runtime := self._core.find_runtime(record)):  # in a virtual machine, say
+                looks[record.id] = await runtime.usage(record.id)
         self._forget()
         return [self._container(record, looks[record.id]) for record in records]
 
@@ -143,8 +143,8 @@ class Stats:
         by_id = {c.attributes.id: c for c in containers}
         looks, networks = await in_thread(self._look_at_pods, records, members)
         for record in records:
-            handler = core.handlers.get(record.handler)
-            if record.sandboxer and handler and handler.pods and (used := await handler.pods.pod_usage(record.id)):
+            runtime = core.find_runtime(record)
+            if record.sandboxer and runtime and runtime.pods and (used := await runtime.pods.pod_usage(record.id)):
                 looks[record.id] = used
         return [self._sandbox(r, looks[r.id], networks[r.id], [by_id[c.id] for c in members[r.id]]) for r in records]
 

@@ -140,6 +140,7 @@ def test_R9_statistics_are_read_from_what_the_loop_handed_over(tmp_path: Path) -
             paths=Paths(tmp_path, tmp_path),
             images=images,
             handlers={},
+            find_runtime=lambda _: None,
             settings=RuntimeSettings(tmp_path, tmp_path, {}),
         )
         records.put_sandbox(pod := SandboxRecord("pod", started_at=1))
@@ -153,3 +154,26 @@ def test_R9_statistics_are_read_from_what_the_loop_handed_over(tmp_path: Path) -
     database = MetaDB(tmp_path / "db")
     asyncio.run(scenario(database))
     database.close()
+
+
+@pytest.mark.parametrize(
+    "handlers", [{"default": {"path": "runc"}}, {"default": {"path": "runc"}, "special": {"path": "false"}}], ids=["gone", "broken"]
+)
+def test_R8_pods_of_a_handler_that_has_left_the_configuration_can_be_removed(make_node: MakeNode, handlers: dict[str, Any]) -> None:
+    node = make_node({"handlers": {"default": {"path": "runc"}, "special": {"path": "runc"}}})
+    shared = pb.NamespaceOption(network=pb.NamespaceMode.NODE)
+    request = pb.RunPodSandboxRequest(config=node.pod(namespaces=shared), runtime_handler="special")
+    pod = node.cri.RunPodSandbox(request, timeout=TIMEOUT_S).pod_sandbox_id
+    container = node.run(pod, "trap 'exit 4' TERM; echo ready; while true; do sleep 0.1; done")
+    node.wait_line(container, "ready")
+    node.kill()
+    node.extra["handlers"] = handlers
+    node.start()
+    assert node.exec(container, "echo", "still here").stdout == b"still here\n"
+    with pytest.raises(grpc.RpcError):
+        node.cri.RunPodSandbox(pb.RunPodSandboxRequest(config=node.pod("new"), runtime_handler="special"), timeout=TIMEOUT_S)
+    node.cri.StopContainer(pb.StopContainerRequest(container_id=container, timeout=30), timeout=TIMEOUT_S)
+    assert node.status(container).exit_code == 4
+    node.cri.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=pod), timeout=TIMEOUT_S)
+    node.remove_all()
+    assert_clean(node)

@@ -70,8 +70,18 @@ class ShimRuntime:
         """See OCIRuntime. Whether its shims have a sandbox API shows when it is called."""
         return self._pods
 
-    async def start(self) -> None:
+    @property
+    def description(self) -> str:
         """See OCIRuntime."""
+        return self._handler.describe(self._handler.path)
+
+    async def start(self, *, test: bool = True) -> None:
+        """See OCIRuntime."""
+        if test:
+            await self._find_features()
+        await self._events.start()
+
+    async def _find_features(self) -> None:
         found = await self._launcher.describe()
         # What the runc shim of an older containerd cannot tell is true of every runc that is still in use.
         self._features = replace(
@@ -79,7 +89,6 @@ class ShimRuntime:
             recursive_read_only_mounts="rro" in found.get("mountOptions", ()) if found else self._is_runc,
             user_namespaces="user" in found.get("linux", {}).get("namespaces", ()) if found else self._is_runc,
         )
-        await self._events.start()
 
     async def close(self) -> None:
         """See OCIRuntime."""
