@@ -138,8 +138,8 @@ class Download:
 
     def _may_add(self) -> bool:
         """Whether to fetch over another connection; takes it from the budget then."""
-        health, now = self._book.of(self._endpoint), time.monotonic()
-        return not health.parked_for(now) and health.ranges.admits_another(now) and self._extra.take()
+        ranges = self._book.of(self._endpoint).ranges
+        return not self._book.parked_for(self._endpoint) and ranges.admits_another(time.monotonic()) and self._extra.take()
 
     async def _watch(self) -> None:
         before, connections, started = self._received, len(self._workers), time.monotonic()
@@ -178,7 +178,7 @@ class Download:
                     if not is_refusal and (span.left or not wanted):
                         await self._recover(endpoint, error, wanted)
                 else:
-                    self._book.of(endpoint).served()
+                    self._book.served(endpoint)
         finally:
             self._plan.finish(span)
 

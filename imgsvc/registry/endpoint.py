@@ -156,6 +156,16 @@ class Endpoint:
         """What this host calls the session's repository."""
         return self.host.repository(self._session.repository)
 
+    @property
+    def identity(self) -> str:
+        """A name for the credential that requests go out with, "" for none or before identify()."""
+        return self._session.authorizer.identity(self._credential)
+
+    async def identify(self) -> str:
+        """Choose the credential and return its identity. Raises: what is wrong with its configuration."""
+        await self._pick_credential()
+        return self.identity
+
     def path(self, rest: str) -> str:
         """The path of something in that repository."""
         return f"/{self.repository}/{rest}"

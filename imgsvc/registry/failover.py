@@ -51,7 +51,16 @@ class HealthBook:
             return
         health.succeeded()
         if error.failure is Failure.LIMITED:
-            health.limited(now, error.wait)
+            health.limited(now, error.wait, endpoint.identity)
+
+    def served(self, endpoint: Endpoint) -> None:
+        """It did what was asked."""
+        self.of(endpoint).succeeded()
+        self.of(endpoint).served(endpoint.identity)
+
+    def parked_for(self, endpoint: Endpoint) -> float:
+        """Seconds until the endpoint's caller may ask it again after a rate limit; 0 = now."""
+        return self.of(endpoint).parked_for(time.monotonic(), endpoint.identity)
 
     def decide(self, endpoint: Endpoint, error: RequestFailed, tries: int, *, is_last: bool) -> Decision:
         """The next step after `note`."""
@@ -60,9 +69,9 @@ class HealthBook:
             error.failure,
             tries,
             is_last=is_last,
-            parked_for=health.parked_for(now),
+            parked_for=self.parked_for(endpoint),
             jitter=random.random(),  # noqa: S311  # spreads retries; no secret
-            has_budget=health.take_retry(now),
+            has_budget=health.take_retry(now, endpoint.identity),
         )
         self._observer.decided(error.failure.value, decision.action.value)
         return decision
@@ -99,8 +108,7 @@ class Failover:
                         break
                     await asyncio.sleep(decision.delay)
                     continue
-                self._book.of(endpoint).succeeded()
-                self._book.of(endpoint).served()
+                self._book.served(endpoint)
                 return result
         await self._ask_for_reasons()
         raise self.failure(what)
@@ -109,18 +117,19 @@ class Failover:
         """Put the registries' own words into refusals of HEAD. One request each, and none where that is a burden."""
         for endpoint in dict.fromkeys(endpoint for endpoint, error in self._errors if error.is_silent):
             health, now = self._book.of(endpoint), time.monotonic()
-            if health.parked_for(now) or not health.take_retry(now) or not (told := await endpoint.reason()):
+            if self._book.parked_for(endpoint) or not health.take_retry(now, endpoint.identity) or not (told := await endpoint.reason()):
                 continue
             self._errors = [(e, told if e is endpoint and error.is_silent else error) for e, error in self._errors]
 
     async def admit(self, endpoint: Endpoint, *, is_last: bool) -> bool:
         """Whether to ask this endpoint now; for the last one a short rate limit is waited out."""
+        identity = await endpoint.identify()
         health, now = self._book.of(endpoint), time.monotonic()
-        parked = health.parked_for(now)
+        parked = health.parked_for(now, identity)
         if parked and is_last and parked <= MAX_WAIT_S:
             await asyncio.sleep(parked + random.random())  # noqa: S311  # spreads the waiters; no secret
             return True
-        refusal = health.refusal(now, is_last=is_last)
+        refusal = health.refusal(now, identity, is_last=is_last)
         if not refusal:
             return True
         code = "RESOURCE_EXHAUSTED" if parked else "UNAVAILABLE"

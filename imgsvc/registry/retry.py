@@ -6,6 +6,7 @@ Source: needs.md A3.2, A3.3, A5.1, C-R11; RFC 9110 10.2.3 (Retry-After).
 from __future__ import annotations
 
 import email.utils
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
@@ -19,7 +20,9 @@ _TRIES_WITH_OTHERS: Final = 2  # on a host with others behind it
 _FIRST_DELAY_S: Final = 0.25
 _MAX_DELAY_S: Final = 8.0
 MAX_WAIT_S: Final = 60.0  # longest wait for a rate limit within one pull
-_MAX_PARK_S: Final = 3600.0  # longest time an endpoint is left alone because it said so
+_MAX_PARK_S: Final = 300.0  # longest time an endpoint is left alone because it said so
+_PROBE_EVERY_S: Final = MAX_WAIT_S  # one request meanwhile: a limit may end early, and anybody can answer 429
+_MAX_ACCOUNTS: Final = 256  # identities remembered per endpoint
 _DEFAULT_PARK_S: Final = 2.0  # 429 without a usable Retry-After; doubles with each
 
 _OPEN_AFTER: Final = 3  # failures to connect in a row
@@ -64,7 +67,7 @@ def kind_of_status(status: int, has_retry_after: bool) -> Failure:
 
 
 def retry_after(value: str, now: datetime) -> float | None:
-    """A Retry-After header [seconds from now], None when absent, negative or unreadable; capped to an hour."""
+    """A Retry-After header [seconds from now], None when absent, negative or unreadable; capped to minutes."""
     text = value.strip()
     if (number := whole_number(text, int(_MAX_PARK_S))) is not None:
         return min(float(number), _MAX_PARK_S)
@@ -97,31 +100,60 @@ def decide(failure: Failure, tries: int, *, is_last: bool, parked_for: float, ji
 
 
 @dataclass(slots=True)
-class Health:
-    """What this node knows about one endpoint, over all pulls. Times are a monotonic clock's seconds."""
+class _Account:
+    """What one identity may ask of an endpoint.
+
+    parked_until: no request before, but one at probe_at to see whether the rate limit still holds.  parks_in_a_row: of these.
+    budget: retries left, as of budget_at.
+    """
 
     parked_until: float = 0.0
+    probe_at: float = 0.0
+    is_probing: bool = False
     parks_in_a_row: int = 0
+    budget: float = _BUDGET
+    budget_at: float = 0.0
+
+
+@dataclass(slots=True)
+class Health:
+    """What this node knows about one endpoint, over all pulls. Times are a monotonic clock's seconds.
+
+    Registries limit the rate of an account, or of an address without one, so a limit holds for the identity it was told to;
+    and the retries that one identity uses up are not another's.
+    """
+
+    accounts: OrderedDict[str, _Account] = field(default_factory=OrderedDict)
     failures_in_a_row: int = 0
     open_until: float = 0.0
     opened_in_a_row: int = 0
     probing_until: float = 0.0
-    budget: float = _BUDGET
-    budget_at: float = 0.0
     bad_digests: dict[str, None] = field(default_factory=dict)
     ranges: RangeSupport = field(default_factory=RangeSupport)
 
-    def parked_for(self, now: float) -> float:
-        """Seconds until the endpoint may be asked again after a rate limit; 0 = now."""
-        return max(0.0, self.parked_until - now)
+    def _account(self, identity: str) -> _Account:
+        """Made when there is none; those used last are kept."""
+        account = self.accounts.setdefault(identity, _Account())
+        self.accounts.move_to_end(identity)
+        if len(self.accounts) > _MAX_ACCOUNTS:
+            self.accounts.popitem(last=False)
+        return account
 
-    def refusal(self, now: float, *, is_last: bool) -> str:
+    def parked_for(self, now: float, identity: str) -> float:
+        """Seconds until an identity may ask the endpoint again after a rate limit; 0 = now."""
+        return max(0.0, self._account(identity).parked_until - now)
+
+    def refusal(self, now: float, identity: str, *, is_last: bool) -> str:
         """Why not to ask this endpoint now, "" when it may be asked.
 
-        An open circuit lets one probe through when its time is over, and never stands in the way of the last host.
+        A long rate limit lets a probe through each minute. An open circuit lets one through when its time is over, and never
+        stands in the way of the last host.
         """
-        if parked := self.parked_for(now):
-            return f"rate limited for another {parked:.0f} s"
+        account = self._account(identity)
+        if now < account.parked_until:
+            if now < account.probe_at:
+                return f"rate limited for another {account.parked_until - now:.0f} s"
+            account.probe_at, account.is_probing = now + _PROBE_EVERY_S, True
         if is_last or self.failures_in_a_row < _OPEN_AFTER:
             return ""
         if now < self.open_until:
@@ -136,9 +168,12 @@ class Health:
         self.failures_in_a_row = self.opened_in_a_row = 0
         self.open_until = self.probing_until = 0.0
 
-    def served(self) -> None:
-        """It did what was asked: rate limits are over."""
-        self.parks_in_a_row = 0
+    def served(self, identity: str) -> None:
+        """It did what an identity asked: its rate limit is over."""
+        account = self._account(identity)
+        account.parks_in_a_row = 0
+        if account.is_probing:  # other answers may belong to requests from before the limit
+            account.parked_until, account.is_probing = 0.0, False
 
     def unreachable(self, now: float) -> None:
         """No connection."""
@@ -148,20 +183,23 @@ class Health:
             self.open_until = now + min(_FIRST_OPEN_S * 2**self.opened_in_a_row, _MAX_OPEN_S)
             self.opened_in_a_row += 1
 
-    def limited(self, now: float, wait: float | None) -> None:
-        """It asked to be left alone for `wait` seconds, or did not say how long."""
+    def limited(self, now: float, wait: float | None, identity: str) -> None:
+        """It asked to be left alone by an identity for `wait` seconds, or did not say how long."""
+        account = self._account(identity)
         if wait is None:
-            wait = min(_DEFAULT_PARK_S * 2**self.parks_in_a_row, MAX_WAIT_S)
-        self.parks_in_a_row = min(self.parks_in_a_row + 1, 16)
-        self.parked_until = max(self.parked_until, now + wait)
+            wait = min(_DEFAULT_PARK_S * 2**account.parks_in_a_row, MAX_WAIT_S)
+        account.parks_in_a_row = min(account.parks_in_a_row + 1, 16)
+        account.parked_until = max(account.parked_until, now + min(wait, _MAX_PARK_S))
+        account.probe_at, account.is_probing = now + _PROBE_EVERY_S, False
 
-    def take_retry(self, now: float) -> bool:
-        """Spend one retry of the budget if there is one."""
-        self.budget = min(_BUDGET, self.budget + (now - self.budget_at) * _BUDGET_PER_S)
-        self.budget_at = now
-        if self.budget < 1:
+    def take_retry(self, now: float, identity: str) -> bool:
+        """Spend one retry of an identity's budget if there is one."""
+        account = self._account(identity)
+        account.budget = min(_BUDGET, account.budget + (now - account.budget_at) * _BUDGET_PER_S)
+        account.budget_at = now
+        if account.budget < 1:
             return False
-        self.budget -= 1
+        account.budget -= 1
         return True
 
     def quarantine(self, digest: str) -> None:

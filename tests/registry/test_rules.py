@@ -114,6 +114,7 @@ def test_unusable_tokens(body: bytes) -> None:
         parse_token(body, "t")
 
 
+ME = "an identity"
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -122,15 +123,15 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
     [
         ("3", 3),
         (" 0 ", 0),
-        ("1000000000", 3600),
-        ("9" * 400, 3600),
+        ("1000000000", 300),
+        ("9" * 400, 300),
         ("-1", None),
         ("1.5", None),
         ("", None),
         ("x", None),
         (format_datetime(NOW + timedelta(seconds=30), usegmt=True), 30),
         (format_datetime(NOW - timedelta(seconds=30), usegmt=True), None),
-        (format_datetime(NOW + timedelta(days=30), usegmt=True), 3600),
+        (format_datetime(NOW + timedelta(days=30), usegmt=True), 300),
         ("Thu, 99 Foo 2026 99:99:99 GMT", None),
     ],
 )
@@ -173,37 +174,37 @@ def test_statuses() -> None:
 def test_a3_2_the_circuit_opens_probes_once_and_closes() -> None:
     health = Health()
     for _ in range(3):
-        assert not health.refusal(0, is_last=False)
+        assert not health.refusal(0, ME, is_last=False)
         health.unreachable(0)
-    assert "circuit open" in health.refusal(1, is_last=False)
-    assert not health.refusal(1, is_last=True), "the last host is always asked"
-    assert not health.refusal(11, is_last=False), "the probe"
-    assert "probing" in health.refusal(11, is_last=False)
+    assert "circuit open" in health.refusal(1, ME, is_last=False)
+    assert not health.refusal(1, ME, is_last=True), "the last host is always asked"
+    assert not health.refusal(11, ME, is_last=False), "the probe"
+    assert "probing" in health.refusal(11, ME, is_last=False)
     health.unreachable(11)
-    assert "circuit open" in health.refusal(25, is_last=False), "longer the second time"
+    assert "circuit open" in health.refusal(25, ME, is_last=False), "longer the second time"
     health.succeeded()
-    assert not health.refusal(25, is_last=False)
+    assert not health.refusal(25, ME, is_last=False)
 
 
-def test_parking_is_for_everybody_and_grows_without_a_number() -> None:
+def test_parking_grows_without_a_number() -> None:
     health = Health()
-    health.limited(0, 3)
-    assert health.parked_for(1) == 2
-    assert "rate limited" in health.refusal(1, is_last=True)
-    assert not health.refusal(3, is_last=True)
+    health.limited(0, 3, ME)
+    assert health.parked_for(1, ME) == 2
+    assert "rate limited" in health.refusal(1, ME, is_last=True)
+    assert not health.refusal(3, ME, is_last=True)
     waits = []
     for at in (10, 100, 200):
-        health.limited(at, None)
-        waits.append(health.parked_for(at))
+        health.limited(at, None, ME)
+        waits.append(health.parked_for(at, ME))
     assert waits == sorted(waits)
     assert waits[0] < waits[-1] <= 60
 
 
 def test_the_retry_budget_runs_out_and_grows_back() -> None:
     health = Health()
-    taken = sum(health.take_retry(0) for _ in range(100))
+    taken = sum(health.take_retry(0, ME) for _ in range(100))
     assert taken == 20
-    assert health.take_retry(10)
+    assert health.take_retry(10, ME)
 
 
 def test_a_plan_covers_everything_once() -> None:
