@@ -173,6 +173,11 @@ class Slots:
                 self.release()  # its turn came in the moment it was cancelled
             raise
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for a place."""
+        return any(not turn.done() for _, _, turn in self._waiting)
+
     def release(self) -> None:
         """Give a place back."""
         while self._waiting:
@@ -366,3 +371,22 @@ async def ended(future: asyncio.Future[Any]) -> None:
 
 async def _call(work: Callable[[], Awaitable[T]]) -> T:
     return await work()
+
+
+TRICKLE: Final = 64 * 1024  # [bytes/s] below which a transfer should not hold what others wait for
+TRICKLE_WINDOW_S: Final = 5.0
+
+
+async def trickles(received: Callable[[], int], is_wanted: Callable[[], bool]) -> None:
+    """Return when a transfer has been slower than TRICKLE for TRICKLE_WINDOW_S and others want its place.
+
+    received: bytes so far.
+    """
+    before = received()
+    while True:
+        await asyncio.sleep(TRICKLE_WINDOW_S)
+        now = received()
+        is_slow = now - before < TRICKLE * TRICKLE_WINDOW_S
+        before = now
+        if is_slow and is_wanted():
+            return

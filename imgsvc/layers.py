@@ -20,13 +20,13 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from imgsvc.blobs import Blobs, Feed, GrowingBlob
-from imgsvc.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both, ended, to_the_end
+from imgsvc.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both, ended, to_the_end, trickles
 from imgsvc.decrypt.interfaces import ChainRun, Decryptor, LayerKey
 from imgsvc.errors import Aborted, DataLoss, FailedPrecondition, ImgsvcError, InvalidArgument, ResourceExhausted
 from imgsvc.failpoints import afailpoint
 from imgsvc.oci import Descriptor, Digest
 from imgsvc.registry.interfaces import BlobSource, Fetcher
-from imgsvc.snapshot.interfaces import Key, LayerInput, Mount, Name, Snapshotter, Unpacker, UnpackJob, Usage
+from imgsvc.snapshot.interfaces import Applied, Key, LayerInput, Mount, Name, Snapshotter, Unpacker, UnpackJob, Usage
 
 log = logging.getLogger(__name__)
 
@@ -305,6 +305,8 @@ class Layers:
                 if not blob.opened.is_set():
                     raise  # it was here, verified
                 await self.bring(plan, layer)
+            except _CrowdedOutError as error:
+                await error.download
         await self._threads.run(plan.snapshotter.remove, key)
         return await self._follow(plan, position, key, parent, jobs)
 
@@ -335,7 +337,12 @@ class Layers:
                 follower.advance(layer.size)
             try:
                 verdict = job.finish(lambda count: plan.reporter.unpacked(layer.digest, count))
-                applied, _ = await both(verdict, _awaited(fetch))
+                applied, _ = await both(self._unless_crowded_out(verdict, blob, fetch, layer), _awaited(fetch))
+            except _CrowdedOutError as error:
+                # It joins the flight before this stack ends `fetch`, so that the download goes on.
+                error.download = asyncio.ensure_future(self.bring(plan, layer))
+                jobs.push_async_callback(_end, error.download)
+                raise
             except ImgsvcError:
                 if chain and _succeeded(fetch):
                     await chain.wait()  # had they all they need, their verdict counts first: the cause is usually there
@@ -345,6 +352,27 @@ class Layers:
             for phase, seconds in applied.timings.items():
                 plan.spent(phase, seconds)
             return job, mounts
+
+    async def _unless_crowded_out(
+        self, verdict: Coroutine[Any, Any, Applied], blob: GrowingBlob, fetch: asyncio.Future[None], layer: Descriptor
+    ) -> Applied:
+        """The verdict on a layer. One whose bytes trickle in gives its places up to layers that wait for them.
+
+        Raises: _CrowdedOutError, after which nothing works on the layer.
+        """
+
+        def is_wanted() -> bool:
+            wants_chain = self._decryptor.processed(layer) and self._chains.locked()
+            return not fetch.done() and (self._unpacker.is_wanted() or wants_chain)
+
+        working = asyncio.ensure_future(verdict)
+        try:
+            await _first_of(working, trickles(lambda: blob.available, is_wanted))
+            if not working.done():
+                raise _CrowdedOutError
+            return working.result()
+        finally:
+            await _end(working)
 
     async def _source(
         self, layer: Descriptor, fetch: asyncio.Future[None], blob: GrowingBlob, stack: AsyncExitStack
@@ -392,14 +420,15 @@ def _layer_input(plan: LayerPlan, position: int, source: int, chain: ChainRun | 
     )
 
 
-async def _end(task: asyncio.Future[None]) -> None:
+async def _end(task: asyncio.Future[Any]) -> None:
     """Stop a task that may be done already; its error, if any, has been told or no longer matters."""
     task.cancel()
     await ended(task)  # also when cancelled again: it gives back what it holds before we go on
 
 
 async def _awaited(task: asyncio.Future[None]) -> None:
-    await task
+    """Wait for a task that goes on when its waiter is cancelled."""
+    await asyncio.shield(task)
 
 
 def _succeeded(task: asyncio.Future[None]) -> bool:
@@ -413,6 +442,12 @@ async def _first_of(task: asyncio.Future[Any], other: Coroutine[Any, Any, Any]) 
         await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
     finally:
         waiting.cancel()
+
+
+class _CrowdedOutError(Exception):
+    """A layer that trickles gave up its place; it is unpacked when `download` has brought all of it."""
+
+    download: asyncio.Future[None]
 
 
 class _Sync:

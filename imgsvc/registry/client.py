@@ -196,17 +196,17 @@ class RepositoryFetcher:
         operation = await self._operation()
         endpoints = operation.endpoints(Capability.PULL, descriptor.digest)
         queued = time.monotonic()
-        async with self._client.slots.slot(str(self._reference)):
+        run = Download(
+            descriptor,
+            self._sources(descriptor, operation, endpoints),
+            sink,
+            failover=operation.failover(endpoints),
+            book=self._client.book,
+            pace=self._client.pace,
+            extra=self._client.extra,
+        )
+        async with self._client.slots.slot(self._reference.host, str(self._reference), lambda: run.received):
             self._client.observer.queued(time.monotonic() - queued)
-            run = Download(
-                descriptor,
-                self._sources(descriptor, operation, endpoints),
-                sink,
-                failover=operation.failover(endpoints),
-                book=self._client.book,
-                pace=self._client.pace,
-                extra=self._client.extra,
-            )
             await run.run()
         return BlobSource(dict(run.by_endpoint), reused, tuple(operation.session.attempts))
 

@@ -97,7 +97,7 @@ class Download:
         self._progress = 0
         self._etags: dict[str, str] = {}
         self._plain_failed: set[str] = set()  # endpoints where a plain request failed like the ranged one before it
-        self._received = 0
+        self.received = 0
         self.by_endpoint: Counter[str] = Counter()
 
     async def run(self) -> None:
@@ -142,7 +142,7 @@ class Download:
         return not self._book.parked_for(self._endpoint) and ranges.admits_another(time.monotonic()) and self._extra.take()
 
     async def _watch(self) -> None:
-        before, connections, started = self._received, len(self._workers), time.monotonic()
+        before, connections, started = self.received, len(self._workers), time.monotonic()
         done, _ = await asyncio.wait(self._workers, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
         for worker in done:
             del self._workers[worker]
@@ -150,7 +150,7 @@ class Download:
         if failures:
             raise failures[0]
         if not done:
-            self._tuner.sample(connections, (self._received - before) / (time.monotonic() - started))
+            self._tuner.sample(connections, (self.received - before) / (time.monotonic() - started))
 
     @property
     def _source(self) -> Source:
@@ -201,9 +201,9 @@ class Download:
     async def _recover(self, endpoint: Endpoint, error: RequestFailed, wanted: str) -> None:
         """Wait, or go to the next host. Raises: PullFailed when there is none."""
         self._failover.failed(endpoint, error)
-        if self._received - self._progress >= _PROGRESS:
+        if self.received - self._progress >= _PROGRESS:
             self._tries, self._waited = 0, 0.0
-        self._progress = self._received
+        self._progress = self.received
         self._tries += 1
         is_last = self._current == len(self._sources) - 1
         decision = self._book.decide(endpoint, error, self._tries, is_last=is_last)
@@ -269,7 +269,7 @@ class Download:
             self._check_etag(endpoint, response)
             if response.status == 200 and span.position and len(self._workers) > 1:
                 raise lied(response, "the whole blob instead of the range asked for", code="UNAVAILABLE")
-            before = self._received
+            before = self.received
             span.is_sure = response.status == 200
             try:
                 await self._copy(endpoint, response, span, start, end)
@@ -277,7 +277,7 @@ class Download:
                 endpoint.record("fetch", response.status, began, error.what)
                 if response.status == 200:
                     ranges.forget()
-                elif self._received - before < _PROGRESS:
+                elif self.received - before < _PROGRESS:
                     ranges.broke(time.monotonic())
                 raise
             if response.status == 206 and span.position == end:
@@ -322,7 +322,7 @@ class Download:
                     if part:
                         offset = span.position
                         span.position += len(part)
-                        self._received += len(part)
+                        self.received += len(part)
                         self.by_endpoint[endpoint.base] += len(part)
                         if not span.is_sure and at - start >= PROOF:
                             span.is_sure = True

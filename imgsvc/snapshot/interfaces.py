@@ -269,6 +269,9 @@ class Unpacker(Protocol):
                   else `mounts` show the parent's files already, and the layer is applied to them.
         """
 
+    def is_wanted(self) -> bool:
+        """Whether a layer waits for a slot."""
+
     async def settle(self, mounts: Sequence[Mount], job: UnpackJob) -> Usage | None:
         """Complete a layer with what only works once its parents are there: after finish, in layer order, before commit.
 

@@ -250,6 +250,10 @@ class WorkerUnpacker:
         async with self._lock:
             await self._server.connect()
 
+    def is_wanted(self) -> bool:
+        """See Unpacker."""
+        return self.slots.is_wanted
+
     async def start(self, layer: LayerInput, mounts: Sequence[Mount], *, rebase: bool) -> WorkerJob:
         """See Unpacker."""
         order = {

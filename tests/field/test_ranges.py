@@ -109,16 +109,16 @@ def layers_of(*blobs: bytes, way: Answer | None) -> FakeRegistry:
     return fake
 
 
-async def cost_of_pull(tmp_path: Path, fake: FakeRegistry) -> tuple[Cost, Cost]:
-    """Of a pull, and of another one from the same endpoint by the same client."""
+async def costs_of_pulls(tmp_path: Path, fake: FakeRegistry, count: int) -> list[Cost]:
+    """Of pulls from the same endpoint by the same client."""
     hosts_d(tmp_path, {"docker.io": f'fallback = false\n[host."{fake.url}"]\n'})
     costs = []
     async with client_for(tmp_path) as client:
-        for _ in range(2):
+        for _ in range(count):
             requests, sent = len(fake.requests), fake.sent
             await pull(client, "app")
             costs.append(Cost(len(fake.requests) - requests, fake.sent - sent))
-    return costs[0], costs[1]
+    return costs
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Cost:
     """A pull of the same image without any range."""
     with pytest.MonkeyPatch.context() as patch, layers_of(LAYER, way=None) as fake:
         patch.setattr(ranges, "MIN_SPAN", 1024 * MIB)
-        cost, _ = run(cost_of_pull(tmp_path_factory.mktemp("plain"), fake))
+        (cost,) = run(costs_of_pulls(tmp_path_factory.mktemp("plain"), fake, 1))
     assert not any("range" in request.headers for request in fake.requests)
     return cost
 
@@ -135,13 +135,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Cost:
 @pytest.mark.parametrize("way", WAYS)
 def test_P3_a_refused_range_costs_no_more_than_one_request(tmp_path: Path, way: str, plain: Cost) -> None:
     with layers_of(LAYER, way=WAYS[way]) as fake:
-        first, second = run(cost_of_pull(tmp_path, fake))
+        costs = run(costs_of_pulls(tmp_path, fake, 3))
     assert any("range" in request.headers for request in fake.requests), "nothing was tried"
-    assert first.requests <= 1.5 * plain.requests
-    assert first.sent <= 1.5 * plain.sent
-    assert second.requests == plain.requests or way == "cut", "the endpoint was not remembered"
-    assert second.requests <= 1.5 * plain.requests
-    assert second.sent <= 1.5 * plain.sent
+    assert all(cost.requests <= 1.5 * plain.requests for cost in costs)
+    assert all(cost.sent <= 1.5 * plain.sent for cost in costs)
+    # A probe that is slower than the stream beside it teaches nothing.
+    assert plain.requests in [cost.requests for cost in costs[1:]] or way == "cut", "the endpoint was not remembered"
 
 
 @pytest.mark.usefixtures("eager")

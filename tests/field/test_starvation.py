@@ -2,18 +2,108 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from imgsvc import concurrency
 from imgsvc.reference import Reference
+from imgsvc.registry.client import RegistryClient
 from imgsvc.registry.interfaces import Credential, PullFailed
 from imgsvc.registry.retry import Health
+from imgsvc.registry.slots import FairSlots
 from tests.fakes.registry import FakeRegistry, Reply
-from tests.registry.support import client_for, hosts_d, image_of, run
+from tests.registry.support import MemorySink, blob, client_for, hosts_d, image_of, noise, run
+from tests.support.waiting import until
 
 APP = Reference.parse("docker.io/library/app")
 ALICE = Credential("CRI request", "alice", "secret")
+SLOW = [noise(64 * 1024, seed) for seed in range(6)]
+QUICK = noise(64 * 1024, 7)
+
+
+@asynccontextmanager
+async def trickling(tmp_path: Path, fake: FakeRegistry) -> AsyncIterator[tuple[RegistryClient, list[asyncio.Task[object]]]]:
+    """Two images of three layers on their way at 1.5 KB/s."""
+    for data in (*SLOW, QUICK):
+        fake.add_blob(data)
+    fake.rule(fake.on("/slow", lambda r: Reply(200, {}, fake.honest(r).body, rate=1500)))
+    async with client_for(tmp_path) as client:
+        tasks: list[asyncio.Task[object]] = []
+        for number, data in enumerate(SLOW):
+            fetcher = client.fetcher(Reference.parse(f"docker.io/slow/image{number // 3}"))
+            tasks.append(asyncio.create_task(fetcher.download(blob(data), MemorySink(len(data)))))
+        try:
+            await until(lambda: len(fake.seen("/slow")) == len(SLOW), 10)
+            yield client, tasks
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def fetch_quick(client: RegistryClient, name: str) -> None:
+    await asyncio.wait_for(client.fetcher(Reference.parse(name)).download(blob(QUICK), MemorySink(len(QUICK))), 20)
+
+
+def test_S7_a_slow_registry_holds_up_no_other(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with trickling(tmp_path, slow) as (client, tasks):
+            await fetch_quick(client, "quick.example/app")
+            assert not any(task.done() for task in tasks)
+
+    with FakeRegistry() as slow, FakeRegistry() as quick:
+        quick.add_blob(QUICK)
+        hosts_d(
+            tmp_path, {name: f'fallback = false\n[host."{fake.url}"]\n' for name, fake in (("docker.io", slow), ("quick.example", quick))}
+        )
+        run(main())
+
+
+def test_S7_slow_transfers_lose_their_places_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(concurrency, "TRICKLE_WINDOW_S", 0.2)
+
+    async def main() -> None:
+        async with trickling(tmp_path, slow) as (client, tasks):
+            await fetch_quick(client, "app")
+            assert not any(task.done() for task in tasks)
+            assert len(slow.seen("/slow")) == len(SLOW), "nothing was asked for again"
+
+    with FakeRegistry() as slow:
+        hosts_d(tmp_path, {"docker.io": f'fallback = false\n[host."{slow.url}"]\n'})
+        run(main())
+
+
+def test_S7_places_that_are_lost_and_left_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(concurrency, "TRICKLE_WINDOW_S", 0.01)
+
+    async def main() -> None:
+        slots, release = FairSlots(per_node=2, per_image=1), asyncio.Event()
+        held: list[str] = []
+
+        async def hold(registry: str, image: str) -> None:
+            async with slots.slot(registry, image, lambda: 0):
+                held.append(image)
+                await release.wait()
+
+        tasks = [asyncio.create_task(hold("r", str(number))) for number in range(6)]
+        await until(lambda: len(held) == 4, 5)
+        others = [asyncio.create_task(hold(name, name)) for name in "abc"]
+        await until(lambda: len(held) == 7, 5)
+        release.set()
+        await asyncio.gather(*tasks, *others)
+        assert len(held) == 9
+        release.clear()
+        held.clear()
+        again = [asyncio.create_task(hold("r", str(number))) for number in range(3)]
+        await until(lambda: len(held) == 3, 5)
+        release.set()
+        await asyncio.gather(*again)
+
+    run(main())
 
 
 def test_S9_an_anonymous_limit_closes_the_registry_for_the_anonymous_alone(tmp_path: Path) -> None:
@@ -22,7 +112,7 @@ def test_S9_an_anonymous_limit_closes_the_registry_for_the_anonymous_alone(tmp_p
             with pytest.raises(PullFailed) as limited:
                 await client.resolve(APP)
             assert limited.value.code == "RESOURCE_EXHAUSTED"
-            assert (await client.resolve(APP, ALICE)).descriptor
+            assert (await client.resolve(APP, ALICE)).endpoint == f"{fake.url}/v2"
             asked = len(fake.requests)
             with pytest.raises(PullFailed, match="rate limited"):
                 await client.resolve(Reference.parse("docker.io/library/other"))

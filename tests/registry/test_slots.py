@@ -9,7 +9,7 @@ from tests.registry.support import run
 
 
 async def take(slots: FairSlots, group: str, order: list[str], hold: asyncio.Event) -> None:
-    async with slots.slot(group):
+    async with slots.slot("registry", group):
         order.append(group)
         await asyncio.sleep(0.001)
         await hold.wait()
@@ -17,7 +17,7 @@ async def take(slots: FairSlots, group: str, order: list[str], hold: asyncio.Eve
 
 def test_groups_are_served_in_turn_within_both_limits() -> None:
     async def main() -> None:
-        slots, order = FairSlots(per_node=1, per_group=5), list[str]()
+        slots, order = FairSlots(per_node=1, per_image=5), list[str]()
         gates = [asyncio.Event() for _ in range(6)]
         groups = ["a", "a", "a", "a", "b", "c"]
         tasks = []
@@ -32,7 +32,7 @@ def test_groups_are_served_in_turn_within_both_limits() -> None:
 
 def test_a_group_keeps_to_its_share() -> None:
     async def main() -> None:
-        slots, order, gate = FairSlots(per_node=4, per_group=2), list[str](), asyncio.Event()
+        slots, order, gate = FairSlots(per_node=4, per_image=2), list[str](), asyncio.Event()
         tasks = [asyncio.create_task(take(slots, group, order, gate)) for group in "aaaab"]
         for _ in range(5):
             await asyncio.sleep(0)
@@ -46,7 +46,7 @@ def test_a_group_keeps_to_its_share() -> None:
 
 def test_who_is_cancelled_while_waiting_takes_no_slot_along() -> None:
     async def main() -> None:
-        slots, order, gate = FairSlots(per_node=1, per_group=1), list[str](), asyncio.Event()
+        slots, order, gate = FairSlots(per_node=1, per_image=1), list[str](), asyncio.Event()
         first = asyncio.create_task(take(slots, "a", order, gate))
         waiting = [asyncio.create_task(take(slots, group, order, gate)) for group in "ab"]
         await asyncio.sleep(0)
@@ -63,7 +63,7 @@ def test_who_is_cancelled_while_waiting_takes_no_slot_along() -> None:
 
 def test_who_is_cancelled_the_moment_the_slot_comes_gives_it_on() -> None:
     async def main() -> None:
-        slots, order, gate = FairSlots(per_node=1, per_group=1), list[str](), asyncio.Event()
+        slots, order, gate = FairSlots(per_node=1, per_image=1), list[str](), asyncio.Event()
         first = asyncio.create_task(take(slots, "a", order, gate))
         second = asyncio.create_task(take(slots, "b", order, gate))
         third = asyncio.create_task(take(slots, "c", order, gate))
