@@ -107,6 +107,8 @@ class ContainerBuilder:
             pod.linux.cgroup_parent, sandbox.id, record.id, systemd=core.settings.cgroup_driver == "systemd"
         )
         directory = core.paths.sandbox(sandbox.id)
+        places = volumes.Places(bundle / "rootfs", spec.STANDARD_MOUNTS)
+        mounts = self._mounts(record, sandbox, image, image_volumes, places)
         plan = spec.ContainerPlan(
             container_id=record.id,
             sandbox_id=sandbox.id,
@@ -122,8 +124,8 @@ class ContainerBuilder:
             user_namespace=pod.namespaces.user,
             cgroups_path=cgroups_path,
             shm=podfiles.shm_source(directory, pod) if requested.namespace_options.ipc != NamespaceMode.CONTAINER else "",
-            files=podfiles.provided(directory),
-            mounts=self._mounts(record, sandbox, image, image_volumes),
+            files={places.find(path): source for path, source in podfiles.provided(directory).items()},
+            mounts=mounts,
             devices=devices.all_of_host() if host_devices else devices.requested(config.devices),
             all_devices=host_devices or (requested.privileged and handler.privileged_without_host_devices_all_devices_allowed),
             granted=granted,
@@ -150,23 +152,30 @@ class ContainerBuilder:
         return BuiltContainer(made, spec.process_user(made), cgroups_path)
 
     def _mounts(
-        self, record: ContainerRecord, sandbox: SandboxRecord, image: RunnableImage, image_volumes: Sequence[Sequence[RootMount]]
+        self,
+        record: ContainerRecord,
+        sandbox: SandboxRecord,
+        image: RunnableImage,
+        image_volumes: Sequence[Sequence[RootMount]],
+        places: volumes.Places,
     ) -> list[volumes.BoundMount]:
+        """The pod's volumes, and the image's where no volume of the pod, no kernel view and no root of it would be covered."""
         core, bundle = self._core, self._core.paths.bundle(record.id)
         rro = core.runtime_of(record).features.recursive_read_only_mounts
         label = self._file_label(record, sandbox)
         found: list[volumes.BoundMount] = []
-        for number, (mount, roots) in enumerate(zip(record.config.mounts, image_volumes, strict=True)):
+        given = list(enumerate(zip(record.config.mounts, image_volumes, strict=True)))
+        for number, (mount, roots) in sorted(given, key=lambda item: volumes.depth(item[1][0].container_path)):
             if roots:
-                found.append(self._image_volume(bundle, number, mount, roots, sandbox, label))
+                bound = self._image_volume(bundle, number, mount, roots, sandbox, label)
             else:
-                found.append(self._host_volume(bundle, number, mount, label, rro=rro))
-        taken = {m.destination.rstrip("/") for m in found}
+                bound = self._host_volume(bundle, number, mount, label, rro=rro)
+            found.append(replace(bound, destination=places.mount(mount.container_path)))
         if not core.settings.ignore_image_defined_volumes:
-            for number, path in enumerate(sorted(image.config.volumes)):
-                if path.rstrip("/") not in taken:
+            for number, place in enumerate(sorted({places.find(path) for path in image.config.volumes})):
+                if place != "/" and not places.is_covered(place):
                     storage = core.paths.volumes(record.id) / str(number)
-                    found.append(self._declared_volume(bundle, number, path, storage, sandbox, label))
+                    found.append(self._declared_volume(bundle, number, place, storage, sandbox, label))
         return found
 
     def _host_volume(self, bundle: Path, number: int, mount: Mount, label: str, *, rro: bool) -> volumes.BoundMount:
@@ -196,16 +205,13 @@ class ContainerBuilder:
         return volumes.BoundMount(mount.container_path, str(base / "view"), options)
 
     def _declared_volume(
-        self, bundle: Path, number: int, path: str, storage: Path, sandbox: SandboxRecord, label: str
+        self, bundle: Path, number: int, place: str, storage: Path, sandbox: SandboxRecord, label: str
     ) -> volumes.BoundMount:
-        destination = os.path.normpath("/" + path)
-        if destination == "/":
-            raise InvalidArgument("the image declares its root a volume")
-        bound = volumes.declared_volume(bundle / "rootfs", path, storage)
+        bound = volumes.declared_volume(bundle / "rootfs", place, storage)
         selinux.relabel(bound.source, label)
         if user := sandbox.config.namespaces.user:
             bound = idmapped_volume(bound, bundle / f"declared-{number}", user)
-        return volumes.BoundMount(destination, bound.source, bound.options)
+        return bound
 
 
 def _base_spec(path: str) -> Mapping[str, Any]:

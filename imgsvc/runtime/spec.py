@@ -25,11 +25,12 @@ from imgsvc.runtime.model import (
     UserNamespace,
 )
 from imgsvc.runtime.security import process_capabilities
-from imgsvc.runtime.volumes import BoundMount, in_mount_order
+from imgsvc.runtime.volumes import BoundMount, clean, in_mount_order
 
 OCI_VERSION: Final = "1.0.2"
 DEFAULT_PATH: Final = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _DEFAULT_SHM: Final = 64 * 1024 * 1024
+STANDARD_MOUNTS: Final = frozenset({"/proc", "/sys", "/sys/fs/cgroup", "/dev", "/dev/pts", "/dev/mqueue", "/dev/shm"})
 _OURS: Final = "io.kubernetes.cri."
 
 
@@ -103,8 +104,8 @@ def build(plan: ContainerPlan) -> dict[str, Any]:
 
 def _base_mounts(plan: ContainerPlan, ours: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the handler's base specification mounts beyond that."""
-    taken = {m["destination"].rstrip("/") for m in ours}
-    return [dict(m) for m in plan.base.get("mounts", ()) if m["destination"].rstrip("/") not in taken]
+    taken = {clean(m["destination"]) for m in ours}
+    return [dict(m) for m in plan.base.get("mounts", ()) if clean(m["destination"]) not in taken]
 
 
 def command_line(config: ContainerConfig, image: ImageConfig) -> list[str]:
@@ -182,7 +183,7 @@ def oom_score(wanted: int, host: Host, *, restrict: bool) -> int:
 
 
 def _mounts(plan: ContainerPlan) -> list[dict[str, Any]]:
-    taken = {m.destination.rstrip("/") for m in plan.mounts}
+    taken = {clean(m.destination) for m in plan.mounts}
     standard = [m for m in _standard_mounts(plan) if m["destination"] not in taken]
     access = "ro" if plan.config.security.readonly_rootfs else "rw"
     provided = [

@@ -24,6 +24,7 @@ _PROPAGATION: Final[Mapping[Propagation, str]] = {
     Propagation.BIDIRECTIONAL: "rshared",
 }
 _ALLOWED_OPTIONS: Final = frozenset({"noexec", "nodev", "nosuid", "exec", "dev", "suid", "noatime", "relatime", "nodiratime"})
+_MAX_LINKS: Final = 40  # in one path, as the kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,82 @@ def declared_volume(rootfs: Path, path: str, storage: Path) -> BoundMount:
     return BoundMount(path, str(storage), ("rbind", "rprivate", "rw"))
 
 
+def clean(path: str) -> str:
+    """An absolute path of a container in its one spelling: one slash at its start, none at its end, no `.`, `..` or empty part.
+
+    normpath() alone keeps two slashes at the start, as POSIX lets it.
+    """
+    return os.path.normpath("/" + path.lstrip("/"))
+
+
+def is_at_or_below(path: str, directory: str) -> bool:
+    """Whether a clean path is a clean directory or below it."""
+    return directory in ("/", path) or path.startswith(directory + "/")
+
+
+def depth(path: str) -> int:
+    """Number of directories a path leads through; 0 for the root."""
+    return clean(path).rstrip("/").count("/")
+
+
 def in_mount_order(mounts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Parents before children; order among equals is kept."""
-    return sorted(mounts, key=lambda m: os.path.normpath(m["destination"]).count("/") if m["destination"] != "/" else 0)
+    return sorted(mounts, key=lambda m: depth(m["destination"]))
+
+
+class Places:
+    """Where the mounts of a container land: their paths with the image's symbolic links resolved, as the runtime will resolve them.
+
+    Two spellings of one place can so be compared. What is below a mount is not the image's, so its links are not followed.
+    """
+
+    def __init__(self, rootfs: Path, mounted: Iterable[str] = ()) -> None:
+        """mounted: clean paths where something is mounted anyway."""
+        self._rootfs = rootfs
+        self._mounted = set(mounted)
+
+    def mount(self, path: str) -> str:
+        """The place of a mount, which covers from now on what is below it. Parents first. Raises: InvalidArgument."""
+        place = self.find(path)
+        self._mounted.add(place)
+        return place
+
+    def is_covered(self, place: str) -> bool:
+        """Whether something is mounted there, or above it."""
+        return any(is_at_or_below(place, mounted) for mounted in self._mounted)
+
+    def find(self, path: str) -> str:
+        """The place a path leads to. Blocking. Raises: InvalidArgument (links in a circle)."""
+        left = clean(path).strip("/").split("/")[::-1]
+        place, links = "/", 0
+        while left:
+            if self.is_covered(place):
+                return clean("/".join((place, *reversed(left))))
+            part = left.pop()
+            if part in ("", "."):
+                continue
+            if part == "..":
+                place = os.path.dirname(place)
+                continue
+            target = self._link(place, part)
+            if target is None:
+                place = place.rstrip("/") + "/" + part
+                continue
+            links += 1
+            if links > _MAX_LINKS:
+                raise InvalidArgument("too many symbolic links in the image", where=printable(path, 120))
+            left += target.split("/")[::-1]
+            place = "/" if target.startswith("/") else place
+        return place
+
+    def _link(self, directory: str, name: str) -> str | None:
+        try:
+            fd = kernel.open_in_root(self._rootfs, directory, os.O_PATH | os.O_DIRECTORY)
+        except OSError:
+            return None
+        try:
+            return os.readlink(name, dir_fd=fd)
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
