@@ -91,7 +91,7 @@ def lock_exclusive(path: Path, what: str) -> int:
         raise FailedPrecondition(
             f"{what} is in use by another imgsvc (process {holder or 'unknown'})",
             where=str(path.parent),
-            hint="stop that one, or choose another root",
+            hint="stop that one, or choose another directory",
         ) from error
     except OSError as error:
         os.close(fd)

@@ -31,7 +31,7 @@ from imgsvc.content.local import LocalStore
 from imgsvc.decrypt.decryptor import LayerDecryptor
 from imgsvc.errors import FailedPrecondition, ImgsvcError, Unavailable
 from imgsvc.fsck import recover
-from imgsvc.fsutil import free_space, private_dir, resolved
+from imgsvc.fsutil import free_space, private_dir
 from imgsvc.gc import Policy
 from imgsvc.image_service import ImageService
 from imgsvc.image_side import Parts, Watch, open_verification, start_image_side
@@ -41,6 +41,7 @@ from imgsvc.leases import LeaseBook
 from imgsvc.metadb import MetaDB
 from imgsvc.notify import Notifier
 from imgsvc.observe import StoreSizes, store_gauges
+from imgsvc.ownership import PublicSocket, own_directories
 from imgsvc.places import socket_target
 from imgsvc.pods import start_pods
 from imgsvc.preflight import Standing
@@ -95,6 +96,7 @@ async def _serve(loaded: Loaded, load: Callable[[], Loaded]) -> int:
         notify("STOPPING=1")
         log.info("stopping; containers keep running")
         services.watch.bus.close()
+        services.public.withdraw()
         await server.stop(STOP_GRACE_S)
     log.info("stopped")
     return 0
@@ -113,6 +115,7 @@ class Services:
     reloader: Reloader
     standing: Standing
     watch: Watch
+    public: PublicSocket
 
 
 async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
@@ -121,7 +124,8 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     Raises: FailedPrecondition (another daemon, a newer store), DataLoss, … with what to do.
     """
     settings = loaded.config
-    root, state = private_dir(resolved(settings.root)), _state_dir(settings)
+    root, state = stack.enter_context(own_directories(settings))
+    public = PublicSocket(Path(settings.address.removeprefix("unix://")))
     sync = settings.images.sync == "full"
     threads = Threads(IO_THREADS, "io")
     stack.callback(threads.close)
@@ -246,6 +250,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
         reloader=reloader,
         standing=standing,
         watch=watch,
+        public=public,
     )
 
 
@@ -255,15 +260,6 @@ async def _ended(task: asyncio.Future[None]) -> None:
     for error in await asyncio.gather(task, return_exceptions=True):
         if isinstance(error, Exception):
             log.warning("a background task failed: %s", error)
-
-
-def _state_dir(settings: Config) -> Path:
-    """The state directory; a group that may use the socket may also reach it, and nothing else in there."""
-    if not settings.grpc.gid:
-        return private_dir(resolved(settings.state))
-    state = private_dir(resolved(settings.state), 0o710)
-    os.chown(state, -1, settings.grpc.gid)
-    return state
 
 
 def _policy(settings: Config) -> Policy:
@@ -321,18 +317,15 @@ async def _listen(settings: Config, services: Services) -> grpc.aio.Server:
     cri_pb2_grpc.add_RuntimeServiceServicer_to_server(services.runtime, server)
     admin_pb2_grpc.add_AdminServicer_to_server(services.admin, server)
     imagetools_pb2_grpc.add_ImageToolsServicer_to_server(services.tools, server)
-    path = Path(settings.address.removeprefix("unix://"))
     private = os.umask(0o177 if not settings.grpc.gid else 0o117)
     try:
-        path.unlink(missing_ok=True)  # the lock on the metadata says that no other daemon of this root is behind it
-        server.add_insecure_port(socket_target(str(path)))
+        server.add_insecure_port(socket_target(str(services.public.private)))
+        await server.start()
+        services.public.publish(settings.grpc.uid, settings.grpc.gid)
     except (OSError, RuntimeError) as error:
         raise Unavailable(f"cannot listen: {error}", where=settings.address) from error
     finally:
         os.umask(private)
-    if os.geteuid() == 0:
-        os.chown(path, settings.grpc.uid, settings.grpc.gid)
-    await server.start()
     return server
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -235,7 +236,6 @@ def test_S5_a_process_of_any_name_is_reaped_and_an_interface_of_any_name_is_told
     assert found
     assert not found.ended
     assert found.start > 0
-    assert odd.pid in procfs.children()
     assert not procfs.nested(odd.pid)
     odd.communicate(b"\n")
     assert procfs.process(odd.pid) is None
@@ -303,3 +303,63 @@ def test_K1_the_check_refuses_directories_that_cannot_be_used(text: str, what: s
         config.parse(f"version = 1\n{text}\n[registry]\nconfig_path = '/nowhere'\n[prepull]\ndirectory = '/nowhere'\n", "file")
     ).problems
     assert what in problem
+
+
+def refused(node: daemon.Daemon) -> str:
+    """What a daemon that does not start says."""
+    with pytest.raises(AssertionError, match="the daemon ended with 1"):
+        node.start()
+    node.process = None
+    return node.log
+
+
+def configure(node: daemon.Daemon, key: str, value: object) -> None:
+    """Give one key of the first table another value."""
+    text = re.sub(rf"^{key} = .*$", f'{key} = "{value}"', node.config.read_text(), flags=re.MULTILINE)
+    node.config.write_text(text)
+
+
+def test_S6_a_second_daemon_takes_neither_state_nor_socket_of_the_first(make_daemon: Callable[..., daemon.Daemon]) -> None:
+    first, second = make_daemon(), make_daemon()
+    first.start()
+    mark = first.state / "containers/a-pod-of-the-first"
+    mark.mkdir()
+    configure(second, "state", first.state)
+    assert f"the state directory is in use by another imgsvc (process {first.pid})" in refused(second)
+    configure(second, "state", second.directory / "state")
+    second.config.write_text(second.config.read_text() + f'[grpc]\naddress = "{first.address}"\n')
+    assert "another server answers on the socket" in refused(second)
+    assert mark.exists()
+    assert first.runtime().Version(pb.VersionRequest(), timeout=TIMEOUT_S).runtime_name == "imgsvc"
+    # The socket of the first goes by hand: the second may have it, and the first leaves it alone when it stops.
+    (first.state / "imgsvc.sock").unlink()
+    second.start()
+    assert first.stop() == 0
+    assert cri.image_status(first.images(), "nothing") is None  # by the second's daemon
+    second.kill()
+    second.start()  # over what a killed one leaves
+    assert second.stop() == 0
+    assert not (first.state / "imgsvc.sock").exists()
+    assert mark.exists()
+
+
+def test_S6_pods_of_another_root_are_not_swept(make_daemon: Callable[..., daemon.Daemon]) -> None:
+    node = make_daemon()
+    node.start()
+    node.kill()
+    mark = node.state / "sandboxes/a-pod"
+    mark.mkdir()
+    configure(node, "root", node.directory / "another")
+    assert f"there are pods of the imgsvc whose root is {node.root}" in refused(node)
+    assert mark.exists()
+    mark.rmdir()
+    node.start()
+    assert node.stop() == 0
+
+
+def test_S6_a_file_is_not_taken_for_a_socket_of_ours(make_daemon: Callable[..., daemon.Daemon]) -> None:
+    node = make_daemon()
+    (node.directory / "file").write_text("theirs")
+    node.config.write_text(node.config.read_text() + f'[grpc]\naddress = "unix://{node.directory}/file"\n')
+    assert "not a socket" in refused(node)
+    assert (node.directory / "file").read_text() == "theirs"
