@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from imgsvc import tracing
-from imgsvc.errors import ImgsvcError
+from imgsvc.errors import ImgsvcError, NotFound
 
 log = logging.getLogger(__name__)
 
@@ -132,12 +132,19 @@ def _head(text: str, budget: int) -> str:
     return text
 
 
+def _level(method: str, error: ImgsvcError) -> int:
+    """A warning, except when something is looked at that is not there: kubelets ask for what they have just removed, and at their
+    start for the statistics of the pod "".
+    """
+    return logging.DEBUG if error.code == NotFound.code and method.endswith(("Status", "Stats")) else logging.WARNING
+
+
 async def _abort(error: Exception, context: grpc.aio.ServicerContext[Any, Any], method: str) -> None:
     if isinstance(error, grpc.aio.AbortError | grpc.RpcError):
         raise error
     if isinstance(error, ImgsvcError):
         text = f"{error.reason}: {error}" if error.reason else str(error)
-        log.warning("%s: %s: %s", method.rpartition("/")[2], error.code, text)
+        log.log(_level(method, error), "%s: %s: %s", method.rpartition("/")[2], error.code, text)
         await context.abort(_CODES[error.code], fit(text))
     if isinstance(error, NotImplementedError):
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method.rpartition('/')[2]} is not implemented")

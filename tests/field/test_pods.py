@@ -177,3 +177,21 @@ def test_R8_pods_of_a_handler_that_has_left_the_configuration_can_be_removed(mak
     node.cri.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=pod), timeout=TIMEOUT_S)
     node.remove_all()
     assert_clean(node)
+
+
+def test_K8_looking_at_what_is_not_there_is_no_warning(make_node: MakeNode) -> None:
+    node = make_node()
+    looks: list[Callable[[], object]] = [
+        lambda: node.cri.PodSandboxStats(pb.PodSandboxStatsRequest()),
+        lambda: node.cri.ContainerStatus(pb.ContainerStatusRequest(container_id="gone")),
+    ]
+    for look in looks:
+        with pytest.raises(grpc.RpcError) as caught:
+            look()
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    with pytest.raises(grpc.RpcError):
+        node.cri.StartContainer(pb.StartContainerRequest(container_id="gone"))
+    told = (node.directory / "log").read_text()
+    assert "PodSandboxStats" not in told
+    assert "ContainerStatus" not in told
+    assert "StartContainer: NOT_FOUND" in told
