@@ -124,7 +124,9 @@ class RuntimeService(RuntimeServiceServicer):
         record = self._node.core.records.sandbox(request.pod_sandbox_id)
         return pb.PodSandboxStatusResponse(
             status=convert.sandbox_status(record, self._boot),
-            containers_statuses=[convert.container_status(c, self._boot) for c in self._node.core.records.containers_of(record.id)],
+            containers_statuses=[
+                convert.container_status(c, self._boot) for c in self._node.core.records.containers_of(record.id) if c.made_at
+            ],
             timestamp=self._node.now(),
             info=await self._node.describe_sandbox(record) if request.verbose else {},
         )

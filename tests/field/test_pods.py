@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import resource
@@ -195,3 +196,32 @@ def test_K8_looking_at_what_is_not_there_is_no_warning(make_node: MakeNode) -> N
     assert "PodSandboxStats" not in told
     assert "ContainerStatus" not in told
     assert "StartContainer: NOT_FOUND" in told
+
+
+def test_K7_a_listener_hears_what_happened_before_it_listened(make_node: MakeNode) -> None:
+    node = make_node(failpoint="container.root=delay:500@2")
+    pod = node.run_pod()
+    first = node.create(pod, node.container("exit 0", "first"))
+    with ThreadPoolExecutor(1) as pool:
+        making = pool.submit(node.create, pod, node.container("exit 0", "second"))
+        wait_for(lambda: len(list((node.directory / "s/containers").iterdir())) == 2)
+        node.start_container(first)
+        second = making.result()
+    node.wait_exit(first)
+
+    def hear(number: int) -> list[pb.ContainerEventResponse]:
+        stream = node.cri.GetContainerEvents(pb.GetEventsRequest(), timeout=TIMEOUT_S)
+        heard = list(itertools.islice(stream, number))
+        stream.cancel()  # type: ignore[no-untyped-call]
+        return heard
+
+    heard = hear(6)
+    types = {
+        identifier: [int(e.container_event_type) for e in heard if e.container_id == identifier] for identifier in (pod, first, second)
+    }
+    assert types == {pod: [0, 1], first: [0, 1, 2], second: [0]}
+    # The container that was being made then was not yet one of the pod's.
+    started = next(e for e in heard if e.container_id == first and e.container_event_type == pb.CONTAINER_STARTED_EVENT)
+    assert [status.id for status in started.containers_statuses] == [first]
+    node.cri.RemoveContainer(pb.RemoveContainerRequest(container_id=first), timeout=TIMEOUT_S)
+    assert [(e.container_id, e.container_event_type) for e in hear(1)] == [(first, pb.CONTAINER_DELETED_EVENT)]
