@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -130,6 +131,19 @@ def reserve_blocks(fd: int, size: int) -> bool:
     """
     result: int = _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size))
     return result == 0
+
+
+def copy_metadata(source: int, target: int, status: os.stat_result) -> None:
+    """Give `target` owner, mode, xattrs and times of `source`, whose status is at hand. Both are descriptors. Raises: OSError.
+
+    Not what the kernel or the host's policy keeps there for itself: overlayfs's own marks and SELinux labels.
+    """
+    os.fchown(target, status.st_uid, status.st_gid)
+    os.fchmod(target, stat.S_IMODE(status.st_mode))
+    for name in os.listxattr(source):
+        if not name.startswith(("trusted.", "user.overlay.", "security.selinux")):
+            os.setxattr(target, name, os.getxattr(source, name))
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def copy_data(reading: int, writing: int, size: int) -> None:

@@ -22,6 +22,7 @@ from imgsvc.failpoints import failpoint
 from imgsvc.fsutil import private_dir
 from imgsvc.removal import remove_at
 from imgsvc.snapshot.interfaces import Usage
+from imgsvc.snapshot.laying import IMPLIED_MODE, IMPLIED_TIMES
 from imgsvc.snapshot.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -46,14 +47,15 @@ class Directories:
         return self.root / str(number)
 
     def make(self, number: int, names: Iterable[str]) -> Path:
-        """Create directory `number` with subdirectories of mode 0755, owned by root. Raises: by cause, as from_os_error."""
+        """Create directory `number` with subdirectories of mode 0755 and IMPLIED_TIMES, owned by root. Raises: by cause, as from_os_error."""
         path = self.path(number)
         try:
             failpoint("snapshot.recorded")
             path.mkdir(mode=0o700)
             for name in names:
-                (path / name).mkdir(mode=0o755)
-                (path / name).chmod(0o755)  # mkdir's mode went through the umask
+                (path / name).mkdir(mode=IMPLIED_MODE)
+                (path / name).chmod(IMPLIED_MODE)  # mkdir's mode went through the umask
+                os.utime(path / name, ns=IMPLIED_TIMES)
         except OSError as error:
             raise from_os_error(error, "cannot create a snapshot directory", where=str(path)) from error
         return path

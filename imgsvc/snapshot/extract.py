@@ -34,6 +34,8 @@ _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DOT: Final = ord(".")
 _WHITEOUT: Final = b".wh."
 _OPAQUE: Final = b".wh..wh..opq"
+_AUFS: Final = b".wh..wh."  # at the root: what AUFS keeps for itself
+_AUFS_LINKS: Final = b".wh..wh.plnk"  # among it, the files that hard links of the layer lead to
 _BAD_NAMES: Final = (errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EFBIG, errno.EMLINK)
 _SECURITY_KEPT: Final = (b"security.capability", b"security.ima")  # others are this host's business, not an image's
 _KEPT_NAMESPACES: Final = (b"user.", b"system.posix_acl_")
@@ -118,6 +120,7 @@ class Extractor:
         self._unit = os.fstatvfs(tree.root_fd).f_frsize or 4096
         self._directories: dict[bytes, DirectoryFacts] = {}
         self._inherits = not style.fresh_tree  # owner or mode of new files may come from their directory
+        self._aufs_links = -1  # descriptor of the directory, once there is one
 
     def run(self, stream: TarStream) -> None:
         """Extract all entries, then settle the directories. Raises: BadLayer, ResourceExhausted, DataLoss, and what from_os_error gives."""
@@ -135,6 +138,8 @@ class Extractor:
                 self._extract(entry, stream)
             except OSError as error:
                 raise _explained(error, entry.name) from error
+        if self._aufs_links >= 0:
+            self._drop_aufs_links()
         self.size += self._style.directories * self._unit
         self.inodes += self._style.directories + self._style.marks
         for path, times in self._style.restored_times():
@@ -185,6 +190,8 @@ class Extractor:
             self._root(entry)
             return None
         parent, _, base = path.rpartition(b"/")
+        if path.startswith(_AUFS) and path != _OPAQUE:
+            return self._aufs(entry, path, base)
         if _WHITEOUT in path and self._marker(path, parent, base):
             return None
         return *self._tree.directory(parent), base
@@ -194,6 +201,31 @@ class Extractor:
             raise BadLayer("the root of a layer can only be a directory", entry.name)
         self._directories[b""] = _facts(entry)
         self._style.took_over(self._tree.root_fd, b"")
+
+    def _aufs(self, entry: Header, path: bytes, base: bytes) -> tuple[int, bytes, bytes] | None:
+        """Layers that Docker made on AUFS carry its book-keeping. Only the files that hard links lead to are needed, and only meanwhile.
+
+        Source: docker/pkg/archive (UnpackLayer), which containerd has taken over.
+        """
+        if path != _AUFS_LINKS + b"/" + base or entry.kind != tar.REGULAR_ONE:
+            return None
+        if self._aufs_links < 0:
+            root = self._tree.root_fd
+            self._style.touch(root, b"")
+            self._make_room(root, _AUFS_LINKS, _AUFS_LINKS)
+            os.mkdir(_AUFS_LINKS, 0o700, dir_fd=root)
+            self._aufs_links = os.open(_AUFS_LINKS, _OPEN_DIR, dir_fd=root)
+        return self._aufs_links, _AUFS_LINKS, base
+
+    def _drop_aufs_links(self) -> None:
+        """What no hard link of the layer has taken goes; the rest has its own name by now."""
+        fd = self._aufs_links
+        unused = [status for name in os.listdir(fd) if (status := os.lstat(name, dir_fd=fd)).st_nlink == 1]
+        os.close(fd)
+        self.size -= sum(rounded(status.st_size, self._unit) for status in unused)
+        self.inodes -= len(unused)
+        remove_at(self._tree.root_fd, _AUFS_LINKS)
+        self._tree.forget()
 
     def _marker(self, path: bytes, parent: bytes, base: bytes) -> bool:
         """Handle whiteouts; False when the name only looks like one somewhere inside a component."""
@@ -387,6 +419,8 @@ class Extractor:
                     self._clear(here, base, path)
                     os.link(name, base, src_dir_fd=there, dst_dir_fd=here, follow_symlinks=False)
             self._style.placeholder_linked(path, where + b"/" + name if where else name)
+            if where == _AUFS_LINKS:
+                self._tree.forget()  # entries get into that directory by _aufs alone
         finally:
             os.close(here)
 

@@ -21,6 +21,7 @@ from isal import igzip_lib
 
 from imgsvc.errors import DataLoss, InvalidArgument, ResourceExhausted, printable
 from imgsvc.oci import MIB
+from imgsvc.snapshot.tarheader import BLOCK, ZERO_BLOCK, checksum_fits
 
 READ_SIZE: Final = 256 * 1024  # [bytes] of compressed input per read
 CHUNK: Final = MIB  # [bytes] of tar per chunk: a thread that waits for the interpreter's lock at each costs more than a cache it leaves
@@ -266,13 +267,11 @@ class Ahead:
 
 
 def open_layer(source: Reader, media_type: str) -> Reader:
-    """The right inflater for a layer, by its first bytes; the media type must not contradict them.
+    """The right inflater for a layer, by its first bytes: builders label plain tars as compressed, and the other way round.
 
-    Raises: DataLoss (a type says compressed, the bytes are not), InvalidArgument (an unknown compression).
+    Raises: DataLoss (a type says compressed, and the bytes are neither that nor a tar), InvalidArgument (an unknown compression).
     """
-    head = b""
-    while len(head) < 4 and (more := source.read(READ_SIZE)):
-        head += more
+    head = _more(source, b"", 4)
     suffix = media_type.replace("+", ".").rpartition(".")[2]
     if suffix not in ("gzip", "zstd", "tar"):
         raise InvalidArgument(f'layers of type "{printable(media_type, 120)}" cannot be unpacked')
@@ -280,6 +279,22 @@ def open_layer(source: Reader, media_type: str) -> Reader:
         return GzipReader(source, head)
     if head.startswith(_ZSTD_MAGIC) or (head[1:4] == _ZSTD_SKIPPABLE and head[0] & 0xF0 == 0x50):
         return ZstdReader(_Head(head, source))
-    if suffix in ("gzip", "zstd"):
-        raise DataLoss(f"the layer is said to be {suffix} but is not")
+    if suffix != "tar":
+        head = _more(source, head, BLOCK)
+        if head and not _begins_a_tar(head[:BLOCK]):
+            raise DataLoss(f"the layer is said to be {suffix}, but is neither that nor a tar")
     return _Head(head, source)
+
+
+def _more(source: Reader, head: bytes, wanted: int) -> bytes:
+    """`head` and what follows, at least `wanted` bytes if there are so many."""
+    while len(head) < wanted and (more := source.read(READ_SIZE)):
+        head += more
+    return head
+
+
+def _begins_a_tar(block: bytes) -> bool:
+    try:
+        return block == ZERO_BLOCK or (len(block) == BLOCK and checksum_fits(block))
+    except (InvalidArgument, ValueError):
+        return False

@@ -23,6 +23,9 @@ from imgsvc.snapshot.tarheader import BadLayer
 
 MAX_JOURNAL: Final = 64 * MIB  # [bytes]; real ones stay below 1 MiB
 IMPLIED_MODE: Final = 0o755
+# Of directories that no layer has an entry for: the time must depend on the image alone, or no two nodes would have the same
+# files. Nothing in the image tells one; the epoch is what reproducible builders write.
+IMPLIED_TIMES: Final = (0, 0)  # (atime, mtime) [ns]
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -33,6 +36,7 @@ class Journal:
     implied: directories without an entry. through: directories that the layer, up to some entry, only implied, and that nothing
     had hidden yet: where lower layers have a link there, that entry was meant for somewhere else. fresh: directories that replace whatever lower layers have there.
     opaque: directories that hide what lower layers have inside. links: name → (target below, inode of its placeholder).
+    targets: of links that were replaced since; they have to be there all the same.
     """
 
     implied: set[bytes] = field(default_factory=set)
@@ -41,12 +45,13 @@ class Journal:
     opaque: set[bytes] = field(default_factory=set)
     whiteouts: set[bytes] = field(default_factory=set)
     links: dict[bytes, tuple[bytes, int]] = field(default_factory=dict)
+    targets: set[bytes] = field(default_factory=set)
 
     def dump(self) -> bytes:
         """As bytes for load(). Raises: ResourceExhausted beyond MAX_JOURNAL."""
         parts: list[bytes] = []
-        for tag, paths in zip(b"ITFOW", (self.implied, self.through, self.fresh, self.opaque, self.whiteouts), strict=True):
-            parts += [b"%c%s" % (tag, path) for path in sorted(paths)]
+        for tag, paths in self._tables().items():
+            parts += [tag + path for path in sorted(paths)]
         for name, (target, inode) in self.links.items():
             parts += [b"L" + name, target, b"%d" % inode]
         out = b"\0".join(parts)
@@ -59,7 +64,7 @@ class Journal:
         """The journal that dump() wrote."""
         journal = cls()
         fields = iter(data.split(b"\0")) if data else iter(())
-        tables = {b"I": journal.implied, b"T": journal.through, b"F": journal.fresh, b"O": journal.opaque, b"W": journal.whiteouts}
+        tables = journal._tables()
         for item in fields:
             tag, path = item[:1], item[1:]
             if tag == b"L":
@@ -67,6 +72,16 @@ class Journal:
             else:
                 tables[tag].add(path)
         return journal
+
+    def _tables(self) -> dict[bytes, set[bytes]]:
+        return {
+            b"I": self.implied,
+            b"T": self.through,
+            b"F": self.fresh,
+            b"O": self.opaque,
+            b"W": self.whiteouts,
+            b"R": self.targets,
+        }
 
 
 class OverlayStyle:
@@ -113,15 +128,19 @@ class OverlayStyle:
         """Forget what was below; a directory in place of something else hides what lower layers have there."""
         journal = self.journal
         journal.whiteouts.discard(path)
-        journal.links.pop(path, None)
+        self._drop_link(path)
         if was_directory:
             below = path + b"/"
             for paths in (journal.implied, journal.fresh, journal.opaque, journal.whiteouts):
                 paths -= {p for p in paths if p == path or p.startswith(below)}
             for name in [n for n in journal.links if n.startswith(below)]:
-                del journal.links[name]
+                self._drop_link(name)
         if by_directory:
             journal.fresh.add(path)
+
+    def _drop_link(self, path: bytes) -> None:
+        if (link := self.journal.links.pop(path, None)) is not None:
+            self.journal.targets.add(link[0])
 
     def restored_times(self) -> Iterator[tuple[bytes, tuple[int, int]]]:
         """None: settle does that."""
@@ -185,6 +204,7 @@ class InPlaceStyle:
     def create_implied(self, parent_fd: int, name: bytes, path: bytes) -> None:
         """A plain directory, whatever group, mode or ACL the kernel passes on from its parent."""
         self.touch(parent_fd, path.rpartition(b"/")[0])
+        self._times[path] = IMPLIED_TIMES
         os.mkdir(name, IMPLIED_MODE, dir_fd=parent_fd)
         fd = os.open(name, _OPEN_DIR, dir_fd=parent_fd)
         try:
@@ -275,7 +295,7 @@ class InPlaceStyle:
             os.fchown(fd, 0, 0)
             os.fchmod(fd, IMPLIED_MODE)
             _drop_xattrs(fd)
-            self._times.pop(path, None)
+            self._times[path] = IMPLIED_TIMES
 
     def link_below(self, parent_fd: int, name: bytes, path: bytes, target: bytes) -> None:
         """All layers are here, so the target is nowhere."""

@@ -6,12 +6,15 @@ Source: Linux Documentation/filesystems/overlayfs.rst; containerd's overlayfs sn
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from imgsvc.errors import FailedPrecondition, InvalidArgument, Unimplemented
+from imgsvc.fsutil import copy_metadata
 from imgsvc.metadb import MetaDB
 from imgsvc.snapshot.copying import copy_tree, shift, shift_tree
 from imgsvc.snapshot.driver import DirectoryDriver, bind
@@ -97,7 +100,7 @@ class OverlaySnapshotter(DirectoryDriver):
                 in_own_namespace(lambda: self._copy_merged(parent, directory))
                 (directory / "merged").rmdir()
                 shift_tree(directory / "fs", mapping)
-            elif mapping is not None:
+            elif parent is not None or mapping is not None:
                 self._adopt_root(stored, parent, mapping)
         except BaseException:
             self.remove(key)
@@ -134,12 +137,25 @@ class OverlaySnapshotter(DirectoryDriver):
         mount_all([bind(lowers[0], read_only=True)] if len(lowers) == 1 else [self._overlay(lowers, None, None)], str(place))
         copy_tree(place, directory / "fs")
 
-    def _adopt_root(self, stored: Stored, parent: Name | None, mapping: IDMapping) -> None:
-        """The upper directory is the root the container sees: the parent's root, owned by the mapped owner."""
+    def _adopt_root(self, stored: Stored, parent: Name | None, mapping: IDMapping | None) -> None:
+        """The upper directory is the root that a mount shows: the parent's root, owned by the mapped owner."""
         files = self._files(stored)
-        status = (self._parents(parent)[0] if parent else files).stat()
-        os.chown(files, shift(mapping.uids, status.st_uid), shift(mapping.gids, status.st_gid))
-        files.chmod(status.st_mode & 0o7777)
+        with ExitStack() as opened:
+            root, own = (opened.enter_context(_opened(path)) for path in ((self._parents(parent) or [files])[0], files))
+            status = os.fstat(root)
+            copy_metadata(root, own, status)
+            if mapping is not None:
+                os.fchown(own, shift(mapping.uids, status.st_uid), shift(mapping.gids, status.st_gid))
+                os.fchmod(own, stat.S_IMODE(status.st_mode))
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def overlay(root: Path, db: MetaDB, options: OverlayOptions | None = None) -> Snapshotter:

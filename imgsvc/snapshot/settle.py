@@ -20,8 +20,8 @@ from typing import Final
 
 from imgsvc import kernel
 from imgsvc.errors import Aborted
-from imgsvc.fsutil import copy_data
-from imgsvc.snapshot.laying import IMPLIED_MODE, Journal
+from imgsvc.fsutil import copy_data, copy_metadata
+from imgsvc.snapshot.laying import IMPLIED_MODE, IMPLIED_TIMES, Journal
 from imgsvc.snapshot.tarheader import BadLayer
 from imgsvc.snapshot.tree import MissingDirectory, NoDirectory, Tree, rounded
 
@@ -136,6 +136,8 @@ class Settler:
                 found[target] = self._find_target(target)
             groups.setdefault(found[target][0], []).append((name, inode))
         statuses = dict(found.values())
+        for target in self._journal.targets - found.keys():
+            self._find_target(target)
         for canonical, links in groups.items():
             self._bring_up(canonical, statuses[canonical], links)
 
@@ -314,16 +316,19 @@ class Settler:
         self.inodes -= 1
 
     def _inherit(self, path: bytes) -> None:
-        """Owner, mode, xattrs and times of the lower layers' directory."""
+        """Owner, mode, xattrs and times of the lower layers' directory; where there is none, the times of implied ones."""
         status = self._lower_status(path)
-        if status is None or self._lower is None:
-            return
-        source = self._lower.open_exact(path)
         target = self._upper.open_exact(path)
         try:
-            _copy_metadata(source, target, status)
+            if status is None or self._lower is None:
+                os.utime(target, ns=IMPLIED_TIMES)
+                return
+            source = self._lower.open_exact(path)
+            try:
+                copy_metadata(source, target, status)
+            finally:
+                os.close(source)
         finally:
-            os.close(source)
             os.close(target)
 
 
@@ -336,15 +341,6 @@ def _unlink(tree: Tree, path: bytes) -> None:
         os.close(fd)
 
 
-def _copy_metadata(source: int, target: int, status: os.stat_result) -> None:
-    os.fchown(target, status.st_uid, status.st_gid)
-    os.fchmod(target, stat.S_IMODE(status.st_mode))
-    for name in os.listxattr(source):
-        if not name.startswith(("trusted.", "user.overlay.", "security.selinux")):
-            os.setxattr(target, name, os.getxattr(source, name))
-    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
 def _copy_up(source: int, name: bytes, status: os.stat_result, root: int) -> None:
     """Copy a file that is not a directory to _TEMPORARY below `root`, with all its metadata."""
     if stat.S_ISREG(status.st_mode):
@@ -352,7 +348,7 @@ def _copy_up(source: int, name: bytes, status: os.stat_result, root: int) -> Non
         writing = os.open(_TEMPORARY, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root)
         try:
             copy_data(reading, writing, status.st_size)
-            _copy_metadata(reading, writing, status)
+            copy_metadata(reading, writing, status)
         finally:
             os.close(reading)
             os.close(writing)

@@ -216,7 +216,8 @@ def parse_pax(data: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def pax_integer(value: bytes, key: str) -> int:
-    """A decimal number without sign. Raises: BadLayer."""
+    """A decimal number, not negative; a plus sign in front is taken, as Go's reader does. Raises: BadLayer."""
+    value = value.removeprefix(b"+")
     if not value.isdigit() or len(value) > 19 or int(value) > MAX_NUMBER:
         raise BadLayer(f"PAX {key} is not a number in range")
     return int(value)
@@ -225,7 +226,7 @@ def pax_integer(value: bytes, key: str) -> int:
 def pax_time(value: bytes, key: str) -> int:
     """Seconds with an optional fraction, as nanoseconds; digits beyond the ninth are cut off. Raises: BadLayer."""
     sign = -1 if value.startswith(b"-") else 1
-    whole, _, fraction = value.lstrip(b"-").partition(b".")
+    whole, _, fraction = value[value[:1] in (b"-", b"+") :].partition(b".")
     if not whole.isdigit() or (fraction and not fraction.isdigit()) or len(whole) > 11:
         raise BadLayer(f"PAX {key} is not a time in range")
     return sign * (int(whole) * NANO + int(fraction[:9].ljust(9, b"0")))

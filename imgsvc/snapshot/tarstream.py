@@ -45,13 +45,19 @@ class TarStream:
         header = tar.parse_header(block)
         self._data_left, self._padding = header.size, -header.size % BLOCK
         if header.kind not in tar.PLAIN:
-            header = self._described(header, block)
+            described = self._described(header, block)
+            if described is None:
+                return None
+            header = described
         if header.kind == tar.REGULAR_ONE and header.name.endswith(b"/"):
             header.kind = tar.DIRECTORY  # V7 has no type for them; judged by the whole name, a header's part may end anywhere
         return header
 
-    def _described(self, header: Header, block: bytes) -> Header:
-        """The entry that a header about it, and maybe more of them, stand in front of."""
+    def _described(self, header: Header, block: bytes) -> Header | None:
+        """The entry that a header about it, and maybe more of them, stand in front of.
+
+        None at the end of the archive: headers about nothing change nothing, and Go's reader takes them.
+        """
         pax: dict[bytes, bytes] = {}
         sparse_pairs: list[tuple[bytes, bytes]] = []
         long_name = long_link = b""
@@ -81,7 +87,7 @@ class TarStream:
                 return header
             block = self._next_header()
             if not block:
-                raise Truncated
+                return None
             header = tar.parse_header(block)
             self._data_left, self._padding = header.size, -header.size % BLOCK
         raise BadLayer(f"more than {MAX_META} headers in front of one entry")

@@ -36,6 +36,7 @@ from typing import Any, Final
 from imgsvc import failpoints, kernel
 from imgsvc.errors import DataLoss, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error
 from imgsvc.failpoints import failpoint
+from imgsvc.fsutil import copy_metadata
 from imgsvc.removal import remove_at
 from imgsvc.snapshot.extract import Extractor
 from imgsvc.snapshot.inflate import READ_SIZE, Ahead, BlobReader, TarBytes, Transform, TransformReader, open_layer
@@ -255,16 +256,27 @@ def _open_target(order: dict[str, Any]) -> int:
     """The root to unpack into; mounted in a mount namespace of this process's own where it is more than a directory."""
     mounts = [Mount(m[0], m[1], tuple(m[2])) for m in order["mounts"]]
     if order["wipe"]:
-        wiped = _target_of(mounts)
-        fd = os.open(wiped, _OPEN_DIR)
-        for name in os.listdir(fd):
-            remove_at(fd, os.fsencode(name))
-        os.close(fd)
+        _wipe(mounts)
     if len(mounts) == 1 and mounts[0].type == "bind":
         return os.open(mounts[0].source, _OPEN_DIR)
     if order["rebase"]:
         return os.open(_target_of(mounts), _OPEN_DIR)
     return _mounted(mounts, os.path.dirname(_target_of(mounts)))
+
+
+def _wipe(mounts: list[Mount]) -> None:
+    """Empty the directory of a snapshot that is unpacked again, on its parents now; it is the root that these show."""
+    target = os.open(_target_of(mounts), _OPEN_DIR)
+    parent = next((os.open(m.value("lowerdir").partition(":")[0], _OPEN_DIR) for m in mounts if m.value("lowerdir")), -1)
+    try:
+        for name in os.listdir(target):
+            remove_at(target, os.fsencode(name))
+        if parent >= 0:
+            copy_metadata(parent, target, os.fstat(parent))
+    finally:
+        os.close(target)
+        if parent >= 0:
+            os.close(parent)
 
 
 def _target_of(mounts: list[Mount]) -> str:

@@ -243,7 +243,7 @@ def without_nonce(blob: bytes, media_type: str) -> Sealed:
 TAMPERED: Mapping[str, tuple[Callable[[bytes, str], Sealed], Mapping[str, Any], tuple[str, ...]]] = {
     "flipped": (flipped, {}, ("authentication failed",)),
     "truncated": (truncated, {}, ("authentication failed",)),
-    "nonce-swapped": (swapped_nonce, {}, ("said to be gzip but is not", "unpacks to")),
+    "nonce-swapped": (swapped_nonce, {}, ("said to be gzip, but is neither", "unpacks to")),
     "nonce-missing": (without_nonce, {}, ("nonce",)),
     "public-nonce": (seal, {"cipheroptions": {"nonce": b64(bytes(16))}}, ("nonce",)),
     "wrong-hmac": (seal, {"hmac": b64(bytes(32))}, ("authentication failed",)),
