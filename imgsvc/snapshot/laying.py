@@ -34,7 +34,8 @@ class Journal:
     """What is left to do once a layer's parent is there. Paths are canonical, relative to the layer's root.
 
     implied: directories without an entry. through: directories that the layer, up to some entry, only implied, and that nothing
-    had hidden yet: where lower layers have a link there, that entry was meant for somewhere else. fresh: directories that replace whatever lower layers have there.
+    had hidden yet: where lower layers have a link there, that entry was meant for somewhere else, and where they
+    have a file, it was an error. fresh: directories that replace whatever lower layers have there.
     opaque: directories that hide what lower layers have inside. links: name → (target below, inode of its placeholder).
     targets: of links that were replaced since; they have to be there all the same.
     """

@@ -23,7 +23,7 @@ from imgsvc.errors import Aborted
 from imgsvc.fsutil import copy_data, copy_metadata
 from imgsvc.snapshot.laying import IMPLIED_MODE, IMPLIED_TIMES, Journal
 from imgsvc.snapshot.tarheader import BadLayer
-from imgsvc.snapshot.tree import MissingDirectory, NoDirectory, Tree, rounded
+from imgsvc.snapshot.tree import MissingDirectory, Tree, rounded
 
 # A path is not what the layer above and those below let expect, each by itself: then only the order of entries tells.
 _OTHER_SHAPE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.EISDIR)
@@ -64,7 +64,7 @@ class Settler:
 
     def _run(self) -> None:
         journal = self._journal
-        self._check_links()
+        self._check_paths()
         self._make_links()
         for path in sorted(journal.whiteouts):
             if self._lower_status(path) is None:
@@ -72,7 +72,6 @@ class Settler:
                 _unlink(self._upper, path)
                 self.inodes -= 1
         self._drop_empty_implied()
-        self._check_directories()
         for path in sorted(journal.fresh | journal.opaque):
             if not path:
                 self._hide_root()
@@ -116,17 +115,11 @@ class Settler:
         finally:
             os.close(fd)
 
-    def _check_links(self) -> None:
+    def _check_paths(self) -> None:
         for path in sorted(self._journal.through):
             status = self._below(path)
-            if status is not None and stat.S_ISLNK(status.st_mode):
-                raise NeedsParents(path)
-
-    def _check_directories(self) -> None:
-        for path in sorted(self._journal.implied):
-            status = self._lower_status(path)
             if status is not None and not stat.S_ISDIR(status.st_mode):
-                raise NoDirectory(path)
+                raise NeedsParents(path)
 
     def _make_links(self) -> None:
         found: dict[bytes, tuple[bytes, os.stat_result]] = {}

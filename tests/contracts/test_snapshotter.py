@@ -19,6 +19,13 @@ from imgsvc.snapshot.interfaces import IDMapping, Key, Kind, Mount, Name, Snapsh
 from imgsvc.snapshot.mount import mount_all
 from imgsvc.snapshot.native import NativeSnapshotter
 from imgsvc.snapshot.overlay import UPPERDIR_LABEL, OverlayOptions, OverlaySnapshotter
+from tests.snapshot import made_up
+from tests.snapshot.bench import Bench
+from tests.snapshot.conftest import bench
+from tests.snapshot.layers import Entry, directory, link, symlink, tar
+from tests.snapshot.test_equality import WAYS, laid
+
+__all__ = ["bench"]
 
 pytestmark = pytest.mark.root
 
@@ -400,3 +407,29 @@ def test_detection_says_why_not(tmp_path: Path) -> None:
     assert found.driver == "native"
     assert found.options is None
     assert "overlayfs is not usable" in found.reason
+
+
+LAYERS = {
+    "a link that is replaced led to nothing": [[link("link", "nowhere"), Entry("link")]],
+    "a link that a directory replaces led to nothing": [[link("a/link", "nowhere"), Entry("a")]],
+    "a path through a file that is replaced later": [[Entry("a")], [Entry("a/b"), Entry("a")]],
+    "a path through a file that is hidden later": [[Entry("a")], [Entry("a/b"), Entry(".wh..wh..opq")]],
+    "a marker below a file": [[Entry("a")], [Entry("a/.wh.b"), Entry("c")]],
+    "a path through a link, and the root's own time": [[directory("./", 0o711), symlink("a", "b"), directory("b")], [directory("a/c")]],
+    "an opaque root without an entry": [[directory("./", 0o711), Entry("a")], [Entry(".wh..wh..opq"), Entry("b/c")]],
+    "a directory that is hidden and implied again": [[directory("a", 0o700), Entry("a/b")], [Entry("a/c"), Entry(".wh.a")]],
+}
+
+
+@pytest.mark.parametrize("made", [*LAYERS.values(), *map(made_up.image, range(25))], ids=[*LAYERS, *map(str, range(25))])
+def test_S17_all_drivers_make_the_same_tree_of_an_image_or_none_does(bench: Bench, made: list[list[Entry]]) -> None:
+    """Beside one another on overlayfs, in order on overlayfs, in order on native; times of all directories included."""
+
+    def outcome(way: str) -> object:
+        try:
+            return laid(bench, [tar(entries) for entries in made], way)
+        except InvalidArgument:
+            return "refused"
+
+    found = {way: outcome(way) for way in WAYS}
+    assert {way: tree for way, tree in found.items() if tree != found["native"]} == {}
