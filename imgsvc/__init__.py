@@ -9,7 +9,7 @@ Start reading at docs/architecture.md. Imports point down only::
     use cases   archive, verification, mirror, pullthrough, prepull, config_import, observe
     packages    registry, content, snapshot, decrypt, runtime              never import one another
     base        errors, oci, reference, config, tomlfile, yamlfile, fsutil, concurrency, metadb, lmdbcheck, failpoints, cosign, metrics
-    base        events, http1, children, tracing, kernel, places, procfs, removal, numerals
+    base        events, http1, children, tracing, kernel, confinement, places, procfs, removal, numerals
     leaf        api                                 generated gRPC stubs
 
 tests/test_layering.py holds these lines.

@@ -53,7 +53,9 @@ _MNT_DETACH: Final = 2
 _UMOUNT_NOFOLLOW: Final = 8
 
 PR_SET_PDEATHSIG: Final = 1
+PR_SET_DUMPABLE: Final = 4
 PR_SET_NO_NEW_PRIVS: Final = 38
+_PR_SET_SECCOMP: Final = 22
 _PR_CAPBSET_READ: Final = 23
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
@@ -63,6 +65,8 @@ _M_TOP_PAD: Final = -2
 _M_MMAP_THRESHOLD: Final = -3
 _KEPT: Final = 32 * 1024**2  # [bytes]; the largest threshold that glibc takes
 _GROWTH: Final = 2 * 1024**2  # [bytes] taken from the kernel at a time
+
+_SECCOMP_MODE_FILTER: Final = 2
 
 _HELPER_NICE: Final = 10
 _HELPER_OOM_SCORE: Final = 500
@@ -103,6 +107,9 @@ _AT_RECURSIVE: Final = 0x8000
 _OPEN_TREE_CLONE: Final = 1
 _MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 _MOUNT_ATTR_RDONLY: Final = 1
+_MOUNT_ATTR_NOSUID: Final = 2
+_MOUNT_ATTR_NODEV: Final = 4
+_MOUNT_ATTR_NOEXEC: Final = 8
 _MOUNT_ATTR_IDMAP: Final = 0x100000
 _MOUNT_ATTR_NOSYMFOLLOW: Final = 0x200000
 
@@ -116,6 +123,14 @@ def _check(result: int, path: object = None) -> int:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), path)
     return int(result)
+
+
+def syscall(number: int, *arguments: object, missing: int | None = None) -> int:
+    """A system call by its number. missing: what to answer when this kernel does not have it, or has it turned off. Raises: OSError."""
+    result = int(_syscall(number, *arguments))
+    if result < 0 and missing is not None and ctypes.get_errno() in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+        return missing
+    return _check(result)
 
 
 # Opening
@@ -260,6 +275,18 @@ def without_links(directory: str) -> int:
     return _clone(directory, _MOUNT_ATTR_NOSYMFOLLOW, 0)
 
 
+def detached(directory: str) -> int:
+    """A descriptor of `directory` as the root of a mount of its own that hangs nowhere: no devices, no programs, nothing above it.
+
+    Raises: OSError (not allowed; unsupported before Linux 5.12).
+    """
+    tree = _clone(directory, _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOEXEC, 0)
+    try:
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=tree)  # that one can only be looked at
+    finally:
+        os.close(tree)
+
+
 def _clone(source: str, attributes: int, userns_fd: int, *, recursive: bool = False) -> int:
     """A bind mount of `source` that is nowhere yet, with some attributes set."""
     more = _AT_RECURSIVE if recursive else 0
@@ -336,6 +363,16 @@ def sethostname(name: str) -> None:
 def prctl(option: int, argument: int) -> None:
     """Set one attribute of this process or thread."""
     _check(_libc.prctl(option, ctypes.c_ulong(argument), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)), "prctl")
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+
+def filter_calls(program: bytes) -> None:
+    """Judge every system call of this thread, and of what it starts, by a BPF program (struct sock_filter, 8 bytes each)."""
+    filtered = _Program(len(program) // 8, program)
+    _check(_libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(filtered), ctypes.c_ulong(0), ctypes.c_ulong(0)))
 
 
 def stand_back() -> None:

@@ -26,6 +26,7 @@ from imgsvc.registry.exchange import Chunk, Headers, RequestFailed, Response, Ro
 from imgsvc.registry.netguard import Reach
 from imgsvc.registry.redact import shown_url
 from imgsvc.registry.retry import Failure
+from imgsvc.registry.tls import opened_files
 
 _GRACE_S: Final = 15.0  # that a process may be late: it keeps the deadlines itself, as long as it runs at all
 
@@ -147,6 +148,15 @@ class BulkTransport:
             self._process.stop()
 
     async def _hand_over(self, order: Order, job: _Job) -> None:
+        files = opened_files(order.route.tls)
+        try:
+            await self._send_order(order, [*job.theirs(), *files])
+        finally:
+            for fd in files:
+                os.close(fd)
+        job.handed_over()
+
+    async def _send_order(self, order: Order, fds: Sequence[int]) -> None:
         message = pack_order(order)
         if len(message) > MAX_MESSAGE:
             what = f"the request has {len(message)} bytes, more than {MAX_MESSAGE}"
@@ -155,13 +165,12 @@ class BulkTransport:
             for last in (False, True):
                 try:
                     control = await self._process.connect()
-                    await _send(control, message, job.theirs())
+                    await _send(control, message, fds)
                     break
                 except OSError as error:
                     self._process.stop()
                     if last:
                         raise Unavailable(f"no download process: {error.strerror or error}", where=sys.executable) from error
-        job.handed_over()
 
 
 def as_sender(bulk: BulkTransport) -> Sender:

@@ -2,7 +2,8 @@
 
 A request has a socket (SOCK_SEQPACKET) and some memory of its own, which the daemon makes and hands over with the order:
 
-* the daemon: b"order", a JSON object, on the process's control socket, with [the request's socket, its memory (a memfd)].
+* the daemon: b"order", a JSON object, on the process's control socket, with [the request's socket, its memory (a memfd), then the
+  files that the order's TLS settings name, open for reading: the process may not open them itself].
 * the process: a head or a failure, a JSON object. After a head the body, in lots of at most LOT bytes, which lie in the slots
   of the memory in turn: COUNT bytes, big-endian, say how many. At the end another JSON object: a failure, or an empty one.
 * the daemon: one byte for every lot it is done with, so that its slot can be filled again. Its end of the socket closed: no
@@ -29,6 +30,7 @@ SLOTS: Final = 2  # one is filled while the other is stored
 MEMORY: Final = SLOTS * LOT
 COUNT: Final = 4  # [bytes] of the message that a lot is there; no JSON of ours is that short but {}
 MAX_MESSAGE: Final = 192 * KIB  # [bytes] that the kernel takes in one piece
+MAX_FILES: Final = 200  # of TLS with one order; the kernel passes 253 descriptors at a time
 MAX_END: Final = 64 * KIB  # [bytes] of a message after the head
 _MAX_TEXT: Final = 2 * KIB  # [characters] of each text about a failure; JSON may make six bytes of one
 

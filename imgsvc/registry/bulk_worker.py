@@ -2,6 +2,8 @@
 
 Reading from sockets, decrypting TLS and taking HTTP apart would otherwise keep the daemon's event loop, and the interpreter
 lock, from answering calls. It ends when the daemon does; it may be killed at any time, and what it was fetching is asked for again.
+It runs as a user of its own who owns nothing, under a filter of system calls (confinement.py): certificates and keys that only
+root may read come with the orders.
 
 Source: bulk_messages.py for what is said.
 """
@@ -10,20 +12,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import mmap
 import os
 import socket
+import ssl
 import sys
 import traceback
+from pathlib import Path
 from typing import Final
 
-from imgsvc import kernel
+from imgsvc import confinement, kernel
 from imgsvc.errors import ImgsvcError, Internal
-from imgsvc.registry.bulk_messages import COUNT, LOT, MAX_MESSAGE, MEMORY, SLOTS, Head, Order, pack_end, pack_head, unpack_order
+from imgsvc.registry.bulk_messages import COUNT, LOT, MAX_FILES, MAX_MESSAGE, MEMORY, SLOTS, Head, Order, pack_end, pack_head, unpack_order
 from imgsvc.registry.exchange import Chunk, Timeouts
 from imgsvc.registry.redact import shown_url
+from imgsvc.registry.tls import HandedFiles, names_in
 from imgsvc.registry.transport import Transport
 
+# Imported by others on first use, when their files may not be readable any more.
+_LATE_MODULES: Final = ("anyio._backends._asyncio", "encodings.ascii", "encodings.idna", "httpcore._async.http2")
 _WAIT_S: Final = 0.05  # that bytes lie in a lot which is not full yet
 
 
@@ -116,19 +124,22 @@ async def serve(control: socket.socket) -> None:
     """Take orders until the daemon closes its end."""
     control.setblocking(False)
     loop = asyncio.get_running_loop()
-    transport = Transport(Timeouts())
+    files = HandedFiles()
+    transport = Transport(Timeouts(), files)
     jobs: set[asyncio.Task[None]] = set()
     gone = loop.create_future()
 
     def take() -> None:
         message, fds = b"", list[int]()
         with contextlib.suppress(ConnectionError):
-            message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, 2, socket.MSG_CMSG_CLOEXEC)
+            message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, 2 + MAX_FILES, socket.MSG_CMSG_CLOEXEC)
         if not message:
             loop.remove_reader(control)
             gone.set_result(None)
             return
-        job = loop.create_task(_serve_one(transport, unpack_order(message), socket.socket(fileno=fds[0]), fds[1]))
+        order = unpack_order(message)
+        files.take(names_in(order.route.tls), fds[2:])
+        job = loop.create_task(_serve_one(transport, order, socket.socket(fileno=fds[0]), fds[1]))
         jobs.add(job)
         job.add_done_callback(jobs.discard)
 
@@ -141,8 +152,28 @@ async def _main() -> None:
     os._exit(0)  # at once, whoever still waits for a name to be resolved
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The process, from its start to its end."""
     kernel.stand_back()
-    kernel.keep_capabilities(1 << kernel.CAP_DAC_READ_SEARCH)  # it reads CAs and client keys, whoever owns them
+    _keep_system_trust()
+    for module in _LATE_MODULES:
+        importlib.import_module(module)
+    confinement.become_stranger()
+    confinement.only_below(None, reads=False)
+    confinement.allow_only(confinement.Calls.DOWNLOAD)
     kernel.keep_freed_memory()
     asyncio.run(_main())
+
+
+def _keep_system_trust() -> None:
+    """Have OpenSSL find the system's CAs also if they are in a file that only root reads, as $SSL_CERT_FILE may be."""
+    trust = ssl.get_default_verify_paths()
+    with contextlib.suppress(OSError):
+        if trust.cafile and not os.stat(trust.cafile).st_mode & 0o004:
+            copy = os.memfd_create("imgsvc-trust")
+            os.write(copy, Path(trust.cafile).read_bytes())
+            os.environ[trust.openssl_cafile_env] = f"/proc/self/fd/{copy}"
+
+
+if __name__ == "__main__":
+    main()

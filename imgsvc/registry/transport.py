@@ -11,7 +11,6 @@ that a stream was given up, so what shares a connection could not be closed earl
 
 from __future__ import annotations
 
-import os
 import ssl
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -29,7 +28,7 @@ from imgsvc.registry.netguard import ANYWHERE, Reach, reach_of
 from imgsvc.registry.netstream import AddressRefused, Backend, TlsFailed
 from imgsvc.registry.redact import shown_url
 from imgsvc.registry.retry import Failure
-from imgsvc.registry.tls import context_for, hint_about
+from imgsvc.registry.tls import TlsFiles, context_for, hint_about, names_in
 
 _KEEP_IDLE: Final = 16  # connections per pool kept open after use
 _KEEP_IDLE_S: Final = 30.0
@@ -82,8 +81,10 @@ class _HttpResponse(Response):
 class Transport:
     """Connection pools by route. Belongs to one event loop."""
 
-    def __init__(self, timeouts: Timeouts) -> None:
+    def __init__(self, timeouts: Timeouts, files: TlsFiles | None = None) -> None:
+        """files: None for those of the file system."""
         self.timeouts = timeouts
+        self._files = files or TlsFiles()
         self._pools: dict[tuple[object, ...], httpcore.AsyncConnectionPool] = {}
         self._contexts: dict[tuple[object, ...], ssl.SSLContext] = {}
         self._only_h2: dict[str, None] = {}  # scheme and authority of servers without HTTP/1.1
@@ -163,7 +164,7 @@ class Transport:
             await pool.aclose()
 
     async def _pool(self, route: Route) -> httpcore.AsyncConnectionPool:
-        key = (route.tls, route.proxy, route.reachable, _stamps(route.tls))
+        key = (route.tls, route.proxy, route.reachable, self._stamps(route.tls))
         if key not in self._pools:
             context = await self._context(route)
             if key not in self._pools:
@@ -172,11 +173,15 @@ class Transport:
 
     async def _context(self, route: Route, *, is_h2: bool = False) -> ssl.SSLContext:
         """One for each protocol: httpcore writes into it what is offered in the handshake."""
-        key = (route.tls, _stamps(route.tls), is_h2)
+        key = (route.tls, self._stamps(route.tls), is_h2)
         if key not in self._contexts:
             # Reading the system's CAs takes tens of milliseconds.
-            self._contexts[key] = await in_thread(context_for, route.tls)
+            self._contexts[key] = await in_thread(context_for, route.tls, self._files)
         return self._contexts[key]
+
+    def _stamps(self, tls: Tls) -> tuple[tuple[int, int, int], ...]:
+        """What tells whether the files were replaced."""
+        return tuple(map(self._files.stamp, names_in(tls)))
 
 
 def _new_pool(route: Route, context: ssl.SSLContext, *, is_h2: bool = False) -> httpcore.AsyncConnectionPool:
@@ -203,19 +208,6 @@ def _is_no_http1(error: Exception) -> bool:
     if isinstance(error, TlsFailed):
         return error.no_protocol
     return "disconnected" not in str(error)
-
-
-def _stamps(tls: Tls) -> tuple[tuple[int, int, int], ...]:
-    """What tells whether the files were replaced."""
-    return tuple(_stamp(name) for name in (*tls.ca, *(n for pair in tls.client for n in pair if n)))
-
-
-def _stamp(name: str) -> tuple[int, int, int]:
-    try:
-        status = os.stat(name)
-    except OSError:
-        return (0, 0, 0)
-    return (status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 def _check_literal_address(url: str, route: Route, phase: str) -> None:

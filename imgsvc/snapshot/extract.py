@@ -374,21 +374,19 @@ class Extractor:
             return
         self._metadata_at(entry, dir_fd, base)
         if entry.mode & 0o7000 or self._inherits:
-            fd = os.open(base, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-            try:
-                os.chmod(f"/proc/self/fd/{fd}", entry.mode)  # the descriptor's file, whatever its name means by now
-            finally:
-                os.close(fd)
+            os.chmod(base, entry.mode, dir_fd=dir_fd)  # it is no link: nobody else changes this tree
         self.inodes += 1
 
     def _metadata_at(self, entry: Header, dir_fd: int, base: bytes) -> None:
-        """As _metadata, for what must not be opened: links, devices, FIFOs."""
+        """As _metadata, for what must not be opened: links, devices, FIFOs. There are no calls for xattrs below a descriptor."""
+        if self._inherits or entry.xattrs:
+            os.fchdir(dir_fd)
         if self._inherits:
-            _drop_acls(b"/proc/self/fd/%d/%s" % (dir_fd, base))
+            _drop_acls(base)
         if entry.uid or entry.gid or self._inherits:
             self._chown(base, entry.uid, entry.gid, dir_fd)
         if entry.xattrs:
-            self._set_xattrs(b"/proc/self/fd/%d/%s" % (dir_fd, base), entry.xattrs)
+            self._set_xattrs(base, entry.xattrs)
         mtime = entry.mtime
         os.utime(base, ns=(mtime if entry.atime is None else entry.atime, mtime), dir_fd=dir_fd, follow_symlinks=False)
 

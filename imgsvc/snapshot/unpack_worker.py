@@ -18,7 +18,9 @@ Protocol (SOCK_SEQPACKET sockets, messages of one process to the other, in both 
 from __future__ import annotations
 
 import array
+import codecs
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
@@ -33,7 +35,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from imgsvc import failpoints, kernel
+from imgsvc import confinement, failpoints, kernel
 from imgsvc.errors import DataLoss, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error
 from imgsvc.failpoints import failpoint
 from imgsvc.fsutil import copy_metadata
@@ -62,6 +64,10 @@ MAX_MESSAGE: Final = 160 * 1024  # [bytes] of a job description; 500 lower direc
 def serve(control: socket.socket, transform: str) -> None:
     """Fork a child per job until the daemon closes its end."""
     make_transform = _load(transform) if transform else None
+    with contextlib.suppress(OSError):  # glibc loads it when a thread is cancelled; a process in the layer's root could not
+        ctypes.CDLL("libgcc_s.so.1")
+    for encoding in ("ascii", "latin-1", "unicode_escape"):  # modules of Python's, which are loaded on first use
+        codecs.lookup(encoding)
     _leave_the_network()
     kernel.stand_back()
     _limit_resources()
@@ -142,9 +148,16 @@ def _verdict(
     except OSError as error:
         failed = from_os_error(error, "unpacking failed")
         return {"error": {"code": failed.code, "what": failed.what, "hint": failed.hint}}
-    except BaseException:  # noqa: BLE001  # the edge of the process
-        traceback.print_exc()
+    except BaseException as error:  # noqa: BLE001  # the edge of the process
+        _print_trace(error)
         return {"error": {"code": Internal.code, "what": "the unpack worker met a bug of ours; its trace is in the log", "hint": ""}}
+
+
+def _print_trace(error: BaseException) -> None:
+    """As traceback.print_exc, without the lines of source, which a layer could have put into the place of ours."""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        print(f"  {frame.f_code.co_filename}:{line} in {frame.f_code.co_name}", file=sys.stderr)
+    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 def _limit_resources() -> None:
@@ -163,7 +176,9 @@ def _unpack(
     style = OverlayStyle() if order["rebase"] else InPlaceStyle()
     root = _open_target(order)
     privileged = kernel.effective_capabilities() & _UNPACK_CAPABILITIES == _UNPACK_CAPABILITIES
+    confinement.enter(root)
     kernel.keep_capabilities(_UNPACK_CAPABILITIES)
+    confinement.allow_only(confinement.Calls.UNPACK)
     waited = Waiting(job)
     raw = BlobReader(source, order["size"], waited.wait_for)
     sealed: TransformReader | None = None
@@ -257,11 +272,21 @@ def _open_target(order: dict[str, Any]) -> int:
     mounts = [Mount(m[0], m[1], tuple(m[2])) for m in order["mounts"]]
     if order["wipe"]:
         _wipe(mounts)
-    if len(mounts) == 1 and mounts[0].type == "bind":
-        return os.open(mounts[0].source, _OPEN_DIR)
-    if order["rebase"]:
-        return os.open(_target_of(mounts), _OPEN_DIR)
-    return _mounted(mounts, os.path.dirname(_target_of(mounts)))
+    if order["rebase"] or (len(mounts) == 1 and mounts[0].type == "bind"):
+        return _apart(_target_of(mounts))
+    return _mounted(mounts, os.path.dirname(_target_of(mounts)), _apart)
+
+
+def _apart(directory: str) -> int:
+    """A descriptor of a directory, as the root of a mount that is nowhere else where this process may make one."""
+    try:
+        return kernel.detached(directory)
+    except OSError:
+        return _opened(directory)
+
+
+def _opened(directory: str) -> int:
+    return os.open(directory, _OPEN_DIR)
 
 
 def _wipe(mounts: list[Mount]) -> None:
@@ -289,12 +314,12 @@ def _target_of(mounts: list[Mount]) -> str:
     raise Internal("a snapshot without a writable directory")
 
 
-def _mounted(mounts: list[Mount], place: str) -> int:
+def _mounted(mounts: list[Mount], place: str, opened: Callable[[str], int] = _opened) -> int:
     """A descriptor of the root mounted on the directory `place`, which the mounts may be below of. Nobody else sees the mount; it is gone when that is closed."""
     _leave_the_mounts()
     mount_all(mounts, place)
     try:
-        return os.open(place, _OPEN_DIR)
+        return opened(place)
     finally:
         for _ in mounts:
             kernel.umount(place)
@@ -308,6 +333,7 @@ def _leave_the_mounts() -> None:
 def _settle(order: dict[str, Any], journal: int) -> dict[str, Any]:
     failpoint("unpack.settle")
     kernel.keep_capabilities(_SETTLE_CAPABILITIES)
+    _settle_only()
     mounts = [Mount(m[0], m[1], tuple(m[2])) for m in order["mounts"]]
     options = [option for mount in mounts for option in mount.options]
     with contextlib.ExitStack() as opened:
@@ -320,6 +346,11 @@ def _settle(order: dict[str, Any], journal: int) -> dict[str, Any]:
         settler.run()
     failpoint("unpack.settled")
     return {"size": settler.size, "inodes": settler.inodes}
+
+
+@functools.cache
+def _settle_only() -> None:
+    confinement.allow_only(confinement.Calls.SETTLE)
 
 
 def _tree(root: int, opened: contextlib.ExitStack) -> Tree:

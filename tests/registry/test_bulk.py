@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imgsvc.confinement import STRANGER
 from imgsvc.errors import ImgsvcError, Internal, InvalidArgument
 from imgsvc.oci import KIB, MIB
 from imgsvc.registry.bulk import BulkTransport
@@ -338,10 +339,11 @@ def test_the_process_gives_up_what_it_does_not_need() -> None:
         async with started() as bulk:
             await bulk.warm()
             pid = await worker()
-            await until(lambda: "NoNewPrivs:\t1" in Path(f"/proc/{pid}/status").read_text(), 10)
-            await until(lambda: Path(f"/proc/{pid}/oom_score_adj").read_text() == "500\n", 10)
+            await until(lambda: f"Uid:\t{STRANGER}\t" in Path(f"/proc/{pid}/status").read_text(), 10)
             status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
-            assert int(status["CapEff"], 16) in (0, 1 << 2)  # CAP_DAC_READ_SEARCH
+            assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+            assert status["NoNewPrivs"] == "1"
+            assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "500\n"
             assert os.getpriority(os.PRIO_PROCESS, pid) >= 10
 
     run(main())
