@@ -1,0 +1,106 @@
+"""How long a daemon that was killed takes to serve again, beside its running pods.
+
+    python -m benchmarks.recovery [--pods 120] [--rounds 3]
+
+Makes pods with a bridge network and one container each, kills the daemon with SIGKILL, and starts it again. Prints one JSON
+object: seconds from the start of the process to its socket's first answer, and to a listing of all pods; the same without
+pods. Needs root and what pods need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+
+from imgsvc.api import cri_pb2 as pb
+from imgsvc.api.cri_pb2_grpc import RuntimeServiceStub
+from tests.support import cri
+from tests.support.daemon import Daemon, new_daemon
+from tests.support.images import busybox
+from tests.support.registries import real_registry
+
+IMAGE = "docker.io/bench/busybox:latest"
+AT_ONCE = 4  # pods that are made side by side
+
+
+def make_pods(daemon: Daemon, count: int) -> None:
+    """Running pods with one container each."""
+    runtime = daemon.runtime()
+
+    def one(number: int) -> None:
+        config = cri.pod_config(daemon, f"pod-{number}")
+        pod = cri.run_pod(runtime, config)
+        cri.start(runtime, cri.create(runtime, pod, cri.container_config(IMAGE, ["sleep", "100000"]), config))
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(one, range(count)))
+
+
+def measure(daemon: Daemon, pods: int) -> tuple[float, float]:
+    """Kill and start again; seconds until the first answer, and until all pods are listed as running."""
+    daemon.kill()
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(daemon.start)
+        answered = wait_for_answer(daemon, began)
+        starting.result()
+    ready = pb.PodSandboxFilter(state=pb.PodSandboxStateValue(state=pb.PodSandboxState.SANDBOX_READY))
+    running = pb.ContainerFilter(state=pb.ContainerStateValue(state=pb.ContainerState.CONTAINER_RUNNING))
+    runtime = daemon.runtime()
+    listed = runtime.ListPodSandbox(pb.ListPodSandboxRequest(filter=ready)).items
+    containers = runtime.ListContainers(pb.ListContainersRequest(filter=running)).containers
+    assert len(listed) == len(containers) == pods, f"{len(listed)} pods and {len(containers)} containers of {pods} are left"
+    return answered, time.monotonic() - began
+
+
+def wait_for_answer(daemon: Daemon, began: float) -> float:
+    """Seconds until Version is answered. A new connection each time: gRPC waits longer and longer with one that was refused."""
+    while True:
+        with grpc.insecure_channel(daemon.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            try:
+                RuntimeServiceStub(channel).Version(pb.VersionRequest(), timeout=30)
+            except grpc.RpcError:
+                time.sleep(0.02)
+            else:
+                return time.monotonic() - began
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pods", type=int, default=120)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="imgsvc-bench-") as place, real_registry(Path(place)) as registry:
+        registry.push(busybox(), "bench/busybox")
+        daemon = new_daemon(network=True)
+        try:
+            daemon.map_host("docker.io", registry.address)
+            daemon.start()
+            cri.pull(daemon.images(), IMAGE)
+            empty = [measure(daemon, 0) for _ in range(arguments.rounds)]
+            make_pods(daemon, arguments.pods)
+            full = [measure(daemon, arguments.pods) for _ in range(arguments.rounds)]
+            names = ("answer", "listed")
+            print(
+                json.dumps(
+                    {
+                        "pods": arguments.pods,
+                        "seconds": {name: [round(r[n], 2) for r in full] for n, name in enumerate(names)},
+                        "seconds_without_pods": {name: [round(r[n], 2) for r in empty] for n, name in enumerate(names)},
+                    }
+                )
+            )
+            daemon.remove_all_pods()
+        finally:
+            daemon.close()
+
+
+if __name__ == "__main__":
+    main()
