@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterable, Mapping
+from typing import Final
 
-from imgsvc.errors import ImgsvcError, InvalidArgument, printable
+from imgsvc.errors import ImgsvcError, InvalidArgument, from_os_error, printable
 from imgsvc.runtime.interfaces import OCIRuntime
 from imgsvc.runtime.monitor import MonitorPaths
 from imgsvc.runtime.oci_runtime import OCICommand, sweep_self_tests
@@ -15,6 +17,10 @@ from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
 from imgsvc.runtime.shim.handler import ShimRuntime
 
 log = logging.getLogger(__name__)
+
+# Programs with the command line of an OCI runtime that leave their containers' streams and ends to a shim of their own.
+_SHIM_TYPES: Final = {"runsc": "io.containerd.runsc.v1", "kata-runtime": "io.containerd.kata.v2"}
+_SHIM_PREFIX: Final = "containerd-shim-"
 
 
 async def start_handlers(settings: RuntimeSettings, paths: MonitorPaths, reaper: Reaper) -> tuple[dict[str, OCIRuntime], dict[str, str]]:
@@ -29,6 +35,8 @@ async def start_handlers(settings: RuntimeSettings, paths: MonitorPaths, reaper:
             await runtime.start()
         except ImgsvcError as error:
             return error
+        except OSError as error:  # whatever it is that the configuration names: the others work
+            return from_os_error(error, "testing it")
         return runtime
 
     results = await asyncio.gather(*(start(handler) for handler in settings.handlers.values()))
@@ -75,4 +83,16 @@ def build_handler(handler: HandlerSettings, settings: RuntimeSettings, paths: Mo
         raise InvalidArgument('sandboxer = "shim" needs a shim', hint="set the handler's type to io.containerd.NAME.vN")
     if handler.type != "oci":
         return ShimRuntime(handler, settings, paths.bundles)
+    if name := _shim_type(handler):
+        raise InvalidArgument(
+            f"{printable(handler.path, 200)} cannot be driven as an OCI runtime", hint=f'set type = "{name}" instead of path'
+        )
     return OCICommand(handler, settings, paths, reaper)
+
+
+def _shim_type(handler: HandlerSettings) -> str:
+    """The type by which a program works that is given as an OCI runtime; "" when it is not known to be another."""
+    name = os.path.basename(handler.path or str(handler.options.get("BinaryName") or ""))
+    if name.startswith(_SHIM_PREFIX):
+        return "io.containerd." + name.removeprefix(_SHIM_PREFIX).replace("-", ".")
+    return _SHIM_TYPES.get(name, "")

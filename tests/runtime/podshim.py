@@ -2,7 +2,8 @@
 
 As containerd's shims: `podshim [flags] start` leaves a server behind and prints its address, `delete` clears up after a dead
 one. STATE/shim.journal has one JSON line per call. Annotations of the pod: `test.podshim/fail: METHOD` refuses a call,
-`test.podshim/os` is what Platform answers. With PODSHIM_PLAIN=1 there is no sandbox API and no -info.
+`test.podshim/os` is what Platform answers. With PODSHIM_PLAIN=1 there is no sandbox API and no -info. With
+PODSHIM_PARAMETERS=1 it starts as shims from containerd 2.3 on: BootstrapParams on standard input, a BootstrapResult on standard output.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from google.protobuf import any_pb2, empty_pb2
 from google.protobuf.json_format import MessageToDict
 
-from imgsvc.api import cgroups_v2_pb2, cri_pb2, ttrpc_pb2, types_pb2
+from imgsvc.api import bootstrap_pb2, cgroups_v2_pb2, cri_pb2, ttrpc_pb2, types_pb2
 from imgsvc.api import sandbox_pb2 as api
 from imgsvc.api import task_v2_pb2 as task
 from imgsvc.errors import FailedPrecondition, ImgsvcError, NotFound, Unimplemented
@@ -226,8 +227,8 @@ async def respond(shim: Shim, frame: Frame, writer: asyncio.StreamWriter) -> Non
     await writer.drain()
 
 
-def start(state: Path) -> None:
-    """Print the address of the pod's server, which is started for its first bundle."""
+def start(state: Path) -> str:
+    """The address of the pod's server, which is started for its first bundle."""
     annotations = json.loads(Path("config.json").read_bytes())["annotations"]
     group = annotations["io.kubernetes.cri.sandbox-id"]
     socket = state / f"{hashlib.sha256(group.encode()).hexdigest()[:12]}.shim"
@@ -240,7 +241,7 @@ def start(state: Path) -> None:
             )
         assert server.stdout
         assert server.stdout.readline() == b"ready\n"
-    print(f"unix://{socket}")
+    return f"unix://{socket}"
 
 
 def delete(state: Path, bundle: Path, name: str) -> None:
@@ -273,7 +274,14 @@ def main(arguments: list[str]) -> int:
     flags = dict(zip(arguments[0:-1:2], arguments[1:-1:2], strict=True))
     state = Path(flags["-address"]).parent
     if arguments[-1] == "start":
-        start(state)
+        parameters = bootstrap_pb2.BootstrapParams.FromString(sys.stdin.buffer.read())
+        if not os.environ.get("PODSHIM_PARAMETERS"):
+            print(start(state))
+        elif (parameters.instance_id, parameters.namespace) == (flags["-id"], flags["-namespace"]):
+            result = bootstrap_pb2.BootstrapResult(version=2, address=start(state), protocol="ttrpc")
+            sys.stdout.buffer.write(result.SerializeToString())
+        else:
+            sys.exit("no parameters on standard input")
     else:
         delete(state, Path(flags["-bundle"]), flags["-id"])
     return 0

@@ -8,7 +8,9 @@ up to containerd 1.7     the address as text                               conta
 from 2.3 on              protobuf BootstrapResult                          containerd.task.v3.Task
 ======================== ================================================= =========================
 
-Standard input stays empty: every generation accepts that and takes its parameters from flags and environment.
+Parameters go by flags and environment. From 2.3 on, shims want them as a BootstrapParams message on standard input, too, and
+refuse to start without one, before they have done anything. Older ones read their options there, and fail on that message. So
+the empty input comes first, and what a program has taken is remembered.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError
 
 from imgsvc.api import bootstrap_pb2, task_v2_pb2, types_pb2
@@ -31,6 +34,7 @@ from imgsvc.runtime.process import SAFE_PATH, run
 NAMESPACE: Final = "imgsvc"
 MAX_VERSION: Final = 3
 _START_TIMEOUT_S: Final = 30.0
+_PUBLISHER: Final = "/bin/false"  # events come by ttrpc
 _SAVED: Final = "bootstrap.json"
 
 
@@ -86,21 +90,34 @@ def parse_answer(data: bytes) -> Endpoint:
     return endpoint
 
 
-@dataclass(frozen=True, slots=True)
 class Launcher:
-    """Runs one shim program. daemon: an address that is ours alone; events: the socket of our events server."""
+    """Runs one shim program."""
 
-    program: str
-    daemon: str
-    events: str
+    def __init__(self, program: str, daemon: str, events: str) -> None:
+        """daemon: an address that is ours alone; events: the socket of our events server."""
+        self.program = program
+        self._daemon = daemon
+        self._events = events
+        self._wants_parameters: bool | None = None  # on standard input; None: not known yet
 
-    async def start(self, container_id: str, bundle: Path) -> Endpoint:
-        """Start the shim of a bundle, or join that of its pod. Raises: FailedPrecondition, DataLoss, Unimplemented."""
+    async def start(self, container_id: str, bundle: Path, options: any_pb2.Any | None = None) -> Endpoint:
+        """Start the shim of a bundle, or join that of its pod. options: the handler's.
+
+        Raises: FailedPrecondition, DataLoss, Unimplemented.
+        """
         (bundle / "log").touch(mode=0o600)  # the shim opens it, and dies without it
-        done = await run([*self._flags(container_id), "start"], env=self._environment(), cwd=bundle, timeout_s=_START_TIMEOUT_S)
-        if done.status:
+        complaints = []
+        for wants in (False, True) if self._wants_parameters is None else (self._wants_parameters,):
+            stdin = self._parameters(container_id, options) if wants else b""
+            flags = [*self._flags(container_id), "start"]
+            done = await run(flags, stdin=stdin, env=self._environment(), cwd=bundle, timeout_s=_START_TIMEOUT_S)
+            if not done.status:
+                self._wants_parameters = wants
+                break
             output = (done.stderr + done.stdout).decode(errors="replace").strip().splitlines()
-            raise FailedPrecondition(f"the shim could not be started: {printable(output[-1]) if output else done.complaint}")
+            complaints.append(printable(output[-1]) if output else done.complaint)
+        else:
+            raise FailedPrecondition(f"the shim could not be started: {'; with BootstrapParams: '.join(complaints)}")
         endpoint = parse_answer(done.stdout)
         save_endpoint(bundle, endpoint)
         (bundle / "shim-binary-path").write_text(self.program)
@@ -128,15 +145,27 @@ class Launcher:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def _parameters(self, container_id: str, options: any_pb2.Any | None) -> bytes:
+        message = bootstrap_pb2.BootstrapParams(
+            instance_id=container_id,
+            namespace=NAMESPACE,
+            containerd_grpc_address=self._daemon,
+            containerd_ttrpc_address=self._events,
+            containerd_binary=_PUBLISHER,
+        )
+        if options is not None:
+            message.extensions.add().value.CopyFrom(options)
+        return message.SerializeToString()
+
     def _flags(self, container_id: str) -> list[str]:
-        own = [self.program, "-namespace", NAMESPACE, "-address", self.daemon]
-        return [*own, "-publish-binary", "/bin/false", "-id", container_id]
+        own = [self.program, "-namespace", NAMESPACE, "-address", self._daemon]
+        return [*own, "-publish-binary", _PUBLISHER, "-id", container_id]
 
     def _environment(self) -> dict[str, str]:
         return {
             "PATH": os.environ.get("PATH", SAFE_PATH),
-            "TTRPC_ADDRESS": self.events,
-            "GRPC_ADDRESS": self.daemon,
+            "TTRPC_ADDRESS": self._events,
+            "GRPC_ADDRESS": self._daemon,
             "NAMESPACE": NAMESPACE,
             "GOMAXPROCS": "2",
             "MAX_SHIM_VERSION": "2",

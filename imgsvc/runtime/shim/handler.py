@@ -119,7 +119,7 @@ class ShimRuntime:
         if endpoint:
             save_endpoint(new.bundle, endpoint)
         else:
-            endpoint = await self._launcher.start(new.container_id, new.bundle)
+            endpoint = await self._launcher.start(new.container_id, new.bundle, self._options())
         fifos = self._make_fifos(new)
         request = task.CreateTaskRequest(
             id=new.container_id,
