@@ -16,7 +16,7 @@ from imgsvc.runtime.core import Core
 from imgsvc.runtime.interfaces import RootMount, RunnableImage
 from imgsvc.runtime.model import ContainerConfig, Mount, NamespaceMode, User, UserNamespace
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord
-from imgsvc.runtime.rootfs import idmapped_volume, mapping_fd, mount_all, mount_idmapped
+from imgsvc.runtime.rootfs import idmapped_volume, mapping_fd, mount_all, mount_idmapped, read_only
 from imgsvc.runtime.users import resolve_user
 
 
@@ -193,6 +193,9 @@ class ContainerBuilder:
         base = bundle / f"image-{number}"
         root = base / "root"
         root.mkdir(mode=0o711, parents=True)
+        (base / "empty").mkdir(mode=0o711)
+        roots = [read_only(mount, base / "empty") for mount in roots]
+        options = volumes.image_mount_options(mount)
         user = sandbox.config.namespaces.user
         if user:
             with mapping_fd(user) as fd:
@@ -200,8 +203,6 @@ class ContainerBuilder:
         else:
             mount_all(roots, root, label)
         volumes.sub_path_of_image(root, mount.image_sub_path, base / "view")
-        # Programs in it may be run: the conformance suite asks for that.
-        options = ("rbind", "rprivate", "ro", "nosuid", "nodev", *mount.mount_options)
         return volumes.BoundMount(mount.container_path, str(base / "view"), options)
 
     def _declared_volume(

@@ -33,6 +33,18 @@ def mount_all(mounts: Sequence[RootMount], target: Path, label: str = "") -> Non
         kernel.mount_with_options(m.source, str(target), m.type, (*m.options, *labelled(m, label)))
 
 
+def read_only(mount: RootMount, empty: Path) -> RootMount:
+    """The same files behind a file system that is read-only itself, as a mount of a single layer is not.
+
+    A bind mount's read-only flag can be taken off by a container with CAP_SYS_ADMIN, and what it wrote would be in the
+    image from then on. An overlay without an upper directory refuses. empty: a directory that stays empty, for the
+    second layer that such an overlay must have.
+    """
+    if mount.type != "bind" and "bind" not in mount.options and "rbind" not in mount.options:
+        return mount
+    return RootMount("overlay", "overlay", ("ro", f"lowerdir={mount.source}:{empty}"))
+
+
 def labelled(mount: RootMount, label: str) -> tuple[str, ...]:
     """What a new mount needs for its label; the files behind a bind mount, which are this container's own, get it themselves."""
     if "bind" not in mount.options and "rbind" not in mount.options:

@@ -59,9 +59,7 @@ def host_mount(mount: Mount, *, rro: bool) -> BoundMount:
 
 def mount_options(mount: Mount, *, rro: bool) -> tuple[str, ...]:
     """Options of a bind mount. rro: the runtime knows recursive read-only mounts."""
-    unknown = set(mount.mount_options) - _ALLOWED_OPTIONS
-    if unknown:
-        raise InvalidArgument(f"mount option {printable(sorted(unknown)[0], 40)} is not supported", where=mount.container_path)
+    _require_options(mount, _ALLOWED_OPTIONS)
     if mount.recursive_read_only:
         if not mount.readonly:
             raise InvalidArgument("recursive_read_only without readonly", where=mount.container_path)
@@ -71,6 +69,25 @@ def mount_options(mount: Mount, *, rro: bool) -> tuple[str, ...]:
             raise FailedPrecondition("this runtime has no recursive read-only mounts", where=mount.container_path)
     access = "rro" if mount.recursive_read_only else "ro" if mount.readonly else "rw"
     return ("rbind", _PROPAGATION[mount.propagation], access, *mount.mount_options)
+
+
+def image_mount_options(mount: Mount) -> tuple[str, ...]:
+    """Options of an image volume: what the pod adds is checked, and what keeps the image as it is comes last.
+
+    Programs in it may be run: the conformance suite asks for that. Raises: InvalidArgument.
+    """
+    _require_options(mount, _ALLOWED_OPTIONS - {"dev", "suid"})
+    return ("rbind", "rprivate", *mount.mount_options, "nosuid", "nodev", "ro")
+
+
+def _require_options(mount: Mount, allowed: frozenset[str]) -> None:
+    unknown = set(mount.mount_options) - allowed
+    if unknown:
+        raise InvalidArgument(
+            f"mount option {printable(min(unknown), 40)} is not supported",
+            where=mount.container_path,
+            hint=f"use {', '.join(sorted(allowed))}",
+        )
 
 
 def _require_propagation(source: str, propagation: Propagation) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.errors import InvalidArgument
 from imgsvc.runtime import volumes
 from tests.runtime.harness import Daemon
+from tests.runtime.images import BUSYBOX
 from tests.runtime.test_life import MakeNode
 
 pytestmark = pytest.mark.root
@@ -23,6 +25,28 @@ def pod_volume(node: Daemon, name: str, container_path: str, **fields: Any) -> p
     source.chmod(0o777)
     (source / "pod").touch()
     return pb.Mount(container_path=container_path, host_path=str(source), **fields)
+
+
+def image_volume(**fields: Any) -> pb.Mount:
+    """The busybox image at /vol."""
+    return pb.Mount(container_path="/vol", image=pb.ImageSpec(image=BUSYBOX), readonly=True, **fields)
+
+
+def test_S8_an_image_volume_cannot_be_made_writable(make_node: MakeNode) -> None:
+    node = make_node()
+    pod = node.run_pod()
+    for option in ("rw", "suid", "dev", "bogus", "nosuid,rw"):
+        with pytest.raises(grpc.RpcError) as caught:
+            node.create(pod, node.container("true", mounts=[image_volume(mount_options=[option])]))
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT, option
+    security = pb.LinuxContainerSecurityContext(
+        capabilities=pb.Capability(add_capabilities=["ALL"]), seccomp=pb.SecurityProfile(profile_type=pb.SecurityProfile.Unconfined)
+    )
+    script = "mount -o remount,rw,bind /vol; mount -o remount,rw /vol; grep -c ' /vol .*rw' /proc/self/mounts; touch /vol/x 2>/dev/null || echo kept"
+    for number, fields in enumerate([{}, {"image_sub_path": "etc"}]):
+        volume = image_volume(mount_options=["noatime", "noexec"], **fields)
+        assert "kept" in node.output(pod, script, name=f"c{number}", mounts=[volume], security=security)
+    assert not list((node.directory / "images/rootfs").rglob("x"))
 
 
 def test_P1_a_pods_mount_lies_on_top_of_an_images_volume(make_node: MakeNode) -> None:
