@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from imgsvc import kernel
 from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, printable
 from imgsvc.oci import Digest
 from imgsvc.runtime import cdi, cgroups, devices, podfiles, security, selinux, spec, volumes
@@ -208,11 +209,16 @@ class ContainerBuilder:
     def _declared_volume(
         self, bundle: Path, number: int, place: str, storage: Path, sandbox: SandboxRecord, label: str
     ) -> volumes.BoundMount:
-        bound = volumes.declared_volume(bundle / "rootfs", place, storage)
+        user = sandbox.config.namespaces.user
+        owner = (user.uids[0].host_id, user.gids[0].host_id) if user else (0, 0)
+        bound = volumes.declared_volume(bundle / "rootfs", place, storage, owner)
         selinux.relabel(bound.source, label)
-        if user := sandbox.config.namespaces.user:
-            bound = idmapped_volume(bound, bundle / f"declared-{number}", user)
-        return bound
+        if user is None:
+            return bound
+        view = bundle / f"declared-{number}"  # the runtime looks it up as the pod's root, who may not go through our directories
+        view.mkdir(mode=0o711)
+        kernel.mount(bound.source, str(view), "", kernel.MS_BIND)
+        return replace(bound, source=str(view))
 
 
 def _base_spec(path: str) -> Mapping[str, Any]:

@@ -138,12 +138,15 @@ def sub_path_of_image(root: Path, sub_path: str, target: Path) -> None:
     kernel.mount("", str(target), "", flags)
 
 
-def declared_volume(rootfs: Path, path: str, storage: Path) -> BoundMount:
+def declared_volume(rootfs: Path, path: str, storage: Path, owner: tuple[int, int] = (0, 0)) -> BoundMount:
     """A volume the image declares: a directory of the container's own, filled with what the image has there (C-C5).
 
+    Owners are as the root shows them to us: in a pod with a user namespace, those on the node.
+    owner: (UID, GID) on the node of the container's root, for a directory that the image does not have.
     Raises: InvalidArgument (the image has something there that is not a directory), ImgsvcError.
     """
     storage.mkdir(mode=0o755, parents=True, exist_ok=True)
+    os.chown(storage, *owner)
     try:
         fd = kernel.open_in_root(rootfs, path, os.O_PATH)
     except (FileNotFoundError, NotADirectoryError):
