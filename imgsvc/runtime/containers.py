@@ -25,8 +25,9 @@ from imgsvc.runtime import cgroups, spec, validate
 from imgsvc.runtime.containerplan import BuiltContainer, ContainerBuilder, volume_key
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType
+from imgsvc.runtime.execerror import is_about_the_command
 from imgsvc.runtime.exits import UNKNOWN_EXIT, alive, now_ns, persistently, start_time
-from imgsvc.runtime.interfaces import Exit, NewTask, RootMount, RunnableImage
+from imgsvc.runtime.interfaces import Exit, NewTask, OCIRuntime, RootMount, RunnableImage
 from imgsvc.runtime.logs import check_log_directory, prepare_log
 from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, NamespaceMode
 from imgsvc.runtime.oom import OomLedger
@@ -46,6 +47,19 @@ log = logging.getLogger(__name__)
 
 KILL_WAIT_S: Final = 10.0  # after SIGKILL; longer means a process in uninterruptible sleep
 _START_FAILED: Final = 128  # exit code when init never ran, as containerd reports it
+
+
+async def _create_init(handler: OCIRuntime, task: NewTask) -> tuple[int, str]:
+    """(pid, "") of a container's init; (0, the runtime's complaint) when its command cannot be run: StartContainer tells that.
+
+    A pod whose command is wrong so comes to an end, as with containerd, where the runtime's create is part of the start.
+    """
+    try:
+        return await handler.create(task), ""
+    except FailedPrecondition as error:
+        if not is_about_the_command(error.what):
+            raise
+        return 0, str(error)
 
 
 class Containers:
@@ -130,23 +144,25 @@ class Containers:
         await afailpoint("container.bundle")
         undo.push(f"deleting container {record.id}", handler.delete, record.id)
         config = record.config
-        pid = await handler.create(
-            NewTask(
-                container_id=record.id,
-                sandbox_id=sandbox.id,
-                bundle=core.paths.bundle(record.id),
-                terminal=config.tty,
-                stdin=config.stdin,
-                stdin_once=config.stdin_once,
-                log_directory=sandbox.config.log_directory,
-                log_path=record.log_path,
-            )
+        task = NewTask(
+            container_id=record.id,
+            sandbox_id=sandbox.id,
+            bundle=core.paths.bundle(record.id),
+            terminal=config.tty,
+            stdin=config.stdin,
+            stdin_once=config.stdin_once,
+            log_directory=sandbox.config.log_directory,
+            log_path=record.log_path,
         )
+        pid, start_error = await _create_init(handler, task)
         await afailpoint("container.created")
-        made = replace(record, pid=pid, pid_start=start_time(pid), user=built.user, cgroup=built.cgroups_path, made_at=now_ns())
+        made = replace(record, user=built.user, cgroup=built.cgroups_path, made_at=now_ns(), start_error=start_error)
+        if not start_error:
+            made = replace(made, pid=pid, pid_start=start_time(pid))
         await durable(written)
         core.records.advance_container(made, core.paths.bundle(record.id))
-        self.watch(made)
+        if not start_error:
+            self.watch(made)
         return made
 
     async def _build(
@@ -203,6 +219,8 @@ class Containers:
         self._require_open(core.records.sandbox(record.sandbox_id))
         started_at = now_ns()
         try:
+            if record.start_error:
+                raise FailedPrecondition(record.start_error)
             await core.runtime_of(record).start_task(record.id)
             await afailpoint("container.started")
             current = core.records.container(full_id)
@@ -214,8 +232,9 @@ class Containers:
 
     async def _start_failed(self, record: ContainerRecord, message: str) -> None:
         core = self._core
-        with contextlib.suppress(ImgsvcError):
-            await core.runtime_of(record).kill(record.id, signal.SIGKILL)
+        if not record.start_error:
+            with contextlib.suppress(ImgsvcError):
+                await core.runtime_of(record).kill(record.id, signal.SIGKILL)
         current = core.records.container(record.id)
         failed = replace(current, finished_at=now_ns(), exit_code=_START_FAILED, reason="StartError", message=message)
         await durable(core.records.put_container(failed))
@@ -280,7 +299,10 @@ class Containers:
         if current is None or container_state(current, core.boot_id) not in (ContainerState.CREATED, ContainerState.RUNNING):
             return
         with os_errors("stopping a container"):
-            await self._end(current, timeout_s)
+            if current.start_error:  # it has no process
+                await self.finish(current.id, Exit(_START_FAILED, now_ns()))
+            else:
+                await self._end(current, timeout_s)
 
     async def _end(self, record: ContainerRecord, timeout_s: float) -> None:
         handler = self._core.runtime_of(record)

@@ -78,6 +78,7 @@ class ContainerRecord:
         log_path: absolute, "" when nothing is logged.
         cgroup: path below the cgroup root, as given to the OCI runtime.
         resources: as updated last, for ContainerStatus.
+        start_error: why its command cannot be started, known since its create: there is no process then. "" for all others.
     """
 
     id: str
@@ -102,6 +103,7 @@ class ContainerRecord:
     stop_signal: str = "SIGTERM"
     user: User | None = None
     resources: LinuxContainerResources | None = None
+    start_error: str = ""
 
 
 def sandbox_name(config: PodSandboxConfig) -> str:

@@ -51,7 +51,7 @@ async def _container(core: Core, containers: Containers, record: ContainerRecord
     if not record.made_at or record.sandbox_id not in core.records.sandboxes:
         log.warning("container %s was half-made when the daemon died; it is removed", record.id)
         await containers.discard(record)
-    elif record.finished_at:
+    elif record.finished_at or (record.start_error and record.boot_id == core.boot_id):
         return
     elif record.boot_id != core.boot_id:
         await containers.finish(record.id, Exit(UNKNOWN_EXIT, now_ns(), known=False))

@@ -144,11 +144,10 @@ def test_names_are_unique_per_attempt(node: Daemon) -> None:
 
 def test_a_refused_container_leaves_nothing_and_frees_its_name(node: Daemon) -> None:
     pod = node.run_pod("refused")
-    config = node.container("x", "c", command=["/no/such/program"])
+    config = node.container("x", "c", devices=[pb.Device(host_path="/dev/no-such-device", container_path="/dev/x")])
     with pytest.raises(grpc.RpcError) as caught:
         node.create(pod, config)
-    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-    assert "/no/such/program" in (caught.value.details() or "")
+    assert "/dev/no-such-device" in (caught.value.details() or "")
     assert node.cri.ListContainers(pb.ListContainersRequest(filter=pb.ContainerFilter(pod_sandbox_id=pod))).containers == []
     container = node.run(pod, "exit 0", "c")
     node.wait_exit(container)
