@@ -24,6 +24,7 @@ from typing import Final
 from imgsvc import kernel
 from imgsvc.errors import FailedPrecondition, Internal
 from imgsvc.removal import discard, unmount_below
+from imgsvc.runtime import sysctls
 from imgsvc.runtime.model import IDMapping, UserNamespace
 
 KINDS: Final[Mapping[str, int]] = {"net": kernel.CLONE_NEWNET, "ipc": kernel.CLONE_NEWIPC, "uts": kernel.CLONE_NEWUTS}
@@ -144,13 +145,17 @@ def _write_map(pid: int, name: str, mappings: Sequence[IDMapping]) -> None:
 
 
 def _enter_and_configure(directory: Path, plan: NamespacePlan) -> None:
-    for kind in plan.kinds:
+    _enter(directory, plan.kinds)
+    _configure(plan)
+
+
+def _enter(directory: Path, kinds: Sequence[str]) -> None:
+    for kind in kinds:
         fd = os.open(directory / kind, os.O_RDONLY | os.O_CLOEXEC)
         try:
             kernel.setns(fd, KINDS[kind])
         finally:
             os.close(fd)
-    _configure(plan)
 
 
 def _configure(plan: NamespacePlan) -> None:
@@ -170,13 +175,24 @@ def _loopback_up() -> None:
         fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", flags | _IFF_UP))
 
 
+def set_network_sysctls(directory: Path, values: Mapping[str, str]) -> None:
+    """Set sysctls in the pinned network namespace. Blocking. Raises: FailedPrecondition, OSError."""
+
+    def run() -> None:
+        _enter(directory, ("net",))
+        for name, value in values.items():
+            write_sysctl(name, value)
+
+    kernel.in_fresh_thread(run)
+
+
 def write_sysctl(name: str, value: str) -> None:
-    """Set one sysctl as seen by the calling thread. The name was checked by spec.check_sysctls."""
+    """Set one sysctl as seen by the calling thread. The name was checked by validate.sysctls."""
     try:
-        with open(Path("/proc/sys") / name.replace(".", "/"), "w") as stream:
+        with open(Path("/proc/sys", *sysctls.parts(name)), "w") as stream:
             stream.write(value)
     except FileNotFoundError as error:
-        raise FailedPrecondition(f"this kernel has no sysctl {name}") from error
+        raise FailedPrecondition(f"there is no sysctl {name}", hint="the kernel or the pod's network does not have it") from error
     except OSError as error:
         raise FailedPrecondition(f"sysctl {name} cannot be set to {value!r}: {error.strerror}") from error
 

@@ -14,14 +14,14 @@ from dataclasses import replace
 from imgsvc.concurrency import Undo, in_thread
 from imgsvc.errors import FailedPrecondition, ImgsvcError
 from imgsvc.failpoints import afailpoint
-from imgsvc.runtime import cgroups, podfiles, podlimits, selinux, validate
+from imgsvc.runtime import cgroups, podfiles, podlimits, selinux, sysctls, validate
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType
 from imgsvc.runtime.exits import now_ns
 from imgsvc.runtime.holder import Holders
 from imgsvc.runtime.model import LinuxContainerResources, NamespaceMode, PodSandboxConfig
-from imgsvc.runtime.namespaces import NamespacePlan, pin, pinned
+from imgsvc.runtime.namespaces import NamespacePlan, pin, pinned, set_network_sysctls
 from imgsvc.runtime.records import SandboxRecord, durable, sandbox_name
 from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.state import require_ready
@@ -104,6 +104,8 @@ class Sandboxes:
                 max_conf_num=settings.cni_max_conf_num if settings.cni_conf_dir else None,
                 cgroup_path=parent,
             )
+            if late := sysctls.of_interfaces(self._sysctls(config)):
+                await in_thread(set_network_sysctls, core.paths.pins(record.id), late)
         await afailpoint("sandbox.network")
         undo.push(f"ending what holds pod sandbox {record.id}", self._holders.end, record)
         held = await self._holders.start(record)
@@ -118,23 +120,27 @@ class Sandboxes:
         config = record.config
         directory = self._core.paths.sandbox(record.id)
         directory.mkdir(mode=0o711, parents=True)
-        pin(self._core.paths.pins(record.id), namespace_plan(config, self._default_sysctls(config)))
+        wanted = self._sysctls(config)
+        late = sysctls.of_interfaces(wanted)
+        early = {name: value for name, value in wanted.items() if name not in late}
+        pin(self._core.paths.pins(record.id), namespace_plan(config, early))
         label = selinux.file_label(self._core.host.contexts.file, record.selinux)
         podfiles.write(directory, config, label)
         podfiles.mount_shm(directory, config, label)
         if config.log_directory:
             os.makedirs(config.log_directory, 0o755, exist_ok=True)
 
-    def _default_sysctls(self, config: PodSandboxConfig) -> dict[str, str]:
-        """What containerd sets, too: ports below 1024 and ping without privileges."""
+    def _sysctls(self, config: PodSandboxConfig) -> dict[str, str]:
+        """The pod's, over what containerd sets, too: ports below 1024 and ping without privileges."""
+        wanted = {sysctls.canonical(name): value for name, value in config.linux.sysctls.items()}
         if config.namespaces.network == NamespaceMode.NODE:
-            return dict(config.linux.sysctls)
+            return wanted
         defaults = {}
         if self._core.settings.enable_unprivileged_ports:
             defaults["net.ipv4.ip_unprivileged_port_start"] = "0"
         if self._core.settings.enable_unprivileged_icmp and config.namespaces.user is None:
             defaults["net.ipv4.ping_group_range"] = "0 2147483647"
-        return defaults | {k.replace("/", "."): v for k, v in config.linux.sysctls.items()}
+        return defaults | wanted
 
     async def stop(self, sandbox_id: str) -> None:
         """End everything of a pod; its record stays, NOTREADY. Unknown and stopped already are successes.

@@ -13,6 +13,7 @@ from typing import Final
 
 from imgsvc.errors import InvalidArgument, printable
 from imgsvc.runtime.model import ContainerConfig, DNSConfig, IDMapping, NamespaceMode, PodSandboxConfig
+from imgsvc.runtime.sysctls import canonical
 
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?", re.ASCII)
 _IP = re.compile(r"[0-9A-Fa-f.:]{2,45}(%[A-Za-z0-9_.-]{1,15})?", re.ASCII)
@@ -117,8 +118,8 @@ def _cgroup_parent(parent: str) -> None:
 def sysctls(values: Mapping[str, str], config: PodSandboxConfig) -> None:
     """Only namespaced sysctls, only when the pod has that namespace for itself, only harmless characters (C-C20)."""
     for name, value in values.items():
-        dotted = name.replace("/", ".")
-        if not _SYSCTL_NAME.fullmatch(name) or ".." in dotted:
+        dotted = canonical(name)
+        if not _SYSCTL_NAME.fullmatch(name) or ".." in name.replace("/", "."):
             raise InvalidArgument(f'"{printable(name, 120)}" is not the name of a sysctl')
         if not _SYSCTL_VALUE.fullmatch(value):
             raise InvalidArgument(f'"{printable(value, 120)}" is not a value for sysctl {name}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.errors import InvalidArgument
-from imgsvc.runtime import volumes
-from tests.runtime.harness import Daemon
+from imgsvc.runtime import sysctls, volumes
+from imgsvc.runtime.execerror import is_about_the_command
+from tests.runtime.harness import Daemon, assert_clean
 from tests.runtime.images import BUSYBOX
+from tests.runtime.test_handlers import KINDS
 from tests.runtime.test_life import MakeNode
 
 pytestmark = pytest.mark.root
@@ -96,3 +99,95 @@ def test_P20_what_lies_below_a_mount_is_not_looked_up_in_the_image(tmp_path: Pat
     assert places.is_covered("/a/b/c")
     assert places.is_covered("/dev/x")
     assert not places.is_covered("/c")
+
+
+def userns_pod(node: Daemon) -> tuple[str, pb.LinuxContainerSecurityContext]:
+    """A pod with a user namespace, and what its containers need to join it."""
+    mapping = [pb.IDMapping(host_id=300000, container_id=0, length=65536)]
+    user = pb.UserNamespace(mode=pb.POD, uids=mapping, gids=mapping)
+    options = pb.NamespaceOption(network=pb.NODE, pid=pb.CONTAINER, userns_options=user)
+    return node.run_pod("userns", namespaces=options), pb.LinuxContainerSecurityContext(namespace_options=options)
+
+
+def test_P2_a_volume_in_a_user_namespace_has_the_images_owners(make_node: MakeNode) -> None:
+    node = make_node({"image": {"volumes": ["/data", "/new", "/run/x"]}})
+    rootfs = node.directory / "images/rootfs"
+    (rootfs / "data").mkdir()
+    (rootfs / "data/root").touch()
+    (rootfs / "data/ann").touch(mode=0o600)
+    os.chown(rootfs / "data", 1000, 1000)
+    os.chown(rootfs / "data/ann", 1000, 1000)
+    pod, security = userns_pod(node)
+    mounts = [pod_volume(node, "token", "/data/secrets/token", readonly=True), pod_volume(node, "run", "/run/x/y")]
+    script = (
+        "stat -c %u:%g /data /data/root /data/ann /new; touch /data/made /new/made; stat -c %u /data/made; ls /data/secrets/token /run/x/y"
+    )
+    lines = node.output(pod, script, mounts=mounts, security=security)
+    assert lines == ["1000:1000", "0:0", "1000:1000", "0:0", "0", "/data/secrets/token:", "pod", "", "/run/x/y:", "pod"]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_K4_a_command_that_cannot_be_started_fails_at_its_start(make_node: MakeNode, kind: str) -> None:
+    hybrid = Path("/sys/fs/cgroup/unified").is_dir()
+    node = make_node({"handlers": {"default": KINDS[kind][0]}}, cgroups="v1" if hybrid and kind == "crun" else "")
+    pod = node.run_pod()
+    made = [
+        node.create(pod, node.container("", f"c{n}", command=[program]))
+        for n, program in enumerate(["nope", "/no/such", "/etc/passwd", "/etc"])
+    ]
+    if kind == "runc":
+        node.kill()
+        node.start()
+    assert {c.state for c in node.cri.ListContainers(pb.ListContainersRequest()).containers} == {pb.CONTAINER_CREATED}
+    assert len(node.cri.ListContainerStats(pb.ListContainerStatsRequest()).stats) == len(made)
+    for container in made[1:]:
+        with pytest.raises(grpc.RpcError) as caught:
+            node.start_container(container)
+        status = node.status(container)
+        assert (status.state, status.exit_code, status.reason) == (pb.CONTAINER_EXITED, 128, "StartError")
+        assert status.message
+        assert status.message in (caught.value.details() or "")
+    assert "/no/such" in node.status(made[1]).message
+    node.cri.StopContainer(pb.StopContainerRequest(container_id=made[0], timeout=5))
+    assert node.status(made[0]).state == pb.CONTAINER_EXITED
+    for container in made:
+        node.cri.RemoveContainer(pb.RemoveContainerRequest(container_id=container))
+    node.remove_all()
+    assert_clean(node)
+
+
+def test_K4_what_is_wrong_beside_the_command_still_fails_the_creation(make_node: MakeNode) -> None:
+    node = make_node()
+    pod = node.run_pod()
+    rootfs = node.directory / "images/rootfs"
+    (rootfs / "file").touch()
+    for fields in ({"devices": [pb.Device(host_path="/dev/none", container_path="/dev/none")]}, {"working_dir": "/file"}):
+        with pytest.raises(grpc.RpcError):
+            node.create(pod, node.container("true", **fields))
+    assert not node.cri.ListContainers(pb.ListContainersRequest()).containers
+    assert is_about_the_command('exec: "x": executable file not found in $PATH: unknown')
+    assert is_about_the_command("executable file `x` not found in $PATH: No such file or directory")
+    assert not is_about_the_command('error running createRuntime hook #0: exec: "x": executable file not found in $PATH')
+    assert not is_about_the_command('error mounting "/x" to rootfs at "/y": not a directory')
+
+
+def test_P5_sysctls_of_an_interface_are_set_when_it_is_there(make_node: MakeNode) -> None:
+    node = make_node(bridge="rtfield")
+    wanted = {"net.ipv4.conf.eth0.arp_ignore": "1", "net/ipv4/conf/eth0/arp_announce": "2", "net.ipv4.conf.all.arp_filter": "1"}
+    pod = node.run_pod("sysctl", sysctls=wanted)
+    directory = "/proc/sys/net/ipv4/conf"
+    script = f"cat {directory}/eth0/arp_ignore {directory}/eth0/arp_announce {directory}/all/arp_filter"
+    assert node.output(pod, script) == ["1", "2", "1"]
+    with pytest.raises(grpc.RpcError) as caught:
+        node.run_pod("none", sysctls={"net.ipv4.conf.eth7.arp_ignore": "1"})
+    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    node.remove_all()
+    assert_clean(node)
+
+
+def test_P5_names_of_sysctls_have_two_forms() -> None:
+    assert sysctls.parts("net/ipv4/conf/eth0.100/arp_ignore") == ["net", "ipv4", "conf", "eth0.100", "arp_ignore"]
+    assert sysctls.parts("net.ipv4.conf.eth0/100.arp_ignore") == ["net", "ipv4", "conf", "eth0.100", "arp_ignore"]
+    assert sysctls.canonical("net/ipv4/conf/eth0.100/arp_ignore") == "net.ipv4.conf.eth0/100.arp_ignore"
+    names = ["net.ipv4.conf.eth0.x", "net.ipv6.neigh.eth0/1.x", "net.ipv4.conf.all.x", "net.ipv4.conf.lo.x", "net.core.x", "net.ipv4.conf"]
+    assert list(sysctls.of_interfaces(dict.fromkeys(names, "1"))) == names[:2]
