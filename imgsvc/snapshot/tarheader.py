@@ -43,6 +43,7 @@ MAX_ID: Final = 2**32 - 2  # 2^32 - 1 means "no change" to chown(2)
 MAX_PATH: Final = 4096  # [bytes] PATH_MAX; no longer name can be created
 MAX_PAX: Final = 1024**2  # [bytes] of one PAX header; real ones are below 100 KiB, xattrs included
 MAX_PAX_RECORDS: Final = 10_000
+_PAX_TEXTS: Final = frozenset({b"path", b"linkpath", b"uname", b"gname"})  # whose values are names
 MAX_SPARSE_PARTS: Final = 100_000  # data regions of one file; qemu images have some thousands
 NANO: Final = 1_000_000_000
 
@@ -208,6 +209,8 @@ def parse_pax(data: bytes) -> list[tuple[bytes, bytes]]:
         key, equals, value = data[space + 1 : end - 1].partition(b"=")
         if not key or not equals:
             raise BadLayer("a PAX record has no key")
+        if b"\0" in (value if key in _PAX_TEXTS else key):
+            raise BadLayer("a PAX record with a NUL byte in a name")
         if len(records) == MAX_PAX_RECORDS:
             raise ResourceExhausted(f"bad layer: more than {MAX_PAX_RECORDS} PAX records for one entry")
         records.append((key, value))
@@ -216,20 +219,21 @@ def parse_pax(data: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def pax_integer(value: bytes, key: str) -> int:
-    """A decimal number, not negative; a plus sign in front is taken, as Go's reader does. Raises: BadLayer."""
-    value = value.removeprefix(b"+")
-    if not value.isdigit() or len(value) > 19 or int(value) > MAX_NUMBER:
+    """A decimal number, not negative; a plus sign or zeros in front are taken, as by Go's reader. Raises: BadLayer."""
+    digits = value.removeprefix(b"+")
+    shortest = digits.lstrip(b"0") or digits[-1:]
+    if not digits.isdigit() or len(shortest) > 19 or int(shortest) > MAX_NUMBER:
         raise BadLayer(f"PAX {key} is not a number in range")
-    return int(value)
+    return int(shortest)
 
 
 def pax_time(value: bytes, key: str) -> int:
     """Seconds with an optional fraction, as nanoseconds; digits beyond the ninth are cut off. Raises: BadLayer."""
     sign = -1 if value.startswith(b"-") else 1
     whole, _, fraction = value[value[:1] in (b"-", b"+") :].partition(b".")
-    if not whole.isdigit() or (fraction and not fraction.isdigit()) or len(whole) > 11:
+    if not whole.isdigit() or (fraction and not fraction.isdigit()) or len(whole.lstrip(b"0")) > 11:
         raise BadLayer(f"PAX {key} is not a time in range")
-    return sign * (int(whole) * NANO + int(fraction[:9].ljust(9, b"0")))
+    return sign * (int(whole[-11:]) * NANO + int(fraction[:9].ljust(9, b"0")))
 
 
 def check_sparse(parts: list[tuple[int, int]], packed: int, real_size: int, name: bytes) -> list[tuple[int, int]]:

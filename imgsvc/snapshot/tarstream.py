@@ -145,7 +145,19 @@ class TarStream:
             if self._at == len(self._chunk) and not self._refill():
                 return b""
             block = self._take(BLOCK)
-        return b"" if block == tar.ZERO_BLOCK else block
+        if block == tar.ZERO_BLOCK:
+            self._check_end()
+            return b""
+        return block
+
+    def _check_end(self) -> None:
+        """An archive ends with two zero blocks, or with the stream. What follows a single one is refused, as by Go's reader, and not left out."""
+        try:
+            following = self._take(BLOCK)
+        except Truncated:
+            return
+        if following != tar.ZERO_BLOCK:
+            raise BadLayer("more of the archive follows a lone zero block")
 
     def _skip_padding(self) -> bool:
         """False at the end of the stream: the last file's padding may be missing (`umoci insert` leaves it out)."""

@@ -164,3 +164,24 @@ def test_P22_a_header_about_an_entry_that_does_not_come_changes_nothing(bench: B
 def test_P22_labels_of_the_hosts_policy_are_not_an_images_to_set(bench: Bench) -> None:
     layer = tar([Entry("file", xattrs={"security.selinux": b"system_u:object_r:shadow_t:s0\0", "user.kept": b"1"})])
     assert everywhere(bench, layer)["file"][6] == {"user.kept": b"1"}
+
+
+@pytest.mark.parametrize("value", [b"0" * 30 + b"7", b"+0000007", b"7"], ids=bytes.decode)
+def test_P22_zeros_in_front_of_numbers_change_nothing(bench: Bench, value: bytes) -> None:
+    layer = pax_block(record(b"uid", value) + record(b"mtime", value)) + raw_header(b"file") + END
+    assert laid(bench, [layer], "native")["file"][1:4] == (7, 0, 7_000_000_000)
+
+
+@pytest.mark.parametrize("key, value", [(b"path", b"a\0b"), (b"linkpath", b"\0"), (b"SCHILY.xattr.user.a\0b", b"1")], ids=repr)
+def test_P22_names_with_a_nul_byte_are_refused_and_values_may_have_one(bench: Bench, key: bytes, value: bytes) -> None:
+    with pytest.raises(InvalidArgument):
+        laid(bench, [pax_block(record(key, value)) + raw_header(b"file") + END], "native")
+    good = pax_block(record(b"SCHILY.xattr.user.a", b"a\0b")) + raw_header(b"file") + END
+    assert laid(bench, [good], "native")["file"][6] == {"user.a": b"a\0b"}
+
+
+def test_P22_nothing_is_left_out_after_a_lone_zero_block(bench: Bench) -> None:
+    with pytest.raises(InvalidArgument, match="lone zero block"):
+        laid(bench, [raw_header(b"one") + bytes(512) + raw_header(b"two") + END], "native")
+    for end in (b"", bytes(512), bytes(1024), bytes(1024) + b"padding" * 200, bytes(700)):
+        assert "one" in laid(bench, [raw_header(b"one") + end], "native")
