@@ -34,8 +34,9 @@ GNU_SPARSE: Final = ord("S")
 GNU_DUMP_DIR: Final = ord("D")
 GNU_VOLUME: Final = ord("V")
 REGULAR_ONE: Final = ord("0")
+REGULAR_OLD: Final = 0  # V7's, which has no type for directories: the whole name tells, and a header's part of it may end anywhere
 _WITH_DATA: Final = REGULAR | {GNU_SPARSE, GNU_DUMP_DIR, PAX, PAX_SUN, PAX_GLOBAL, GNU_LONG_NAME, GNU_LONG_LINK}
-PLAIN: Final = frozenset(b"0123456")  # described by one header block alone, if no other one came before it
+PLAIN: Final = frozenset(b"\x000123456")  # described by one header block alone, if no other one came before it
 _WITHOUT_DATA: Final = frozenset({LINK, SYMLINK, CHAR, BLOCK_DEVICE, DIRECTORY, FIFO})
 
 MAX_NUMBER: Final = 2**63 - 1
@@ -151,7 +152,7 @@ def parse_header(block: bytes) -> Header:
     if mtime is None:
         mtime = _time(time)
     if kind == REGULAR_ONE or kind in REGULAR:
-        return Header(name, REGULAR_ONE, mode, uid, gid, length, mtime, length)
+        return Header(name, kind and REGULAR_ONE, mode, uid, gid, length, mtime, length)
     if kind in _WITHOUT_DATA:
         length = 0  # some writers record the linked file's size; no data follows
     header = Header(name, kind, mode, uid, gid, length, mtime, length, block[157:257].partition(b"\0")[0])

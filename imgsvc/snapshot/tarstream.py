@@ -49,8 +49,8 @@ class TarStream:
             if described is None:
                 return None
             header = described
-        if header.kind == tar.REGULAR_ONE and header.name.endswith(b"/"):
-            header.kind = tar.DIRECTORY  # V7 has no type for them; judged by the whole name, a header's part may end anywhere
+        if header.kind == tar.REGULAR_OLD:
+            header.kind = tar.DIRECTORY if header.name.endswith(b"/") else tar.REGULAR_ONE
         return header
 
     def _described(self, header: Header, block: bytes) -> Header | None:
