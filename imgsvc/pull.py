@@ -292,7 +292,7 @@ def _bytes_from(sources: Iterable[BlobSource]) -> dict[str, int]:
 
 def _credentials(attempts: Sequence[Attempt]) -> list[str]:
     """Names of the credentials without which the image may not have been had; who else may have it depends on them."""
-    return sorted({a.credential for a in attempts if a.credential not in ("", "none") and not a.credential.startswith("withheld")})
+    return sorted({str(a.credential) for a in attempts if a.credential.taken})
 
 
 def _read_small(content: Store, descriptor: Descriptor) -> bytes | None:

@@ -261,7 +261,7 @@ def _allow(known: Known, reference: Reference, *, private: bool) -> None:
 
 
 def _took_credentials(resolved: Resolved) -> bool:
-    return any(a.credential not in ("", "none") and not a.credential.startswith("withheld") for a in resolved.attempts)
+    return any(a.credential.taken for a in resolved.attempts)
 
 
 def _encode(known: Known) -> Record:

@@ -25,6 +25,10 @@ class Registry:
         self.asked = 0
         self.was_asked, self.may = asyncio.Event(), asyncio.Event()
 
+    @property
+    def took_credentials(self) -> bool:
+        return False
+
     async def document(self, descriptor: Descriptor, *, limit: int) -> bytes:
         raise NotImplementedError
 

@@ -23,6 +23,11 @@ class ArchiveSource:
         """See Registry."""
         return self
 
+    @property
+    def took_credentials(self) -> bool:
+        """See Fetcher."""
+        return False
+
     async def document(self, descriptor: Descriptor, *, limit: int) -> bytes:
         """See Fetcher; asked only for what is not stored."""
         raise self._missing(descriptor)

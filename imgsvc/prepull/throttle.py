@@ -66,6 +66,10 @@ class _Fetcher:
         self._fetcher = fetcher
         self._throttle = throttle
 
+    @property
+    def took_credentials(self) -> bool:
+        return self._fetcher.took_credentials
+
     async def document(self, descriptor: Descriptor, *, limit: int) -> bytes:
         return await self._fetcher.document(descriptor, limit=limit)
 

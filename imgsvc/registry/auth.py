@@ -7,8 +7,6 @@ one endpoint obtained is never shown to a second one.
 from __future__ import annotations
 
 import base64
-import hashlib
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -32,7 +30,7 @@ from imgsvc.registry.challenge import (
 )
 from imgsvc.registry.exchange import RequestFailed, Response, Route
 from imgsvc.registry.hosts import Host, trusted_token_hosts
-from imgsvc.registry.interfaces import Credential, RegistryObserver
+from imgsvc.registry.interfaces import Credential, RegistryObserver, identity
 from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
 from imgsvc.registry.proxies import proxy_for
 from imgsvc.registry.redact import MAX_ERROR_BODY, registry_message, shown_url
@@ -62,10 +60,10 @@ class Peer:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Answer:
-    """An Authorization header value. note: what to tell people when it is refused all the same."""
+    """An Authorization header value. withheld: why the credential did not go into it; "" when it did."""
 
     value: str
-    note: str = ""
+    withheld: str = ""
 
 
 class Authorizer:
@@ -79,14 +77,10 @@ class Authorizer:
         self._tokens: OrderedDict[tuple[str, ...], tuple[Token, float]] = OrderedDict()
         self._get_only: OrderedDict[str, None] = OrderedDict()
         self._flights: SingleFlight[tuple[Token, float]] = SingleFlight()
-        self._salt = secrets.token_bytes(16)
 
     def identity(self, credential: Credential | None) -> str:
         """A name for a credential that says nothing about it and differs between any two; "" for nobody."""
-        if credential is None:
-            return ""
-        parts = (credential.username, credential.password, credential.identity_token, credential.registry_token, credential.host)
-        return hashlib.sha256(self._salt + "\0".join(parts).encode()).hexdigest()
+        return identity(credential)
 
     async def preempt(self, peer: Peer, wanted: Sequence[str], credential: Credential | None) -> Answer | None:
         """What to send without being asked, learnt from an earlier challenge."""
@@ -120,7 +114,9 @@ class Authorizer:
         scopes = scopes_for(challenge, wanted)
         note = _checked_realm(peer, challenge)
         if note and credential:
-            credential, note = None, f"withheld: {note}"
+            credential = None
+        else:
+            note = ""
         key = self._token_key(peer, challenge, scopes, credential)
         cached = self._tokens.get(key)
         if cached is None or time.monotonic() >= cached[1]:

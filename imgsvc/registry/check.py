@@ -110,7 +110,7 @@ async def _check(endpoint: Endpoint, reference: Reference | None) -> Checked:
     except ImgsvcError as failure:
         latency = latency or time.monotonic() - started
         error, status = str(await endpoint.reason() or failure), getattr(failure, "status", 0)
-    return Checked(endpoint.base, endpoint.host.origin, not error, status, endpoint.credential_name, tls, latency, speed, skew, error)
+    return Checked(endpoint.base, endpoint.host.origin, not error, status, str(endpoint.credential_use), tls, latency, speed, skew, error)
 
 
 async def _speed(endpoint: Endpoint, reference: Reference) -> float:

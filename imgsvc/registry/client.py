@@ -150,12 +150,20 @@ class RepositoryFetcher:
         self._reference = reference
         self._credential = credential
         self._first: asyncio.Task[Operation] | None = None
+        self._begun: list[Operation] = []
+
+    @property
+    def took_credentials(self) -> bool:
+        """As Fetcher.took_credentials."""
+        return any(attempt.credential.taken for operation in self._begun for attempt in operation.session.attempts)
 
     async def _operation(self) -> Operation:
         """All requests of one pull go by the files as they were at its start; helpers are asked once."""
         if self._first is None or (self._first.done() and (self._first.cancelled() or self._first.exception())):
             self._first = asyncio.ensure_future(self._client.operation(self._reference, self._credential))
-        return (await asyncio.shield(self._first)).again()
+        operation = (await asyncio.shield(self._first)).again()
+        self._begun.append(operation)
+        return operation
 
     async def document(self, descriptor: Descriptor, *, limit: int) -> bytes:
         """As Fetcher.document."""

@@ -24,7 +24,7 @@ from imgsvc.errors import ImgsvcError, InvalidArgument, Unavailable, printable
 from imgsvc.registry.auth import Answer, Authorizer, Peer, secrets_of
 from imgsvc.registry.exchange import Body, RequestFailed, Response, Route, Sender
 from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, OWN, Capability, Host, Tls, canonical_name, is_local
-from imgsvc.registry.interfaces import Attempt, Credential, RegistryObserver
+from imgsvc.registry.interfaces import Attempt, Credential, CredentialKind, CredentialUse, RegistryObserver
 from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
 from imgsvc.registry.proxies import proxy_for
 from imgsvc.registry.redact import MAX_ERROR_BODY, registry_message, scrubbed, shown_url
@@ -140,7 +140,7 @@ class Endpoint:
         self._session = session
         self._reach = Reach.PUBLIC
         self._credential: Credential | None = None
-        self._credential_note = ""
+        self._unused: CredentialUse | None = None  # why no credential goes out
         self._is_credential_known = False
         self._unexplained: tuple[Ask, Answer | None] | None = None  # the HEAD that was refused last, and what went with it
 
@@ -226,20 +226,23 @@ class Endpoint:
         """Add an Attempt."""
         elapsed = time.monotonic() - started
         attempts = self._session.attempts
-        attempts.append(Attempt(self.base, phase, status, elapsed, self.credential_name, error))
+        attempts.append(Attempt(self.base, phase, status, elapsed, self.credential_use, error))
         del attempts[:-_MAX_ATTEMPTS]
 
     @property
-    def credential_name(self) -> str:
-        """The source of the credential in use, "none", or "withheld: why"."""
-        if self._credential_note:
-            return self._credential_note
-        return self._credential.source if self._credential else "none"
+    def credential_use(self) -> CredentialUse:
+        """What requests carry. A credential counts whether or not the registry asked for it."""
+        if self._credential and not self._unused:
+            is_given = self._credential is self._session.caller
+            return CredentialUse(CredentialKind.GIVEN if is_given else CredentialKind.STORED, self._credential.source)
+        if configured := self.host.configured_identity(self.base):
+            return CredentialUse(CredentialKind.CONFIGURED, configured)
+        return self._unused or CredentialUse()
 
     async def _ask(self, ask: Ask) -> Response:
         credential = await self._pick_credential()
         answer = await self._session.authorizer.preempt(self._peer(), ask.scopes, credential)
-        self._credential_note = (answer.note if answer else "") or self._credential_note
+        self._note(answer)
         response = await self._send_with_fallback(ask, answer)
         for _ in range(_MAX_ROUNDS - 1):
             if response.status != 401:
@@ -256,13 +259,17 @@ class Endpoint:
                 break
             await response.close()
             answer = next_answer
-            self._credential_note = answer.note or self._credential_note
+            self._note(answer)
             response = await self._send_with_fallback(ask, answer)
         if response.status in ask.ok:
             return response
         self._unexplained = (ask, answer) if ask.method == "HEAD" else None
         async with response:
             raise await self._status_error(response, ask)
+
+    def _note(self, answer: Answer | None) -> None:
+        if answer and answer.withheld:
+            self._unused = CredentialUse(CredentialKind.WITHHELD, reason=answer.withheld)
 
     async def _renewed(self, ask: Ask, refused: Response) -> Answer | None:
         """A stored credential may have been replaced since we read it (short-lived cloud tokens)."""
@@ -280,33 +287,33 @@ class Endpoint:
 
     async def _pick_credential(self) -> Credential | None:
         if not self._is_credential_known:
-            self._credential, self._credential_note = await self._choose_credential()
+            self._credential, self._unused = await self._choose_credential()
             self._is_credential_known = True
         if self._credential and (reason := self._cleartext_problem()):
-            self._credential, self._credential_note = None, f"withheld: {reason}"
+            self._credential, self._unused = None, CredentialUse(CredentialKind.WITHHELD, reason=reason)
         return self._credential
 
-    async def _choose_credential(self) -> tuple[Credential | None, str]:
+    async def _choose_credential(self) -> tuple[Credential | None, CredentialUse | None]:
         """The credential bound to this host by policy, and what to say when one exists but is not for it."""
         session, policy = self._session, self.host.credential_policy
         if policy == FROM_NOBODY:
-            return None, "none (configured)"
+            return None, CredentialUse(reason="configured")
         own = canonical_name(self.host.authority)
-        note = ""
+        note = None
         if session.caller is not None:
             bound = canonical_name(session.caller.host) if session.caller.host else session.namespace
             if bound == own or (policy == FROM_NAMESPACE and bound == session.namespace):
-                return session.caller, ""
-            note = f"withheld: {session.caller.source} is bound to {printable(bound, 80)}"
+                return session.caller, None
+            note = CredentialUse(CredentialKind.WITHHELD, reason=f"{session.caller.source} is bound to {printable(bound, 80)}")
         if policy not in (FROM_NAMESPACE, OWN):
-            return await session.stored.named(policy, session.directories), ""
+            return await session.stored.named(policy, session.directories), None
         try:
             found = await self._stored()
         except Unavailable as error:
             # Another registry's secret is no substitute, and a private image will be refused with this reason beside it.
             log.warning("no credential for %s: %s", own, error)
-            return None, f"none ({printable(str(error), 200)})"
-        return found, "" if found else note
+            return None, CredentialUse(reason=printable(str(error), 200))
+        return found, None if found else note
 
     async def _stored(self, *, renew: bool = False) -> Credential | None:
         session = self._session

@@ -148,7 +148,7 @@ class Failover:
             return PullFailed(what, [], "FAILED_PRECONDITION", retryable=False, hint="no configured host has the capability for this")
         endpoint, error = min(self._errors, key=_rank)
         hint = error.hint
-        note = f", credential {endpoint.credential_name}" if error.status in (401, 403) else ""
+        note = f", credential {endpoint.credential_use}" if error.status in (401, 403) else ""
         if error.failure is Failure.LIMITED:
             hint = "the registry limits the rate; pull through a mirror or with credentials, or later"
         return PullFailed(

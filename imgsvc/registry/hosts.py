@@ -50,6 +50,8 @@ _AUTHORITY = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)
 _CREDENTIAL_NAME = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 
+_HARMLESS_HEADERS: Final = frozenset({"accept", "accept-language", "user-agent"})  # the others may hold secrets
+
 FROM_NAMESPACE: Final = "namespace"  # `credentials`: those of the image's registry, also the caller's
 FROM_NOBODY: Final = "none"
 OWN: Final = ""  # default for a mirror: what the node has stored for the mirror's own name
@@ -123,6 +125,12 @@ class Host:
         if self.rewrite is None or not is_below(name, self.prefix):
             return name if self.rewrite is None else ""
         return f"{self.rewrite}/{name.removeprefix(self.prefix).lstrip('/')}".strip("/")
+
+    def configured_identity(self, base: str) -> str:
+        """Name of what tells this node from others in every request to `base`, beside credentials; "" for nothing."""
+        if any(name.lower() not in _HARMLESS_HEADERS for name, _ in self.headers):
+            return f"headers of {self.origin}"
+        return f"client certificate of {self.origin}" if self.tls.client and base.startswith("https:") else ""
 
     @property
     def credential_policy(self) -> str:

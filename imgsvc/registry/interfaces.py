@@ -5,13 +5,18 @@ Source: OCI distribution-spec 1.1; containerd docs/hosts.md for mirror semantics
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from enum import Enum
+from typing import Final, Protocol
 
 from imgsvc.errors import ImgsvcError
 from imgsvc.oci import Descriptor, Digest
 from imgsvc.reference import Reference
+
+_SALT: Final = secrets.token_bytes(16)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -32,6 +37,45 @@ class Credential:
         return f"Credential(source={self.source!r})"
 
 
+def identity(credential: Credential | None) -> str:
+    """A name for a credential that says nothing about it and differs between any two; "" for none. Good for this process."""
+    if credential is None:
+        return ""
+    parts = (credential.username, credential.password, credential.identity_token, credential.registry_token, credential.host)
+    return hashlib.sha256(_SALT + "\0".join(parts).encode()).hexdigest()
+
+
+class CredentialKind(Enum):
+    """What a request carried that not every client has."""
+
+    NONE = "none"
+    WITHHELD = "withheld"  # a credential exists, and was not sent
+    GIVEN = "given"  # by the caller
+    STORED = "stored"  # on this node
+    CONFIGURED = "configured"  # headers or a client certificate of hosts.toml
+
+
+@dataclass(frozen=True, slots=True)
+class CredentialUse:
+    """Which credential went with a request. source: a name fit for logs; reason: why there is none, or why it was withheld."""
+
+    kind: CredentialKind = CredentialKind.NONE
+    source: str = ""
+    reason: str = ""
+
+    @property
+    def taken(self) -> bool:
+        """Whether the answer may be one that a client without credentials would not get."""
+        return self.kind not in (CredentialKind.NONE, CredentialKind.WITHHELD)
+
+    def __str__(self) -> str:
+        if self.taken:
+            return self.source
+        if self.kind is CredentialKind.WITHHELD:
+            return f"withheld: {self.reason}"
+        return f"none ({self.reason})" if self.reason else "none"
+
+
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One thing asked of one endpoint, for errors, logs and `pull --timings`. elapsed [seconds]; status 0: no answer."""
@@ -40,7 +84,7 @@ class Attempt:
     phase: str  # "connect", "tls", "auth", "resolve", "fetch"
     status: int
     elapsed: float
-    credential: str  # source name, "none", or "withheld: why"
+    credential: CredentialUse
     error: str = ""
 
 
@@ -99,6 +143,10 @@ class BlobSink(Protocol):
 
 class Fetcher(Protocol):
     """Downloads from the endpoints configured for one repository, with one credential identity."""
+
+    @property
+    def took_credentials(self) -> bool:
+        """Whether any request so far carried credentials."""
 
     async def document(self, descriptor: Descriptor, *, limit: int) -> bytes:
         """A small blob or manifest in memory, digest and size verified. Raises: PullFailed, DataLoss, ResourceExhausted."""

@@ -15,7 +15,7 @@ from imgsvc.metadb import MetaDB
 from imgsvc.oci import Descriptor
 from imgsvc.pull import Verifier
 from imgsvc.reference import Reference
-from imgsvc.registry.interfaces import Credential
+from imgsvc.registry.interfaces import Credential, identity
 from imgsvc.verification.policy import Decision, Policy
 from imgsvc.verification.programs import Programs
 from imgsvc.verification.signatures import Signatures
@@ -80,9 +80,8 @@ class Verification:
         """See pull.Verifier. Raises: Refused; Unverifiable when signatures are needed and could not be looked for."""
         policy = await self._threads.run(self._policy) if self._policy else None
         fingerprint = await self._fingerprint(policy)
-        # Callers with one credential share the work; a verdict that needed a secret is not had by asking without one.
-        who = credential.source if credential else ""
-        key = f"{reference.name}@{target.digest}\0{fingerprint}\0{who}"
+        # Callers with one credential share the work; a verdict that needed a secret is not had by asking without it.
+        key = f"{reference.name}@{target.digest}\0{fingerprint}\0{identity(credential)}"
         await self._flights.run(key, lambda: self._decide(reference, target, credential, policy, fingerprint))
 
     async def check(self, image: Image) -> None:

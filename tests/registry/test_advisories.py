@@ -392,8 +392,8 @@ def test_c_r7_the_callers_secret_stays_with_the_namespace(tmp_path: Path) -> Non
             assert SECRET not in mirror.everything_received()
             assert BASIC not in mirror.everything_received()
             assert BASIC in own.everything_received()
-            assert resolved.attempts[0].credential.startswith("withheld: CRI request is bound to")
-            assert resolved.attempts[-1].credential == "CRI request"
+            assert str(resolved.attempts[0].credential).startswith("withheld: CRI request is bound to")
+            assert str(resolved.attempts[-1].credential) == "CRI request"
 
     run(main())
 

@@ -148,7 +148,7 @@ def test_a_broken_config_json_costs_the_credential_not_the_public_image(tmp_path
             node = NodeCredentials(CredentialSettings((str(secret_file(tmp_path / "config.json", "{")),)))
             async with client_for(tmp_path / "hosts", credentials=node) as client:
                 resolved = await client.resolve(Reference.parse(f"{fake.address}/app"))
-            assert "config.json" in resolved.attempts[0].credential
+            assert "config.json" in resolved.attempts[0].credential.reason
 
     run(main())
 

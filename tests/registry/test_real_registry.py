@@ -18,7 +18,7 @@ from imgsvc.reference import Reference
 from imgsvc.registry.check import check, render
 from imgsvc.registry.client import RegistryClient
 from imgsvc.registry.exchange import Timeouts
-from imgsvc.registry.interfaces import Credential, PullFailed, Repository
+from imgsvc.registry.interfaces import Credential, CredentialUse, PullFailed, Repository
 from tests.registry.certs import authority
 from tests.registry.real import (
     PASSWORD,
@@ -210,7 +210,7 @@ def test_bearer_anonymous_and_private(tmp_path: Path, bearer: tuple[str, TokenSe
             with pytest.raises(PullFailed) as caught:
                 await pull(client, f"{address}/private/a")
             assert caught.value.code == "UNAUTHENTICATED"
-            assert caught.value.attempts[-1].credential == "none"
+            assert caught.value.attempts[-1].credential == CredentialUse()
 
     run(main())
 
