@@ -94,12 +94,14 @@ class Process:
     Attributes:
         state: one letter, b"Z" for a zombie.
         group: its process group.
+        status: how it ended, as wait(2) has it; 0 while it lives, and for those who may not look into it.
     """
 
     pid: int
     start: int
     group: int
     state: bytes
+    status: int = 0
 
     @property
     def ended(self) -> bool:
@@ -118,7 +120,7 @@ def process(pid: int) -> Process | None:
             fields = stream.read().rpartition(b")")[2].split()
     except _GONE:
         return None
-    return Process(pid, int(fields[19]), int(fields[2]), fields[0])
+    return Process(pid, int(fields[19]), int(fields[2]), fields[0], int(fields[49]))
 
 
 def cgroups(pid: int) -> list[bytes]:

@@ -6,16 +6,21 @@ one per pod, and remove it.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from imgsvc.errors import InvalidArgument, printable
+from imgsvc import procfs
+from imgsvc.errors import FailedPrecondition, InvalidArgument, printable
 from imgsvc.runtime.host import Host
 
 ROOT: Final = Path("/sys/fs/cgroup")
 _OWN_PARENT: Final = "/imgsvc"
+_KILL_S: Final = 10.0
 
 
 def pod_cgroup(parent: str, sandbox_id: str) -> str:
@@ -63,6 +68,34 @@ def directories(host: Host, path: str) -> Iterator[tuple[str, Path]]:
 def exists(host: Host, path: str) -> bool:
     """Whether a cgroup is there in any hierarchy."""
     return any(directory.is_dir() for _, directory in directories(host, path))
+
+
+def kill(path: str) -> None:
+    """SIGKILL every process in a cgroup, in whatever hierarchies it is, until none is left, for seconds at most. Blocking.
+
+    Raises: FailedPrecondition when some do not die.
+    """
+    relative = path.strip("/")
+    if not relative:
+        raise InvalidArgument("the root of the cgroup tree is nobody's to kill")
+    groups = [base / relative for base in (ROOT, *ROOT.iterdir()) if (base / relative / "cgroup.procs").exists()]
+    deadline = time.monotonic() + _KILL_S
+    while members := {pid for group in groups for pid in _members(group)}:
+        if time.monotonic() > deadline:
+            raise FailedPrecondition(f"{len(members)} processes do not die", where=path, hint="they hang in the kernel")
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _members(group: Path) -> list[int]:
+    """Pids of those that can still run: a zombie stays a member until it is reaped."""
+    try:
+        pids = [int(pid) for directory, _, _ in os.walk(group) for pid in Path(directory, "cgroup.procs").read_text().split()]
+    except OSError:
+        return []
+    return [pid for pid in pids if (found := procfs.process(pid)) is not None and not found.ended]
 
 
 def remove(host: Host, path: str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +17,7 @@ import grpc
 import pytest
 
 from imgsvc.api import cri_pb2 as pb
-from tests.runtime.harness import Daemon, assert_clean
+from tests.runtime.harness import Daemon, assert_clean, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.compat]
 
@@ -29,6 +33,32 @@ def shim_node(make_node: MakeNode, program: str, **extra: Any) -> Daemon:
     path = shutil.which(program)
     assert path, f"{program} is not installed"
     return make_node({"handlers": {"default": {"type": "io.containerd.runc.v2", "path": path}}, **extra})
+
+
+@contextlib.contextmanager
+def stopped(pods: list[str]) -> Iterator[None]:
+    """The shims of these pods are stopped; those that are still there go on at the end."""
+    found = [p for p in procfs_pids() if any(pod in command(p) for pod in pods) and "containerd-shim" in command(p)]
+    assert found
+    for pid in found:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def procfs_pids() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def test_R3_a_shim_that_wants_its_parameters_on_standard_input_starts(make_node: MakeNode, directory: Path) -> None:
@@ -68,3 +98,31 @@ def test_R3_an_oci_binary_that_works_only_as_a_shim_is_a_handler_that_is_off(mak
         with pytest.raises(grpc.RpcError) as caught:
             node.cri.RunPodSandbox(pb.RunPodSandboxRequest(config=node.pod(), runtime_handler=name))
         assert reason in (caught.value.details() or "")
+
+
+@pytest.mark.parametrize("program", SHIMS)
+def test_R4_a_container_whose_shim_is_stopped_can_be_stopped(make_node: MakeNode, program: str) -> None:
+    node = shim_node(make_node, program)
+    pod = node.run_pod()
+    running = node.run(pod, "trap 'exit 3' TERM; while :; do sleep 0.1; done", "running")
+    ending = node.run(pod, "trap 'exit 7' USR1; echo on; while :; do sleep 0.1; done", "ending")
+    node.wait_line(ending, "on")
+    init = json.loads(node.cri.ContainerStatus(pb.ContainerStatusRequest(container_id=ending, verbose=True)).info["info"])["pid"]
+    with stopped([pod, running, ending]):
+        os.kill(init, signal.SIGUSR1)
+        wait_for(lambda: Path(f"/proc/{init}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+        begin = time.monotonic()
+        node.cri.StopContainer(pb.StopContainerRequest(container_id=running, timeout=2), timeout=100)
+        assert time.monotonic() - begin < 60
+        assert node.wait_exit(running).exit_code == 137
+        assert node.wait_exit(ending).exit_code == 7
+    node.remove_all()
+    assert_clean(node)
+
+
+def test_R4_a_pod_whose_shim_is_stopped_can_be_removed(make_node: MakeNode) -> None:
+    node = shim_node(make_node, SHIMS[0])
+    pod = node.run_pod(namespaces=pb.NamespaceOption(network=pb.NODE, pid=pb.POD))
+    with stopped([pod]):
+        node.remove_all()
+    assert_clean(node)

@@ -7,6 +7,7 @@
     pods         pods that the shim makes itself, by the sandbox API
     connections  calls to shims by their endpoint
     figures      what a shim says has been used
+    stuck        the end of a shim that does not answer
     ttrpc        the RPC protocol: frames, a client, the server for events
     sessions     exec and attach
     logcopy      FIFO -> CRI log; a shim writes no log itself

@@ -14,10 +14,12 @@ from typing import Any, Final, TypeVar
 
 from google.protobuf import any_pb2, empty_pb2
 
+from imgsvc import procfs
 from imgsvc.api import events_pb2, runc_options_pb2, runtime_options_pb2, ttrpc_events_pb2
 from imgsvc.api import task_v2_pb2 as task
-from imgsvc.concurrency import time_limit
+from imgsvc.concurrency import in_thread, time_limit
 from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound, Unavailable, Unimplemented
+from imgsvc.runtime import cgroups
 from imgsvc.runtime.exits import UNKNOWN_EXIT, now_ns
 from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask, OCIRuntime
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
@@ -27,6 +29,7 @@ from imgsvc.runtime.shim.figures import usage_of
 from imgsvc.runtime.shim.logcopy import LogCopier
 from imgsvc.runtime.shim.pods import ShimPods, join_pod, made_by_shim
 from imgsvc.runtime.shim.sessions import ShimAttach, ShimExec
+from imgsvc.runtime.shim.stuck import kill_listener
 from imgsvc.runtime.shim.ttrpc import Server
 from imgsvc.runtime.streaming.interfaces import Streams
 from imgsvc.runtime.usage import Usage
@@ -35,6 +38,10 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+_KILL_S: Final = 5.0  # for a shim to send a signal, which takes it the start of an OCI runtime
+_PROBE_S: Final = 2.0  # for one that has not, to answer anything at all
+_END_S: Final = 30.0  # from SIGKILL to the end of a container, and to its being deleted
+_KILLED: Final = 128 + signal.SIGKILL
 _EXEC_LIMIT: Final = 16 * 1024 * 1024
 _SPEC_RESOURCES: Final = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
 
@@ -53,6 +60,8 @@ class ShimRuntime:
         self._pods = ShimPods(self._launcher, self._connections, bundles)
         self._copiers: dict[str, LogCopier] = {}
         self._oom: set[str] = set()
+        self._inits: dict[str, tuple[int, int]] = {}  # pid and start of those that are waited for
+        self._fates: dict[str, int | None] = {}
         # Only the runc shim can do without a sandbox container: others build their sandbox from it.
         self._features = HandlerFeatures(needs_pause=not self._is_runc)
 
@@ -196,20 +205,52 @@ class ShimRuntime:
         request = task.KillRequest(id=container_id, signal=signal, all=everyone)
         with contextlib.suppress(NotFound):
             try:
-                await self.ask(container_id, "Kill", request, empty_pb2.Empty)
+                await self.ask(container_id, "Kill", request, empty_pb2.Empty, timeout_s=_KILL_S)
             except FailedPrecondition as error:
                 if "process already finished" not in error.what and "not running" not in error.what:
                     raise
+            except DeadlineExceeded:
+                if not await self._put_down(container_id):
+                    raise
+
+    async def _put_down(self, container_id: str) -> bool:
+        """Kill the shim of a container if it answers nothing at all; whether it did so. Nothing can be done to its containers
+        any more: whoever waits for them buries them then.
+        """
+        endpoint = saved_endpoint(self._bundles / container_id)
+        if endpoint is None or await self._answers(endpoint, container_id):
+            return False
+        for other, (pid, started) in self._inits.items():
+            if saved_endpoint(self._bundles / other) == endpoint:
+                self._fates[other] = _fate(pid, started)  # before they are ours to reap
+        killed = await in_thread(kill_listener, endpoint.address)
+        log.error("the shim of container %s did not answer, and was killed: process %s", container_id, killed or "unknown")
+        return True
+
+    async def _answers(self, endpoint: Endpoint, container_id: str) -> bool:
+        """Whether a shim answers a call that takes it nothing, with whatever."""
+        request = task.ConnectRequest(id=container_id)
+        try:
+            await self._connections.task(endpoint, "Connect", request, task.ConnectResponse, timeout_s=_PROBE_S)
+        except DeadlineExceeded:
+            return False
+        except ImgsvcError:
+            pass
+        return True
 
     async def wait(self, container_id: str, pid: int, pid_start: int) -> Exit:
         """See OCIRuntime."""
         self._start_copier(container_id)
+        self._inits[container_id] = pid, pid_start
         try:
             answer = await self._await_end(container_id)
+            if answer is None:
+                return await self._bury(container_id, self._fates.get(container_id) or _fate(pid, pid_start))
         except NotFound:
             return Exit(UNKNOWN_EXIT, now_ns(), container_id in self._oom, known=False)
-        if answer is None:
-            return await self._bury(container_id)
+        finally:
+            del self._inits[container_id]
+            self._fates.pop(container_id, None)
         self._stop_copier(container_id)
         return Exit(answer.exit_status, answer.exited_at.ToNanoseconds() or now_ns(), container_id in self._oom)
 
@@ -236,11 +277,19 @@ class ShimRuntime:
             return False
         return True
 
-    async def _bury(self, container_id: str) -> Exit:
-        """The shim died: its delete call kills what is left of the container."""
-        answer = await self._launcher.delete(container_id, self._bundles / container_id)
+    async def _bury(self, container_id: str, fate: int | None) -> Exit:
+        """The shim died: end what is left of the container, and say how it ended. fate: see _fate."""
+        answer = await self._end_rest(container_id)
         self._stop_copier(container_id)
-        return Exit(answer.exit_status or 137, answer.exited_at.ToNanoseconds() or now_ns(), known=False)
+        code = answer.exit_status or _KILLED if fate is None else fate
+        return Exit(code, answer.exited_at.ToNanoseconds() or now_ns(), known=fate is not None)
+
+    async def _end_rest(self, container_id: str) -> task.DeleteResponse:
+        """Kill what a shim that is dead has left of a container, and let its program clear up. Raises: FailedPrecondition."""
+        bundle = self._bundles / container_id
+        if path := _cgroup(bundle):
+            await in_thread(cgroups.kill, path)
+        return await self._launcher.delete(container_id, bundle)
 
     async def delete(self, container_id: str) -> None:
         """See OCIRuntime."""
@@ -251,9 +300,11 @@ class ShimRuntime:
             return
         try:
             await self._delete_task(endpoint, container_id)
-        except Unavailable:
+        except (Unavailable, DeadlineExceeded) as error:
+            if isinstance(error, DeadlineExceeded) and not await self._put_down(container_id):
+                raise
             with contextlib.suppress(FailedPrecondition):
-                await self._launcher.delete(container_id, bundle)
+                await self._end_rest(container_id)
             if not made_by_shim(bundle):
                 Path(endpoint.address.removeprefix("unix://")).unlink(missing_ok=True)
         (bundle / "bootstrap.json").unlink(missing_ok=True)
@@ -262,14 +313,15 @@ class ShimRuntime:
     async def _delete_task(self, endpoint: Endpoint, container_id: str) -> None:
         kill = task.KillRequest(id=container_id, signal=signal.SIGKILL, all=True)
         with contextlib.suppress(NotFound, FailedPrecondition):
-            await self._connections.task(endpoint, "Kill", kill, empty_pb2.Empty)
-            await self._connections.task(endpoint, "Wait", task.WaitRequest(id=container_id), task.WaitResponse)
+            await self._connections.task(endpoint, "Kill", kill, empty_pb2.Empty, timeout_s=_KILL_S)
+            await self._connections.task(endpoint, "Wait", task.WaitRequest(id=container_id), task.WaitResponse, timeout_s=_END_S)
         with contextlib.suppress(NotFound):
-            await self._connections.task(endpoint, "Delete", task.DeleteRequest(id=container_id), task.DeleteResponse)
+            await self._connections.task(endpoint, "Delete", task.DeleteRequest(id=container_id), task.DeleteResponse, timeout_s=_END_S)
         if made_by_shim(self._bundles / container_id):
             return  # the shim ends with its pod
         with contextlib.suppress(ImgsvcError):  # refused while the pod has other containers; then it answers and stays
-            await self._connections.task(endpoint, "Shutdown", task.ShutdownRequest(id=container_id), empty_pb2.Empty)
+            shutdown = task.ShutdownRequest(id=container_id)
+            await self._connections.task(endpoint, "Shutdown", shutdown, empty_pb2.Empty, timeout_s=_KILL_S)
 
     async def usage(self, container_id: str) -> Usage | None:
         """See OCIRuntime."""
@@ -329,6 +381,27 @@ class ShimRuntime:
         if endpoint is None:
             raise NotFound(f"no shim serves container {container_id}")
         return await self._connections.task(endpoint, method, request, answer, timeout_s=timeout_s)
+
+
+def _fate(pid: int, started: int) -> int | None:
+    """The exit code of a container's init whose shim does not tell it: of a zombie what the kernel says, of one that lives that
+    of the SIGKILL it is about to get; None when it is gone. Blocking.
+    """
+    found = procfs.process(pid)
+    if found is None or found.start != started:
+        return None
+    if not found.ended:
+        return _KILLED
+    code = os.waitstatus_to_exitcode(found.status)
+    return code if code >= 0 else 128 - code
+
+
+def _cgroup(bundle: Path) -> str:
+    """Where a container lives in the cgroup tree; "" when its bundle does not tell."""
+    try:
+        return cgroups.tree_path(json.loads((bundle / "config.json").read_bytes())["linux"]["cgroupsPath"])
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 class _Kept:

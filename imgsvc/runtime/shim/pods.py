@@ -19,13 +19,14 @@ from google.protobuf import any_pb2, empty_pb2
 
 from imgsvc.api import cri_pb2, task_v2_pb2
 from imgsvc.api import sandbox_pb2 as api
-from imgsvc.concurrency import time_limit
+from imgsvc.concurrency import in_thread, time_limit
 from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound, Unavailable, Unimplemented, printable
 from imgsvc.runtime.codec import fill_proto
 from imgsvc.runtime.interfaces import NewPod, PodRuntime
 from imgsvc.runtime.shim.bootstrap import Endpoint, Launcher, saved_endpoint
 from imgsvc.runtime.shim.connections import Connections
 from imgsvc.runtime.shim.figures import usage_of
+from imgsvc.runtime.shim.stuck import kill_listener
 from imgsvc.runtime.usage import Usage
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,10 @@ class ShimPods:
             await self._shut_down(endpoint, sandbox_id)
             async with time_limit(_EXIT_S):
                 await client.closed.wait()
-        except (Unavailable, TimeoutError):
+        except (Unavailable, DeadlineExceeded, TimeoutError) as error:
+            if not isinstance(error, Unavailable):
+                log.error("the shim of pod sandbox %s did not end, and is killed", sandbox_id)
+                await in_thread(kill_listener, endpoint.address)
             with contextlib.suppress(FailedPrecondition):
                 await self._launcher.delete(sandbox_id, bundle)
             Path(endpoint.address.removeprefix("unix://")).unlink(missing_ok=True)
@@ -132,9 +136,10 @@ class ShimPods:
         """Ask the shim to end. A connection that breaks meanwhile is an end, too."""
         request = api.ShutdownSandboxRequest(sandbox_id=sandbox_id)
         try:
-            await self._connections.sandbox(endpoint, "ShutdownSandbox", request, api.ShutdownSandboxResponse)
+            await self._connections.sandbox(endpoint, "ShutdownSandbox", request, api.ShutdownSandboxResponse, timeout_s=2.0 * _STOP_S)
         except Unimplemented:
-            await self._connections.task(endpoint, "Shutdown", task_v2_pb2.ShutdownRequest(id=sandbox_id, now=True), empty_pb2.Empty)
+            shutdown = task_v2_pb2.ShutdownRequest(id=sandbox_id, now=True)
+            await self._connections.task(endpoint, "Shutdown", shutdown, empty_pb2.Empty, timeout_s=2.0 * _STOP_S)
         except NotFound:
             pass
 

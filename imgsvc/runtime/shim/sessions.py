@@ -28,7 +28,7 @@ R = TypeVar("R")
 
 SPEC_PROCESS: Final = "types.containerd.io/opencontainers/runtime-spec/1/Process"
 _DRAIN_S: Final = 0.2  # the shim has copied everything before it reports the end of a process
-_HANGUP_S: Final = 2.0
+_HANGUP_S: Final = 5.0
 
 
 class Tasks(Protocol):
@@ -107,12 +107,15 @@ class ShimExec:
         """Kill the process if it still runs, and let the shim forget it."""
         with contextlib.suppress(ImgsvcError):
             await self._ask(
-                "Kill", task.KillRequest(id=self.container_id, exec_id=exec_id, signal=signal.SIGKILL, all=True), empty_pb2.Empty
+                "Kill",
+                task.KillRequest(id=self.container_id, exec_id=exec_id, signal=signal.SIGKILL, all=True),
+                empty_pb2.Empty,
+                timeout_s=_HANGUP_S,
             )
             wait = task.WaitRequest(id=self.container_id, exec_id=exec_id)
             await self._ask("Wait", wait, task.WaitResponse, timeout_s=_HANGUP_S)
         with contextlib.suppress(ImgsvcError):
-            await self._ask("Delete", task.DeleteRequest(id=self.container_id, exec_id=exec_id), task.DeleteResponse)
+            await self._ask("Delete", task.DeleteRequest(id=self.container_id, exec_id=exec_id), task.DeleteResponse, timeout_s=_HANGUP_S)
 
     async def _ask(self, method: str, request: Any, answer: type[R], *, timeout_s: float | None = 120.0) -> R:
         return await self.tasks.ask(self.container_id, method, request, answer, timeout_s=timeout_s)
