@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/mypy --strict imgsvc tests benchmarks
 
 # Against the running daemon, another runtime, or nothing at all: each script says in its first lines.
-BENCHMARKS ?= store registry unpack latency decrypt pull_encrypted compare_pull
+BENCHMARKS ?= store scale registry unpack latency decrypt pull_encrypted compare_pull
 bench: setup
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS) || exit 1; done
 

@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -30,7 +30,7 @@ from imgsvc.leases import Lease, LeaseManager, Node
 
 log = logging.getLogger(__name__)
 
-SLICE: Final = 64  # things removed between two looks at the leases; bounds how long a new lease waits
+SLICE: Final = 256  # things removed between two looks at the leases; bounds how long a new lease waits
 PAUSE: Final = 0.005  # [s] between two slices, for everything else
 SPACE_INTERVAL: Final = 30.0  # [s] between two looks at free space
 PERIOD: Final = 3600.0  # [s] after which an idle node collects: what failed before, what has grown old
@@ -73,8 +73,11 @@ class Collectable(Protocol):
     def walk(self) -> Iterable[tuple[Node, Sequence[Node]]]:
         """Each thing that may be collected, with what it needs. Blocking."""
 
-    def remove(self, node: Node) -> None:
-        """Remove one. Absent is a success. Blocking. Raises: ImgsvcError, OSError."""
+    def remove(self, *nodes: Node) -> None:
+        """Remove some, none of which needs another, in one commit. Absent is a success. Blocking.
+
+        Raises: ImgsvcError, OSError when one could not be removed; then any of the others may still be there.
+        """
 
 
 class Cache(Protocol):
@@ -171,40 +174,62 @@ def removal_order(garbage: Collection[Node], edges: Edges) -> list[Node]:
         for needed in edges.get(node, ()):
             if needed in inside:
                 referrers[needed] += 1
-    ready = [node for node, count in referrers.items() if count == 0]
-    order: list[Node] = []
-    while ready:
-        node = ready.pop()
-        order.append(node)
+    order = [node for node, count in referrers.items() if count == 0]
+    for node in order:  # grows meanwhile: level by level, so that many in a row can be removed together
         for needed in edges.get(node, ()):
             if needed in inside:
                 referrers[needed] -= 1
                 if referrers[needed] == 0:
-                    ready.append(needed)
+                    order.append(needed)
     if len(order) < len(inside):
         done = frozenset(order)
         order += [node for node in inside if node not in done]
     return order
 
 
-def sweep(nodes: Iterable[Node], removable: Collection[Node], edges: Edges, remove: Callable[[Node], None], report: SweepReport) -> None:
+def sweep(nodes: Iterable[Node], removable: Collection[Node], edges: Edges, remove: Callable[..., None], report: SweepReport) -> None:
     """Remove `nodes`, given in removal order, and note in `report` what became of them. Blocking.
 
     What is not `removable`, or fails, keeps what it needs; everything else goes. Never raises for a single thing.
     """
-    for node in nodes:
-        if node in report.kept or node not in removable:
+    for group in _together(nodes, edges):
+        wanted = [node for node in group if node not in report.kept and node in removable]
+        for node in set(group).difference(wanted):
             report.kept.add(node)
             report.kept.update(edges.get(node, ()))
-            continue
-        try:
-            failpoint("gc.remove")
-            remove(node)
-            report.removed.append(node)
-            failpoint("gc.removed")
-        except (ImgsvcError, OSError) as error:
-            report.failed[node] = str(error)
-            report.kept.update(edges.get(node, ()))
+        if wanted and not _removed(wanted, remove, report):
+            for node in wanted if len(wanted) > 1 else ():
+                _removed([node], remove, report)
+            for node in report.failed.keys() & wanted:
+                report.kept.update(edges.get(node, ()))
+
+
+def _removed(nodes: Sequence[Node], remove: Callable[..., None], report: SweepReport) -> bool:
+    """Whether all are gone. A failure is noted of one alone: of several, each may be tried again."""
+    try:
+        failpoint("gc.remove")
+        remove(*nodes)
+    except (ImgsvcError, OSError) as error:
+        if len(nodes) == 1:
+            report.failed[nodes[0]] = str(error)
+        return False
+    report.removed += nodes
+    failpoint("gc.removed")
+    return True
+
+
+def _together(nodes: Iterable[Node], edges: Edges) -> Iterator[list[Node]]:
+    """Runs of things of one kind, none of which needs another: what fails in a run must not decide about the rest of it."""
+    group: list[Node] = []
+    needed: set[Node] = set()
+    for node in nodes:
+        if group and (node in needed or node.kind != group[0].kind):
+            yield group
+            group, needed = [], set()
+        group.append(node)
+        needed.update(edges.get(node, ()))
+    if group:
+        yield group
 
 
 def evict(cached: Iterable[Cached], budget: int) -> list[Node]:
@@ -352,8 +377,8 @@ class Collector:
             await asyncio.sleep(PAUSE)
         return report
 
-    def _remove(self, node: Node) -> None:
-        self._collectables[node.kind].remove(node)
+    def _remove(self, *nodes: Node) -> None:
+        self._collectables[nodes[0].kind].remove(*nodes)
 
     def _evicted(self, cached: Iterable[Cached]) -> list[Node]:
         failpoint("gc.evict")

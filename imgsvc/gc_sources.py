@@ -88,9 +88,9 @@ class Blobs:
         """Blobs name nothing: what an image needs is in its record."""
         return ((content_node(info.digest), ()) for info in self._content.walk())
 
-    def remove(self, node: Node) -> None:
+    def remove(self, *nodes: Node) -> None:
         """See gc.Collectable."""
-        self._content.delete(Digest(node.id))
+        self._content.delete(*(Digest(node.id) for node in nodes))
 
 
 class Writes(Provider, IngestManager, Protocol):
@@ -117,9 +117,10 @@ class Ingests:
             if status.updated_at < oldest or (status.updated_at < self._started and self._is_stored(status.expected)):
                 yield Node(INGEST, status.ingest_ref), ()
 
-    def remove(self, node: Node) -> None:
-        """See gc.Collectable. Raises: Unavailable when a writer took it up again."""
-        self._ingests.abort(node.id)
+    def remove(self, *nodes: Node) -> None:
+        """See gc.Collectable. Raises: Unavailable when a writer took one up again."""
+        for node in nodes:
+            self._ingests.abort(node.id)
 
     def _is_stored(self, digest: Digest | None) -> bool:
         return digest is not None and self._ingests.info(digest) is not None
@@ -151,10 +152,14 @@ class Snapshots:
             for info in snapshotter.walk():
                 yield snapshot_node(name, info.id), () if info.parent is None else (snapshot_node(name, info.parent),)
 
-    def remove(self, node: Node) -> None:
-        """See gc.Collectable. Raises: FailedPrecondition when something was put on top of it meanwhile."""
-        name, _, key_or_name = node.id.partition("/")
-        self._snapshotters[name].remove(key_or_name)
+    def remove(self, *nodes: Node) -> None:
+        """See gc.Collectable. Raises: FailedPrecondition when something was put on top of one meanwhile."""
+        keys: dict[str, list[str]] = {}
+        for node in nodes:
+            name, _, key_or_name = node.id.partition("/")
+            keys.setdefault(name, []).append(key_or_name)
+        for name, some in keys.items():
+            self._snapshotters[name].remove(*some)
 
 
 def stored_sizes(content: Manager, ingests: IngestManager, snapshotters: Iterable[Snapshotter]) -> dict[Node, int]:

@@ -71,10 +71,10 @@ def test_one_failure_never_stops_the_rest_and_keeps_what_it_needs() -> None:
     edges = {n("child"): [n("parent")], n("parent"): [n("base")], n("base"): [], n("other"): [], n("leased"): [n("kept")], n("kept"): []}
     gone: list[Node] = []
 
-    def remove(node: Node) -> None:
-        if node == n("child"):
+    def remove(*nodes: Node) -> None:
+        if n("child") in nodes:
             raise FailedPrecondition("busy")
-        gone.append(node)
+        gone.extend(nodes)
 
     report = SweepReport()
     order = removal_order(list(edges), edges)
@@ -114,11 +114,12 @@ class World:
     def walk(self) -> Iterable[tuple[Node, Sequence[Node]]]:
         return list(self.edges.items())
 
-    def remove(self, node: Node) -> None:
-        self.on_remove(node)
-        if node in self.broken:
-            raise OSError(5, "Input/output error")
-        self.edges.pop(node, None)
+    def remove(self, *nodes: Node) -> None:
+        for node in nodes:
+            self.on_remove(node)
+            if node in self.broken:
+                raise OSError(5, "Input/output error")
+            self.edges.pop(node, None)
 
     def cached(self) -> Iterable[Cached]:
         return self.cache

@@ -143,8 +143,8 @@ class Manager(Protocol):
     def update(self, digest: Digest, labels: Mapping[str, str | None]) -> Info:
         """Merge labels; None removes one. Raises: NotFound."""
 
-    def delete(self, digest: Digest) -> None:
-        """Remove a blob. Absent is a success. Durability: gone from the index before its bytes are."""
+    def delete(self, *digests: Digest) -> None:
+        """Remove blobs, in one commit. Absent is a success. Durability: gone from the index before their bytes are."""
 
 
 class Fault(StrEnum):

@@ -103,13 +103,15 @@ class DirectoryDriver(ABC):
         if keys:
             self._directories.sync()
 
-    def remove(self, key_or_name: str) -> None:
+    def remove(self, *keys_or_names: str) -> None:
         """See Snapshotter."""
-        stored = self._records.remove(key_or_name)
-        if stored is not None:
-            self._measured.pop(key_or_name, None)
+        gone = self._records.remove(*keys_or_names)
+        if gone:
             failpoint("snapshot.forgotten")
+        for stored in gone:
+            self._measured.pop(stored.info.id, None)
             self._directories.discard(stored.number)
+        if gone:
             failpoint("snapshot.discarded")
             if self._sync_remove:
                 self._directories.close()

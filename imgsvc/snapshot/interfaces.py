@@ -138,8 +138,11 @@ class Snapshotter(Protocol):
     def sync(self, keys: Sequence[Key]) -> None:
         """Put the contents of active snapshots on disk, in one go where the file system allows."""
 
-    def remove(self, key_or_name: str) -> None:
-        """Forget at once, delete in the background. Absent is a success. Raises: FailedPrecondition (has children)."""
+    def remove(self, *keys_or_names: str) -> None:
+        """Forget at once, delete in the background; several in one commit, children before their parents. Absent is a success.
+
+        Raises: FailedPrecondition (one has children: then all stay).
+        """
 
     def update(self, key_or_name: str, labels: Mapping[str, str | None]) -> SnapshotInfo:
         """Merge labels; None removes one. Raises: NotFound."""

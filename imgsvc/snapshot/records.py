@@ -141,19 +141,21 @@ class Records:
 
         self._db.write(change)
 
-    def remove(self, key: str) -> Stored | None:
-        """Forget a record; what it was, None when it was not there. Raises: FailedPrecondition (has children)."""
+    def remove(self, *keys: str) -> list[Stored]:
+        """Forget records, in one commit; those that were there. Raises: FailedPrecondition (one has children: then all stay)."""
 
-        def change(txn: WriteTxn) -> Stored | None:
-            stored = self._load(txn, key)
-            if stored is None:
-                return None
+        def change(txn: WriteTxn) -> list[Stored]:
+            return [stored for key in keys if (stored := self._remove(txn, key)) is not None]
+
+        return self._db.write(change)
+
+    def _remove(self, txn: WriteTxn, key: str) -> Stored | None:
+        stored = self._load(txn, key)
+        if stored is not None:
             if stored.children:
                 raise FailedPrecondition(f'snapshot "{printable(key, 120)}" has children', hint="remove those first")
             self._delete(txn, stored)
-            return stored
-
-        return self._db.write(change)
+        return stored
 
     def forget(self, name: Name) -> list[Stored]:
         """Remove a committed record with all on top of it, top first. Raises: FailedPrecondition when one on top is in use."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -197,9 +196,9 @@ class MemoryStore:
         self.blobs[digest] = (info, data)
         return info
 
-    def delete(self, digest: Digest) -> None:
-        with contextlib.suppress(KeyError):
-            del self.blobs[digest]
+    def delete(self, *digests: Digest) -> None:
+        for digest in digests:
+            self.blobs.pop(digest, None)
 
 
 def as_store(store: MemoryStore) -> Store:
