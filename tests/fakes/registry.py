@@ -150,6 +150,11 @@ class FakeRegistry:
         """All requests as text, to look for secrets in."""
         return "\n".join(f"{r.method} {r.path} {dict(r.query)} {dict(r.headers)} {r.body!r}" for r in self.requests)
 
+    def drop(self) -> None:
+        """Close all connections there are."""
+        for task in list(self._tasks):
+            self._loop.call_soon_threadsafe(task.cancel)
+
     def __enter__(self) -> Self:
         self._thread.start()
         asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(5)

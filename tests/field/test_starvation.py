@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,9 @@ from imgsvc.registry.retry import Health
 from imgsvc.registry.slots import FairSlots
 from tests.fakes.registry import FakeRegistry, Reply
 from tests.registry.support import MemorySink, blob, client_for, hosts_d, image_of, noise, run
+from tests.support import cri
+from tests.support.daemon import Daemon
+from tests.support.images import Entry, image, layer
 from tests.support.waiting import until
 
 APP = Reference.parse("docker.io/library/app")
@@ -104,6 +109,31 @@ def test_S7_places_that_are_lost_and_left_are_counted_once(monkeypatch: pytest.M
         await asyncio.gather(*again)
 
     run(main())
+
+
+def test_S7_layers_that_trickle_do_not_hold_the_unpack_workers(make_daemon: Callable[..., Daemon]) -> None:
+    """Both workers of the node follow a slow layer; a quick image comes through, and then the slow one too."""
+    daemon = make_daemon()
+    slow = image([layer([Entry("slow", noise(200_000, seed))], "plain") for seed in (1, 2)])
+    quick = image([layer([Entry("quick", b"quick")])])
+    is_slow = [True]
+    with FakeRegistry() as fake:
+        fake.add(slow, "field/slow", "1")
+        fake.add(quick, "field/quick", "1")
+        layers = [str(digest) for digest in slow.blobs if digest != slow.config_digest]
+        fake.rule(lambda r: replace(fake.honest(r), rate=2000) if is_slow[0] and r.path.rpartition("/")[2] in layers else None)
+        daemon.map_host("docker.io", fake.address)
+        daemon.start()
+        with ThreadPoolExecutor(1) as pool:
+            pulling = pool.submit(lambda: cri.pull(daemon.images(), "field/slow:1"))
+            asyncio.run(until(lambda: len(fake.seen("/field/slow/blobs/")) == 3))
+            assert cri.pull(daemon.images(), "field/quick:1") == str(quick.config_digest)
+            assert not pulling.done()
+            before = len(fake.requests)
+            is_slow[0] = False
+            fake.drop()  # the slow answers end; what is missing is asked for
+            assert pulling.result(60) == str(slow.config_digest)
+    assert all("range" in request.headers for request in fake.requests[before:]), "no byte was fetched twice"
 
 
 def test_S9_an_anonymous_limit_closes_the_registry_for_the_anonymous_alone(tmp_path: Path) -> None:
