@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 MAX_MESSAGE: Final = 6 * 1024  # [bytes] of a status message as it is sent
 _CUT: Final = " ... (the daemon's log has all of it) ... "
 
+_PULL: Final = "/runtime.v1.ImageService/PullImage"
 _CODES = {code.name: code for code in grpc.StatusCode}
 
 
@@ -139,13 +140,23 @@ def _level(method: str, error: ImgsvcError) -> int:
     return logging.DEBUG if error.code == NotFound.code and method.endswith(("Status", "Stats")) else logging.WARNING
 
 
+def _code(error: ImgsvcError, method: str) -> grpc.StatusCode:
+    """The kubelet looks for a reason at the start of a pull's message, and takes away what gRPC puts before it for UNKNOWN alone.
+
+    Source: Kubernetes cri-client remote_image.go (PullImage); pkg/kubelet/images image_manager.go (evalCRIPullErr).
+    """
+    if error.reason and method == _PULL:
+        return grpc.StatusCode.UNKNOWN
+    return _CODES[error.code]
+
+
 async def _abort(error: Exception, context: grpc.aio.ServicerContext[Any, Any], method: str) -> None:
     if isinstance(error, grpc.aio.AbortError | grpc.RpcError):
         raise error
     if isinstance(error, ImgsvcError):
         text = f"{error.reason}: {error}" if error.reason else str(error)
         log.log(_level(method, error), "%s: %s: %s", method.rpartition("/")[2], error.code, text)
-        await context.abort(_CODES[error.code], fit(text))
+        await context.abort(_code(error, method), fit(text))
     if isinstance(error, NotImplementedError):
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method.rpartition('/')[2]} is not implemented")
     if isinstance(error, asyncio.TimeoutError):

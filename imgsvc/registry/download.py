@@ -334,9 +334,13 @@ class Download:
                     if not span.left and span.end != announced_end and not self._goes_on(endpoint, span, announced_end):
                         return  # the rest is another connection's now
         if span.left:
-            what = f"body ended {span.left} bytes early"
             raise RequestFailed(
-                what, code="UNAVAILABLE", failure=Failure.BROKEN, phase="fetch", status=response.status, where=shown_url(response.url)
+                "the body ended early",
+                code="UNAVAILABLE",
+                failure=Failure.BROKEN,
+                phase="fetch",
+                status=response.status,
+                where=shown_url(response.url),
             )
 
     def _goes_on(self, endpoint: Endpoint, span: Span, end: int) -> bool:
@@ -368,7 +372,7 @@ class _Clock:
         if self._waited >= self._pace.window:
             rate = self._bytes / self._waited
             if rate < self._pace.min_rate and chunk is not None:
-                what = f"only {rate:.0f} bytes/s over {self._waited:.0f} s, less than {self._pace.min_rate:.0f}"
+                what = f"less than {self._pace.min_rate:.0f} bytes/s over {self._pace.window:g} s"
                 raise RequestFailed(what, code="DEADLINE_EXCEEDED", failure=Failure.BROKEN, phase="fetch", where=self._where)
             self._waited, self._bytes = 0.0, 0
         return chunk

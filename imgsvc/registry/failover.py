@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,6 +15,8 @@ from imgsvc.registry.exchange import RequestFailed
 from imgsvc.registry.interfaces import Attempt, PullFailed, RegistryObserver
 from imgsvc.registry.retry import MAX_WAIT_S, Action, Decision, Failure, Health, decide
 from imgsvc.registry.unwatched import Unwatched
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -146,6 +149,8 @@ class Failover:
         """The error of the whole operation."""
         if not self._endpoints:
             return PullFailed(what, [], "FAILED_PRECONDITION", retryable=False, hint="no configured host has the capability for this")
+        for attempt in self._attempts:
+            log.info("%s: %s [%s] %s after %.2f s", what, attempt.endpoint, attempt.phase, attempt.status or "no answer", attempt.elapsed)
         endpoint, error = min(self._errors, key=_rank)
         hint = error.hint
         note = f", credential {endpoint.credential_use}" if error.status in (401, 403) else ""

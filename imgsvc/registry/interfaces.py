@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
 
@@ -89,27 +89,25 @@ class Attempt:
 
 
 class PullFailed(ImgsvcError):
-    """Every endpoint failed. `code` is that of the most telling attempt, not of the last one."""
+    """Every endpoint failed. `code` is that of the most telling attempt, not of the last one.
+
+    The same failure has the same text, so that clients can tell a repetition (the kubelet merges such events): no times and
+    counts, and no list of attempts when it would say only what `what` says about `where`.
+    """
 
     def __init__(self, what: str, attempts: Sequence[Attempt], code: str, *, retryable: bool, where: str = "", hint: str = "") -> None:
-        tried = " | ".join(_told(attempts))
-        super().__init__(f"{what} (tried: {tried})" if tried else what, where=where, hint=hint)
+        tried = list(dict.fromkeys(map(_told, attempts)))
+        is_said = len(tried) == 1 and attempts[0].error in what and where.startswith(attempts[0].endpoint)
+        super().__init__(what if is_said or not tried else f"{what} (tried: {' | '.join(tried)})", where=where, hint=hint)
         self.attempts = tuple(attempts)
         self.reason = "RegistryUnavailable" if code == "UNAVAILABLE" else ""
         self.code = code  # type: ignore[misc]  # an instance may narrow the class's category
         self.retryable = retryable  # type: ignore[misc]  # likewise
 
 
-def _told(attempts: Sequence[Attempt]) -> list[str]:
-    """A line for each attempt, one for all that went the same way; in the order of the first of each."""
-    alike: dict[Attempt, list[float]] = {}
-    for attempt in attempts:
-        alike.setdefault(replace(attempt, elapsed=0), []).append(attempt.elapsed)
-    return [
-        f"{a.endpoint} [{a.phase}] {a.status or 'no answer'}{f', {len(spent)} times' * (len(spent) > 1)} in {sum(spent):.2f}s, "
-        f"credential {a.credential}: {a.error}"
-        for a, spent in alike.items()
-    ]
+def _told(attempt: Attempt) -> str:
+    told = f"{attempt.endpoint} [{attempt.phase}] {attempt.status or 'no answer'}, credential {attempt.credential}"
+    return f"{told}: {attempt.error}" if attempt.error else told
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,12 +152,12 @@ class Health:
         account = self._account(identity)
         if now < account.parked_until:
             if now < account.probe_at:
-                return f"rate limited for another {account.parked_until - now:.0f} s"
+                return "rate limited, as it said before"
             account.probe_at, account.is_probing = now + _PROBE_EVERY_S, True
         if is_last or self.failures_in_a_row < _OPEN_AFTER:
             return ""
         if now < self.open_until:
-            return f"circuit open for another {self.open_until - now:.0f} s after {self.failures_in_a_row} failures to connect"
+            return "circuit open after failures to connect"
         if now < self.probing_until:
             return "circuit half-open, another pull is probing"
         self.probing_until = now + _FIRST_OPEN_S

@@ -474,7 +474,7 @@ def test_a_failed_pull_lists_every_attempt(make_daemon: Callable[..., Daemon]) -
     seen = {
         found.groups()
         for a in attempts
-        if (found := re.match(r"http://(\S+)/v2 \[(\w+)\] (no answer|\d+)(?:, \d+ times)? in \d+\.\d\ds, credential ", a))
+        if (found := re.match(r"http://(\S+)/v2 \[(\w+)\] (no answer|\d+), credential ", a))
     }
     assert len(attempts) >= 4
     assert {(DEAD, "connect", "no answer"), (broken.address, "resolve", "500"), (empty.address, "resolve", "404")} <= seen
