@@ -247,7 +247,7 @@ def _read_stored(stored: StoredCredential) -> Credential:
 
 
 def _secret_file(name: str) -> str:
-    return _read(name, is_ours=True).decode("utf-8", "replace").rstrip("\r\n") if name else ""
+    return _read(name, is_ours=True).decode("utf-8", "surrogateescape").rstrip("\r\n") if name else ""
 
 
 def credential_source(settings: CredentialSettings) -> CredentialSource:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from imgsvc.errors import InvalidArgument
 from imgsvc.oci import MIB, load_json_object
 from imgsvc.registry.hosts import DOCKER_NAMESPACE, canonical_name
 from imgsvc.registry.interfaces import Credential
+
+T = TypeVar("T")
 
 MAX_FILE: Final = MIB
 _TOKEN_USER: Final = "<token>"  # noqa: S105  # docker's user name for an identity token
@@ -23,11 +25,11 @@ _DOCKER_SERVER: Final = "https://index.docker.io/v1/"
 
 @dataclass(frozen=True, slots=True, repr=False)
 class DockerConfig:
-    """What is read of such a file: entries and helper names by normalised key (`host[/path]`)."""
+    """What is read of such a file, by normalised key (`host[/path]`): of a key that is spelt in several ways the exact one first."""
 
     where: str
-    auths: Mapping[str, Mapping[str, Any]]
-    helpers: Mapping[str, str]
+    auths: Mapping[str, Sequence[Mapping[str, Any]]]
+    helpers: Mapping[str, Sequence[str]]
     store: str = ""
 
 
@@ -39,10 +41,20 @@ def parse_docker_config(data: bytes, where: str) -> DockerConfig:
         raise InvalidArgument("auths and credHelpers must be objects, credsStore a string", where=where)
     return DockerConfig(
         where=where,
-        auths={normalised_key(key): entry for key, entry in auths.items() if isinstance(entry, dict)},
-        helpers={normalised_key(key): name for key, name in helpers.items() if isinstance(name, str)},
+        auths=_by_key(auths, dict),
+        helpers=_by_key(helpers, str),
         store=store,
     )
+
+
+def _by_key(table: Mapping[str, Any], kind: type[T]) -> dict[str, list[T]]:
+    """Source: docker/cli configfile GetAuthConfig (the exact key, then any that stands for the same host)."""
+    found: dict[str, list[T]] = {}
+    exact = [key for key in table if key in (normalised_key(key), _DOCKER_SERVER)]  # the latter is docker's own key for its registry
+    for key in dict.fromkeys([*exact, *table]):
+        if isinstance(table[key], kind):
+            found.setdefault(normalised_key(key), []).append(table[key])
+    return found
 
 
 def normalised_key(key: str) -> str:
@@ -57,14 +69,15 @@ def entry_for(config: DockerConfig, registry: str, repository: str) -> Credentia
     parts = repository.split("/") if repository else []
     for length in range(len(parts), -1, -1):
         key = "/".join([registry, *parts[:length]])
-        if (entry := config.auths.get(key)) and (found := _credential(entry, f"{config.where} ({key})", registry)):
-            return found
+        for entry in config.auths.get(key, ()):
+            if found := _credential(entry, f"{config.where} ({key})", registry):
+                return found
     return None
 
 
 def helper_for(config: DockerConfig, registry: str) -> str:
     """The helper program's short name for a registry, "" for none."""
-    return config.helpers.get(registry) or config.store
+    return next(filter(None, config.helpers.get(registry, ())), config.store)
 
 
 def helper_server(registry: str) -> str:
@@ -113,8 +126,10 @@ def _credential(entry: Mapping[str, Any], source: str, host: str) -> Credential 
 
 
 def _decode_auth(text: str, source: str) -> tuple[str, str]:
+    """User and password; bytes that are no UTF-8 are kept as surrogates. Line ends in `text` mean nothing, as to Go's decoder."""
+    text = text.replace("\r", "").replace("\n", "")
     try:
-        decoded = base64.b64decode(text + "=" * (-len(text) % 4), validate=True).decode("utf-8")
+        decoded = base64.b64decode(text + "=" * (-len(text) % 4), validate=True).decode("utf-8", "surrogateescape")
     except (binascii.Error, ValueError):
         # `from None`: the cause would quote the secret.
         raise InvalidArgument("auth is not base64 of user:password", where=source) from None

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, from_os_error
+from imgsvc.reference import is_repository
 from imgsvc.registry.hosts import (
     HostsConfig,
     default_host,
@@ -34,6 +35,7 @@ from imgsvc.tomlfile import load
 log = logging.getLogger(__name__)
 
 _FILE: Final = "hosts.toml"
+_LOWER: Final = "repositories are written in lower case"
 _MAX_TOLD: Final = 256  # warnings remembered
 
 
@@ -67,7 +69,7 @@ class HostDirectories:
         found = {(name, "") for name in self._inline if name != "*"}
         for path in self._directories():
             if not _is_pattern(path.name):
-                found.update((namespace_of(path.name), prefix) for prefix in ("", *_prefixes_with_files(path)))
+                found.update((namespace_of(path.name).lower(), prefix) for prefix in ("", *_prefixes_with_files(path)))
         return sorted(found)
 
     def patterns(self) -> list[str]:
@@ -102,6 +104,8 @@ class HostDirectories:
 
     def search(self, namespace: str, repository: str = "") -> tuple[HostsConfig, list[Searched]]:
         """As lookup, for explain: what is blocked is returned, and every place that was looked at comes along."""
+        if repository and not is_repository(repository):
+            raise InvalidArgument(f'no repository is called "{repository}", so its file is never used', where=namespace, hint=_LOWER)
         searched: list[Searched] = []
         found = self._find(namespace, repository, searched)
         if found is not None:
@@ -125,8 +129,11 @@ class HostDirectories:
             if not os.path.isdir(root):
                 searched.append(Searched(root, "no such directory"))
                 continue
+            spelt = _spellings(root)
             for name in directory_names(namespace):
                 path = Path(root, name)
+                if not _is_directory(path) and name in spelt:
+                    path = Path(root, spelt[name])
                 if not _is_directory(path):
                     searched.append(Searched(str(path), "not there"))
                 elif found is None:
@@ -164,6 +171,14 @@ class HostDirectories:
         for host in config.hosts:
             _check_files(host.origin, [*host.tls.ca, *(name for pair in host.tls.client for name in pair if name)])
         return config
+
+
+def _spellings(root: str) -> dict[str, str]:
+    """What directories are called, by name in lower case: host names are, and people copy them as they come."""
+    try:
+        return {name.lower(): name for name in sorted(os.listdir(root), reverse=True)}
+    except OSError as error:
+        raise from_os_error(error, "looking for registry configuration", where=root) from error
 
 
 def _is_pattern(name: str) -> bool:
