@@ -34,6 +34,7 @@ from imgsvc.registry.interfaces import Credential, RegistryObserver, identity
 from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
 from imgsvc.registry.proxies import proxy_for
 from imgsvc.registry.redact import MAX_ERROR_BODY, registry_message, shown_url
+from imgsvc.registry.redirects import MAX_REDIRECTS, REDIRECTS, origin, refused, target
 from imgsvc.registry.retry import Failure, kind_of_status, retry_after
 from imgsvc.registry.transport import Transport
 from imgsvc.registry.unwatched import Unwatched
@@ -41,8 +42,8 @@ from imgsvc.registry.unwatched import Unwatched
 _CLIENT_ID: Final = "imgsvc"
 _MAX_CACHED: Final = 1024  # tokens and known challenges
 _TOKEN_USER: Final = "<token>"  # noqa: S105  # docker's user name for an identity token
-# POST (oauth2) is refused so by GCR (404), Artifactory (401), ACR (400) and others (405): they want GET.
-_NO_POST: Final = frozenset({400, 401, 404, 405})
+# POST (oauth2) is refused so by GCR (404), Artifactory (401), ACR (400) and others (405, redirects): they want GET.
+_NO_POST: Final = frozenset({400, 401, 404, 405}) | REDIRECTS
 
 
 _K = TypeVar("_K")
@@ -165,7 +166,7 @@ class Authorizer:
             return await _read_token(response)
 
     async def _post(self, peer: Peer, realm: str, form: dict[str, str]) -> Response:
-        body = urlencode(form).encode()
+        body = urlencode(form, errors="surrogateescape").encode()
         headers = [("Content-Type", "application/x-www-form-urlencoded")]
         return await self._send("POST", realm, peer, headers, body)
 
@@ -175,11 +176,24 @@ class Authorizer:
         if credential:
             query += [("account", credential.username)]
         parts = urlsplit(realm)
-        url = urlunsplit(parts._replace(query=urlencode([*parse_qsl(parts.query), *query]), fragment=""))
+        url = urlunsplit(parts._replace(query=urlencode([*parse_qsl(parts.query), *query], errors="surrogateescape"), fragment=""))
         return await self._send("GET", url, peer, [("Authorization", _basic(credential))] if credential else [], b"")
 
     async def _send(self, method: str, url: str, peer: Peer, headers: list[tuple[str, str]], body: bytes) -> Response:
-        """To the token service; its redirects are never followed."""
+        """To the token service. It may redirect a GET, but only on its own host: credentials go with it."""
+        for _ in range(MAX_REDIRECTS + 1):
+            response = await self._send_once(method, url, peer, headers, body)
+            location = response.headers.get("location")
+            if method != "GET" or response.status not in REDIRECTS or not location:
+                return response
+            following = target(url, location, "auth")
+            if origin(following) != origin(url):
+                return response
+            await response.close()
+            url = following
+        raise refused(f"more than {MAX_REDIRECTS} redirects", "auth", url)
+
+    async def _send_once(self, method: str, url: str, peer: Peer, headers: list[tuple[str, str]], body: bytes) -> Response:
         ours, theirs = urlsplit(peer.base), urlsplit(url)
         is_same_name = ours.hostname == theirs.hostname
         if (ours.scheme, ours.netloc) == (theirs.scheme, theirs.netloc):
@@ -217,7 +231,7 @@ def _oauth_form(service: str, scopes: Sequence[str], credential: Credential | No
 def _basic(credential: Credential) -> str:
     secret = credential.password or credential.identity_token
     user = credential.username or _TOKEN_USER
-    return "Basic " + base64.b64encode(f"{user}:{secret}".encode()).decode("ascii")
+    return "Basic " + base64.b64encode(f"{user}:{secret}".encode("utf-8", "surrogateescape")).decode("ascii")
 
 
 async def _read_token(response: Response) -> Token:
@@ -238,7 +252,7 @@ async def _token_error(response: Response, realm: str, scopes: Sequence[str], cr
     code = codes.get(status, "UNAVAILABLE" if status >= 500 else "UNAUTHENTICATED")
     what = f"token service answered {status}" + (f" ({words})" if words else "") + f" for scope {printable(' '.join(scopes), 160)}"
     if 300 <= status < 400:
-        what = f"token service answered {status}: a redirect, which is not followed"
+        what = f"token service answered {status}: a redirect to another host, which is not followed"
     failure = kind_of_status(status, bool(response.headers.get("retry-after")))
     wait = retry_after(response.headers.get("retry-after"), datetime.now(UTC))
     hint = "is the credential right, and allowed to do this?" if credential and status in (401, 403) else ""

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from imgsvc.errors import InvalidArgument, printable
 from imgsvc.oci import load_json_object
+from imgsvc.registry.netguard import is_host_name
 
 MAX_TOKEN_BODY: Final = 1024**2  # [bytes] of a token server's answer; real ones stay below 20 KiB
 _MAX_HEADER: Final = 16 * 1024  # [characters] of all challenges together
@@ -112,7 +113,8 @@ def check_realm(realm: str, endpoint: str, trusted_hosts: frozenset[str]) -> str
     except ValueError as error:
         raise InvalidArgument("the registry names a token service that is no URL") from error
     shown = printable(f"{parts.scheme}://{parts.hostname or ''}", 120)
-    if not _VISIBLE.fullmatch(realm) or parts.scheme not in ("http", "https") or not parts.hostname:
+    is_address = parts.scheme in ("http", "https") and parts.hostname and is_host_name(parts.hostname)
+    if not _VISIBLE.fullmatch(realm) or not is_address or not parts.hostname:
         raise InvalidArgument(f"the registry names a token service that is no web address: {shown}")
     if parts.username is not None or parts.password is not None:
         raise InvalidArgument(f"the registry names a token service with credentials in its URL: {shown}")
@@ -132,7 +134,7 @@ def parse_token(body: bytes, where: str) -> Token:
     seconds = value.get("expires_in")
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
         seconds = _DEFAULT_LIFETIME_S
-    return Token(token, min(float(seconds), _MAX_LIFETIME_S))
+    return Token(token, float(min(seconds, _MAX_LIFETIME_S)))
 
 
 def usable_for(token: Token) -> float:

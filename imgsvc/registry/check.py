@@ -161,6 +161,6 @@ def _tls(response: Response) -> str:
 def _skew(response: Response) -> float | None:
     try:
         at = parsedate_to_datetime(response.headers.get("date"))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, IndexError, OverflowError):
         return None
     return (at - datetime.now(UTC)).total_seconds() if at.tzinfo else None

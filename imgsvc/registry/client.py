@@ -222,7 +222,10 @@ class RepositoryFetcher:
         """The registry's hosts, and before them the layer's own URLs where the administrator allows their host."""
         foreign = []
         for url in descriptor.urls:
-            parts = urlsplit(url)
+            try:
+                parts = urlsplit(url)
+            except ValueError:
+                continue
             if parts.scheme in ("http", "https") and parts.netloc in self._client.foreign_layer_hosts:
                 origin = f"{parts.scheme}://{parts.netloc}"
                 host = Host(origin, "urls of the layer", frozenset({Capability.PULL}), credentials=FROM_NOBODY, sends_ns=False)

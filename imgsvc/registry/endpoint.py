@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Final, Protocol
-from urllib.parse import urlencode, urljoin, urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from imgsvc import __version__, tracing
 from imgsvc.concurrency import time_limit
@@ -28,21 +28,20 @@ from imgsvc.registry.interfaces import Attempt, Credential, CredentialKind, Cred
 from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
 from imgsvc.registry.proxies import proxy_for
 from imgsvc.registry.redact import MAX_ERROR_BODY, registry_message, scrubbed, shown_url
-from imgsvc.registry.retry import Failure, kind_of_status, retry_after
+from imgsvc.registry.redirects import MAX_REDIRECTS, REDIRECTS, origin, refused, target
+from imgsvc.registry.retry import kind_of_status, retry_after
 from imgsvc.registry.transport import Transport
 from imgsvc.registry.unwatched import Unwatched
 
 log = logging.getLogger(__name__)
 
 USER_AGENT: Final = f"imgsvc/{__version__}"
-MAX_REDIRECTS: Final = 10
 _MAX_ATTEMPTS: Final = 64  # kept of one operation, the latest; a long download over a bad line makes many
 _NO_CREDENTIAL: Final = "there is no such repository, or it wants a credential: the pod's, that of --creds, or one of the node"
 _MAX_WARNINGS: Final = 4  # of an answer that are told. Source: distribution-spec "Warnings"
 _MAX_ROUNDS: Final = 3  # requests one call may cost: unauthenticated, authenticated, with a renewed credential
 _REASON_TIMEOUT_S: Final = 5.0  # for the words to a refusal that is already certain
 _GUESS_TIMEOUT_S: Final = 3.0  # for localhost to show which protocol it speaks
-_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 
 
 class CredentialSource(Protocol):
@@ -245,8 +244,8 @@ class Endpoint:
         self._note(answer)
         response = await self._send_with_fallback(ask, answer)
         for _ in range(_MAX_ROUNDS - 1):
-            if response.status != 401:
-                break
+            if response.status != 401 or origin(response.url) != origin(self.base):
+                break  # what another host asks for is none of our credentials' business
             self._reach = response.reach()
             try:
                 next_answer = await self._session.authorizer.answer(self._peer(), ask.scopes, self._credential, response, answer)
@@ -347,46 +346,49 @@ class Endpoint:
 
     async def _follow(self, ask: Ask, answer: Answer | None) -> Response:
         url = self._url(ask)
-        is_foreign = _origin(url) != _origin(self.base)
+        is_foreign = origin(url) != origin(self.base)
         for _ in range(MAX_REDIRECTS + 1):
-            response = await self._send(ask, url, answer, is_foreign)
+            response = await (self._send_abroad(ask, url) if is_foreign else self._send(ask, url, answer, is_foreign=False))
             location = response.headers.get("location")
-            if response.status not in _REDIRECTS or not location or ask.method not in ("GET", "HEAD"):
+            if response.status not in REDIRECTS or not location or ask.method not in ("GET", "HEAD"):
                 return response
             if not is_foreign:
                 self._reach = response.reach()
             await response.close()
-            target = self.target(url, location, ask.phase)
-            is_foreign = is_foreign or _origin(target) != _origin(url)
-            url = target
-        raise self._refused(f"more than {MAX_REDIRECTS} redirects", ask.phase, url)
+            following = target(url, location, ask.phase)
+            is_foreign = is_foreign or origin(following) != origin(url)
+            url = following
+        raise refused(f"more than {MAX_REDIRECTS} redirects", ask.phase, url)
 
-    def target(self, url: str, location: str, phase: str) -> str:
-        """Where a Location header of `url` leads. Raises: RequestFailed for what is not followed."""
+    async def _send_abroad(self, ask: Ask, url: str) -> Response:
+        """To a host that we were sent to: anonymously, with a token where it wants one, as registries do that have moved."""
+        base = "{}://{}".format(*urlsplit(url)[:2])
+        host = Host(base, self.host.origin, tls=self.host.tls.without_identity(), proxy=self.host.proxy, credentials=FROM_NOBODY)
+        authorizer = self._session.authorizer
+        answer = await authorizer.preempt(Peer(host, base, self._reach), ask.scopes, None)
+        response = await self._send(ask, url, answer, is_foreign=True)
+        if response.status != 401 or not ask.scopes:
+            return response
         try:
-            target = urljoin(url, location)
-            parts = urlsplit(target)
-            _ = parts.port
-        except ValueError:
-            raise self._refused("redirect to something that is no URL", phase, url) from None
-        if parts.scheme not in ("http", "https") or not parts.hostname or not target.isascii() or not target.isprintable() or " " in target:
-            raise self._refused("redirect to something that is no web address", phase, url)
-        if url.startswith("https://") and parts.scheme != "https":
-            raise self._refused("redirect from HTTPS to HTTP", phase, target)
-        if parts.username is not None:
-            raise self._refused("redirect to a URL with credentials in it", phase, target)
-        return parts._replace(fragment="").geturl()
+            answer = await authorizer.answer(Peer(host, base, response.reach()), ask.scopes, None, response, answer)
+        except BaseException:
+            await response.close()
+            raise
+        if answer is None:
+            return response
+        await response.close()
+        return await self._send(ask, url, answer, is_foreign=True)
 
-    async def _send(self, ask: Ask, url: str, answer: Answer | None, is_foreign: bool) -> Response:
+    async def _send(self, ask: Ask, url: str, answer: Answer | None, *, is_foreign: bool) -> Response:
         headers = [("User-Agent", USER_AGENT), ("Accept-Encoding", "identity"), *ask.headers]
         if not is_foreign:
             headers += [(tracing.HEADER, trace)] if (trace := tracing.parent()) else []
             configured = {name.lower() for name, _ in self.host.headers}
             headers = [(name, value) for name, value in headers if name.lower() not in configured]
             headers += self.host.headers
-            if answer:
-                headers = [(name, value) for name, value in headers if name.lower() != "authorization"]
-                headers.append(("Authorization", answer.value))
+        if answer:
+            headers = [(name, value) for name, value in headers if name.lower() != "authorization"]
+            headers.append(("Authorization", answer.value))
         route = self._route(url, is_foreign)
         if ask.is_bulk:
             return await self._session.bulk.send(ask.method, url, headers, route=route, phase=ask.phase)
@@ -432,14 +434,6 @@ class Endpoint:
             wait=wait,
             is_silent=ask.method == "HEAD",
         )
-
-    def _refused(self, what: str, phase: str, url: str) -> RequestFailed:
-        return RequestFailed(what, code="PERMISSION_DENIED", failure=Failure.DEFINITE, phase=phase, where=shown_url(url))
-
-
-def _origin(url: str) -> tuple[str, str, int]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def _code_of(status: int) -> str:

@@ -204,11 +204,9 @@ def canonical_name(server: str) -> str:
 
 def is_local(authority: str) -> bool:
     """`localhost` or a loopback address, with or without a port."""
-    name = urlsplit(f"//{authority}").hostname or ""
-    if name == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(name).is_loopback
+        name = urlsplit(f"//{authority}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
 
@@ -218,7 +216,10 @@ def default_host(namespace: str, origin: str, tls: Tls | None = None) -> Host:
     tls = tls or Tls()
     if namespace == DOCKER_NAMESPACE:
         return _guess_tls(Host(f"https://{DOCKER_REGISTRY}/v2", origin, tls=tls, canonical=True))
-    port = urlsplit(f"//{namespace}").port
+    try:
+        port = urlsplit(f"//{namespace}").port
+    except ValueError:
+        raise InvalidArgument(f'registry "{printable(namespace, 80)}" is no host with a port', hint="ports end at 65535") from None
     if not is_local(namespace) or port in (None, 443):
         relaxed = Tls(tls.ca, tls.client, True) if is_local(namespace) and tls.skip_verify is None else tls
         return _guess_tls(Host(f"https://{namespace}/v2", origin, tls=relaxed, canonical=True))
@@ -283,8 +284,11 @@ def trusted_token_hosts(host: Host) -> frozenset[str]:
 def parse_url(text: str, override_path: bool) -> str:
     """A `server` or `[host."…"]` value as an endpoint base. Raises: InvalidArgument naming the wrong part."""
     full = text if "://" in text else f"https://{text}"
-    parts = urlsplit(full)
     shown = printable(text, 160)
+    try:
+        parts = urlsplit(full)
+    except ValueError:
+        raise InvalidArgument(f'"{shown}" is no URL', hint='write it like "https://mirror.example:5000"') from None
     if parts.scheme not in ("http", "https"):
         raise InvalidArgument(f'"{shown}": unknown scheme "{printable(parts.scheme, 20)}"', hint="use https:// or http://")
     if "@" in parts.netloc:
@@ -442,8 +446,12 @@ def _headers(document: Document, table: tuple[str, ...]) -> tuple[tuple[str, str
 def _proxy(document: Document, table: tuple[str, ...]) -> str:
     value = document.typed(str, *table, "proxy") or ""
     if value and value != DIRECT:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(value)
+            is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_url = False
+        if not is_url:
             raise document.error("proxy is not a URL", *table, "proxy", hint=f'use "http://proxy.example:3128" or "{DIRECT}"')
     return value
 

@@ -42,7 +42,7 @@ def identity(credential: Credential | None) -> str:
     if credential is None:
         return ""
     parts = (credential.username, credential.password, credential.identity_token, credential.registry_token, credential.host)
-    return hashlib.sha256(_SALT + "\0".join(parts).encode()).hexdigest()
+    return hashlib.sha256(_SALT + "\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class CredentialKind(Enum):

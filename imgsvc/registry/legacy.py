@@ -70,9 +70,10 @@ def _mirror(namespace: str, entry: object, where: str, tls: Mapping[str, Tls], h
         raise InvalidArgument(f'unknown key "{printable(unknown[0], 80)}"', where=where, hint="only endpoint is known")
     hosts = []
     for endpoint in endpoints:
+        bare = parse_url(endpoint, override_path=True)
         parts = urlsplit(endpoint)
         # An endpoint with a path is taken as it is; only without one `/v2` is added.
-        url = parse_url(endpoint, override_path=parts.path not in ("", "/"))
+        url = bare if parts.path not in ("", "/") else parse_url(endpoint, override_path=False)
         settings = tls.get(parts.netloc, Tls())
         hosts.append(Host(url, f"{where}.endpoint", _NO_PUSH, settings, headers))
     return HostsConfig(namespace, tuple(hosts), where)

@@ -41,6 +41,15 @@ def reach_of(address: str) -> Reach:
     return Reach.PUBLIC if ip.is_global else Reach.PRIVATE
 
 
+def is_host_name(text: str) -> bool:
+    """Whether a name can be looked up at all: no empty label, none longer than 63 characters."""
+    try:
+        text.encode("idna")
+    except UnicodeError:
+        return False
+    return True
+
+
 def allowed_from(origin: Reach) -> frozenset[Reach]:
     """Where a server at `origin` may send us: anywhere ordinary, and to its own class."""
     return frozenset({Reach.PUBLIC, Reach.PRIVATE, origin})

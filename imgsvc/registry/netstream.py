@@ -76,6 +76,8 @@ class Backend(httpcore.AsyncNetworkBackend):
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as error:
             raise ConnectFailed(f"name not resolved: {error.strerror or error}") from error
+        except ValueError as error:  # of the codec for names, and for a NUL
+            raise ConnectFailed("this cannot be a host's name") from error
         permitted = [entry for entry in found if reach_of(str(entry[4][0])) in self._allowed]
         if not permitted:
             kinds = ", ".join(sorted({reach_of(str(entry[4][0])).value for entry in found}))
@@ -328,8 +330,11 @@ class TlsStream(httpcore.AsyncNetworkStream):
 async def _start_tls(
     inner: SocketStream | TlsStream, context: ssl.SSLContext, server_hostname: str | None, timeout: float | None
 ) -> TlsStream:
-    stream = TlsStream(inner, context, server_hostname)
     async with _closing_on_error(inner):
+        try:
+            stream = TlsStream(inner, context, server_hostname)
+        except ValueError as error:  # behind a proxy nobody has looked the name up
+            raise TlsFailed("this cannot be a host's name", plain=False) from error
         await stream.handshake(timeout)
     return stream
 

@@ -10,6 +10,7 @@ import ipaddress
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+from imgsvc.numerals import whole_number
 from imgsvc.registry.hosts import DIRECT, is_local
 
 
@@ -46,8 +47,8 @@ def _matches(entry: str, host: str, port: int) -> bool:
         except ValueError:
             pass
     name, colon, wanted = entry.rpartition(":")
-    if colon and wanted.isdigit() and "]" not in wanted:
-        if int(wanted) != port:
+    if colon and (number := whole_number(wanted, 65535)) is not None:
+        if number != port:
             return False
         entry = name
     entry = entry.strip("[]").removeprefix("*")

@@ -20,6 +20,7 @@ from imgsvc.registry.exchange import RequestFailed, Response
 from imgsvc.registry.hosts import Capability
 from imgsvc.registry.interfaces import BlobReader, Credential, Repository
 from imgsvc.registry.operation import Operations
+from imgsvc.registry.redirects import target
 from imgsvc.registry.retry import Failure
 
 T = TypeVar("T")
@@ -139,7 +140,7 @@ class RemoteRepository:
         location = response.headers.get("location")
         if not location:
             raise lied(response, "an upload session without a Location", code="UNAVAILABLE")
-        return endpoint.target(response.url, location, "push")
+        return target(response.url, location, "push")
 
     async def _send_chunks(self, endpoint: Endpoint, upload: str, descriptor: Descriptor, reader: BlobReader, chunk_size: int) -> str:
         """PATCH piece after piece; after a failure the registry is asked how far it got."""
@@ -206,7 +207,7 @@ class RemoteRepository:
                 body = await read_document(response, MAX_DOCUMENT)
                 page = _trusted(response, lambda: load_json_object(body, response.url, limit=MAX_DOCUMENT))  # noqa: B023  # called at once
                 link = _NEXT.search(response.headers.get("link"))
-                following = endpoint.target(response.url, link[1], "fetch") if link else ""
+                following = target(response.url, link[1], "fetch") if link else ""
                 if following and urlsplit(following)[:2] != urlsplit(response.url)[:2]:
                     raise lied(
                         response, f"a listing that continues at {printable(urlsplit(following).netloc, 80)}", code="PERMISSION_DENIED"

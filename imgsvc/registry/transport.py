@@ -106,13 +106,18 @@ class Transport:
         """
         _check_literal_address(url, route, phase)
         connect = route.connect_within(self.timeouts)
-        request = httpcore.Request(
-            method,
-            url,
-            headers=_request_headers(url, headers, method, body, length),
-            content=body,
-            extensions={"timeout": {"connect": connect, "read": self.timeouts.stall, "write": self.timeouts.stall, "pool": None}},
-        )
+        try:
+            request = httpcore.Request(
+                method,
+                url,
+                headers=_request_headers(url, headers, method, body, length),
+                content=body,
+                extensions={"timeout": {"connect": connect, "read": self.timeouts.stall, "write": self.timeouts.stall, "pool": None}},
+            )
+        except ValueError:
+            # `from None`: the cause would quote the address or a secret.
+            what = "the address or a header has characters that cannot be sent"
+            raise RequestFailed(what, code="INVALID_ARGUMENT", failure=Failure.DEFINITE, phase=phase, where=shown_url(url)) from None
         # A streamed upload takes as long as it takes; its writes have their own stall clock.
         limit = None if method in ("PUT", "PATCH", "POST") else connect + self.timeouts.headers
         began = time.monotonic()
@@ -230,6 +235,8 @@ def _request_headers(
         sent.append(("Content-Length", str(length)))
     elif not isinstance(body, bytes):
         sent.append(("Transfer-Encoding", "chunked"))
+    if any(character in value for _, value in sent for character in "\r\n\0"):
+        raise ValueError("a header with a line end")  # h11 would say so too, and quote it
     return [(name.encode("ascii"), value.encode("latin-1")) for name, value in sent]
 
 

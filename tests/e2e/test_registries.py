@@ -471,11 +471,7 @@ def test_a_failed_pull_lists_every_attempt(make_daemon: Callable[..., Daemon]) -
 
     assert code is grpc.StatusCode.PERMISSION_DENIED, "the most telling of all failures"
     attempts = text.partition("(tried: ")[2].split(" | ")
-    seen = {
-        found.groups()
-        for a in attempts
-        if (found := re.match(r"http://(\S+)/v2 \[(\w+)\] (no answer|\d+), credential ", a))
-    }
+    seen = {found.groups() for a in attempts if (found := re.match(r"http://(\S+)/v2 \[(\w+)\] (no answer|\d+), credential ", a))}
     assert len(attempts) >= 4
     assert {(DEAD, "connect", "no answer"), (broken.address, "resolve", "500"), (empty.address, "resolve", "404")} <= seen
     assert any(address == strict.address and status == "403" for address, _, status in seen)

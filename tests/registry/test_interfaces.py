@@ -12,7 +12,6 @@ def test_attempts_that_went_the_same_way_are_told_once() -> None:
     error = PullFailed("no", [refused[0], denied, *refused[1:]], "UNAVAILABLE", retryable=True)
 
     assert error.what == (
-        "no (tried: http://m/v2 [connect] no answer, credential none: refused"
-        " | http://r/v2 [resolve] 403, credential file: DENIED)"
+        "no (tried: http://m/v2 [connect] no answer, credential none: refused | http://r/v2 [resolve] 403, credential file: DENIED)"
     )
     assert len(error.attempts) == 4
