@@ -1,6 +1,7 @@
 """Two trees compared by everything a layer determines: names, types, modes, owners, sizes, contents, links, xattrs, times.
 
-Times of directories and whiteouts are left out: implied ones have none of their own. What is read is never run, followed or mounted.
+Times of directories and whiteouts are left out: earlier versions gave those without an entry the time of unpacking.
+What is read is never run, followed or mounted.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from tests.decrypt.test_containerd import running
 from tests.fakes.registry import FakeRegistry
 from tests.snapshot.layers import Entry, directory, gz, link, pax_block, raw_header, record, symlink, tar
 from tests.snapshot.trees import read_tree
-from tests.support.daemon import RPC_TIMEOUT, Daemon, new_daemon
+from tests.support.daemon import RPC_TIMEOUT, Daemon, below, new_daemon
 from tests.support.images import BuiltDocument, descriptor
 
 pytestmark = [pytest.mark.root, pytest.mark.compat]
@@ -205,10 +205,10 @@ DIFFERENCES: Final[dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Puller:
-    """A CRI image service, and where its snapshots' files are."""
+    """A CRI image service, and the directory below which its snapshots' files are, whichever snapshotter it has."""
 
     service: ImageServiceStub
-    snapshots: Path
+    root: Path
 
     def outcome(self, reference: str, name: str) -> dict[str, Any] | str:
         """What CRI tells of the image and its tree, or "refused"."""
@@ -218,7 +218,7 @@ class Puller:
         except grpc.RpcError:
             return "refused"
         seen = self.service.ImageStatus(cri_pb2.ImageStatusRequest(image=spec), timeout=RPC_TIMEOUT).image
-        roots = [path.parent for path in self.snapshots.glob(f"**/{MARK}") if path.read_text() == name]
+        roots = [path.parent for path in below(self.root) if path.name == MARK and path.read_text() == name]
         return {"id": seen.id, "uid": seen.uid.value, "username": seen.username, "tree": _comparable(roots[0]) if roots else None}
 
 
@@ -241,7 +241,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Puller]:
         pytest.skip("containerd is not installed")
     place = tmp_path_factory.mktemp("peer")
     with running(place, program) as made, grpc.insecure_channel(made.address) as channel:
-        yield Puller(ImageServiceStub(channel), place / "root" / "io.containerd.snapshotter.v1.native" / "snapshots")
+        yield Puller(ImageServiceStub(channel), place / "root")
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def ours() -> Iterator[Puller]:
     daemon: Daemon = new_daemon(network=False, settings='enabled = false\n[images]\nsnapshotter = "native"\nsync = "none"\n')
     try:
         daemon.start()
-        yield Puller(daemon.images(), daemon.root / "snapshots" / "native")
+        yield Puller(daemon.images(), daemon.root / "snapshots")
         assert "Traceback" not in daemon.log
     finally:
         daemon.close()

@@ -83,7 +83,12 @@ def poisons(seed: random.Random) -> Iterator[BuiltDocument]:
             ["9" * 5000, "0" * 5000 + "7", "-1", "+1", "1000:" + "9" * 5000, "\udc80", "a\0b", "\u202e", "x" * 70000, ":", "٣"]
         )
         labels: dict[str, Any] = seed.choice([{"a": None}, {"\ud800": "\udfff"}, {"n" * 70000: ""}, {"": "\0"}])
-        match seed.randrange(8):
+        match seed.randrange(9):
+            case 8:
+                new = images.layer([Entry("text", str(number).encode())])
+                raw = config_of(rootfs={"type": "layers", "diff_ids": [str(new.diff_id)]})
+                made = manifest_of(raw, [entry_of(new, size=size)])
+                yield replace(made, blobs={**made.blobs, new.digest: new.blob})
             case 0:
                 yield manifest_of(config_of(config={"Labels": mark}), [entry_of(size=size)])
             case 1:
@@ -103,7 +108,7 @@ def poisons(seed: random.Random) -> Iterator[BuiltDocument]:
                 raw = config_of(config={"Labels": mark})
                 value = {"schemaVersion": 2, "config": {**descriptor(oci.OCI_CONFIG, raw), "size": size}, "layers": [entry_of()]}
                 yield BuiltDocument(oci.OCI_MANIFEST, json.dumps(value).encode(), {Digest.of(raw): raw, LAYER.digest: LAYER.blob})
-            case _:
+            case 7:
                 good = manifest_of(config_of(config={"Labels": mark}), [entry_of()])
                 leaf = {**descriptor(good.media_type, good.data), "size": seed.choice([len(good.data), size])}
                 wide = [{**leaf, "digest": str(Digest.of(b"%d" % n))} for n in range(seed.choice([0, 4000]))]
@@ -143,17 +148,19 @@ def test_S2_no_sequence_of_pulls_makes_a_listing_a_start_fsck_or_a_removal_fail(
     good = manifest_of(config_of(), [entry_of()])
     fake.add(good, "library/s2-good")
     assert cri.pull(daemon.images(), "s2-good") == str(good.config_digest)
-    taken = 0
+    taken = {str(good.config_digest)}
     source = poisons(random.Random(seed))
     for number in range(POISON_PULLS):
         fake.add(next(source), f"library/s2-{number}")
         code, text = outcome(daemon, f"s2-{number}")
         assert code not in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN), text
-        taken += code is grpc.StatusCode.OK
+        if code is grpc.StatusCode.OK:
+            taken.add(text)
         if number % 10 == 0:
             listings_work(daemon)
-    assert 0 < taken < POISON_PULLS
+    assert 1 < len(taken) < POISON_PULLS
     listed = listings_work(daemon)
+    assert {image.id for image in listed} == taken
     commands_work(daemon, listed[-1].id)
     daemon.kill()
     daemon.start()
