@@ -163,6 +163,7 @@ class Holders:
             "ociVersion": spec.OCI_VERSION,
             "process": {
                 "args": ["/pause"],
+                "env": [spec.DEFAULT_PATH],  # some runtimes refuse a process without
                 "cwd": "/",
                 "user": {"uid": nobody, "gid": nobody},
                 "noNewPrivileges": True,

@@ -26,6 +26,7 @@ from imgsvc.runtime.process import Finished, kill_group, run
 from imgsvc.runtime.reaper import Reaper
 from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
+from imgsvc.runtime.spec import DEFAULT_PATH
 from imgsvc.runtime.streaming.attach_target import AttachTarget
 from imgsvc.runtime.streaming.exec_target import DRAIN_S, ExecTarget, exec_sync
 from imgsvc.runtime.streaming.interfaces import ContainerProcess
@@ -299,7 +300,14 @@ def _fixed_on_branch(version: tuple[int, ...], fixed: tuple[int, ...], *, last: 
 def _self_test_spec(cgroup: str) -> dict[str, Any]:
     return {
         "ociVersion": "1.0.2",
-        "process": {"args": ["/pause"], "cwd": "/", "user": {"uid": 65534, "gid": 65534}, "noNewPrivileges": True},
+        "hostname": "selftest",
+        "process": {
+            "args": ["/pause"],
+            "env": [DEFAULT_PATH],
+            "cwd": "/",
+            "user": {"uid": 65534, "gid": 65534},
+            "noNewPrivileges": True,
+        },
         "root": {"path": "rootfs", "readonly": True},
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},

@@ -97,8 +97,8 @@ def build(plan: ContainerPlan) -> dict[str, Any]:
         "annotations": {**plan.base.get("annotations", {}), **allowed_annotations(plan)},
         "linux": {**base_linux, **_linux(plan)},
     }
-    if plan.namespaces.get("uts") == "":
-        spec["hostname"] = plan.pod.hostname
+    if "uts" in plan.namespaces and plan.pod.hostname:
+        spec["hostname"] = plan.pod.hostname  # of the pod's namespace already; runtimes that cannot join one read it here
     return spec
 
 
@@ -110,7 +110,8 @@ def _base_mounts(plan: ContainerPlan, ours: Sequence[Mapping[str, Any]]) -> list
 
 def command_line(config: ContainerConfig, image: ImageConfig) -> list[str]:
     """CRI: command replaces the entrypoint and, unless args are given, the image's cmd, too; args replace cmd."""
-    argv = [*config.command, *config.args] if config.command else [*image.entrypoint, *(config.args or image.cmd)]
+    entrypoint = () if image.entrypoint == ("",) else image.entrypoint  # how builders write that there is none
+    argv = [*config.command, *config.args] if config.command else [*entrypoint, *(config.args or image.cmd)]
     if not argv:
         raise InvalidArgument("neither the pod nor the image says what to run", where=config.metadata.name)
     return argv

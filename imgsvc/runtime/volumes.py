@@ -112,8 +112,8 @@ def mount_fields(path: str) -> tuple[str, ...]:
 
 
 def root_propagation(mounts: Iterable[Mount]) -> str:
-    """Propagation of the container's root: what its most open volume needs."""
-    return "rshared" if any(m.propagation == Propagation.BIDIRECTIONAL for m in mounts) else "rslave"
+    """Propagation of the root: what the most open volume needs. The specification has no recursive values for it."""
+    return "shared" if any(m.propagation == Propagation.BIDIRECTIONAL for m in mounts) else "slave"
 
 
 def sub_path_of_image(root: Path, sub_path: str, target: Path) -> None:
