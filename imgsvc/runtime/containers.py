@@ -292,7 +292,7 @@ class Containers:
         core = self._core
         try:
             record = core.records.container(container_id)
-        except ImgsvcError:
+        except NotFound:
             return
         async with core.locks.hold(record.id):  # behind a create or start that is under way
             current = core.records.containers.get(record.id)
@@ -340,7 +340,7 @@ class Containers:
         core = self._core
         try:
             full_id = core.records.container(container_id).id
-        except ImgsvcError:
+        except NotFound:
             return
         await self.stop(full_id, 0)
         with os_errors("removing a container"):
@@ -415,8 +415,8 @@ class Containers:
 
 
 def merge_resources(old: LinuxContainerResources | None, new: LinuxContainerResources) -> LinuxContainerResources:
-    """What is in force after an update: 0 and "" in `new` mean unchanged."""
+    """What is in force after an update: 0 and "" in `new` mean unchanged, and so do files that its `unified` does not name."""
     if old is None:
         return new
     values = {name: getattr(new, name) or getattr(old, name) for name in LinuxContainerResources.__dataclass_fields__}
-    return LinuxContainerResources(**values)
+    return LinuxContainerResources(**values | {"unified": {**old.unified, **new.unified}})

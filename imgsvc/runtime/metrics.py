@@ -148,6 +148,15 @@ METRICS: Final[tuple[Metric, ...]] = (
     _one("container_memory_max_usage_bytes", "Highest memory use", _GAUGE, lambda k: k.usage.max_usage),
     _one("container_memory_rss", "Anonymous memory", _GAUGE, lambda k: k.usage.rss),
     _one("container_memory_swap", "Swap", _GAUGE, lambda k: k.usage.swap),
+    _one(
+        "container_memory_total_active_file_bytes", "Page cache in use", _GAUGE, lambda k: k.usage.line("total_active_file", "active_file")
+    ),
+    _one(
+        "container_memory_total_inactive_file_bytes",
+        "Page cache that can be given up",
+        _GAUGE,
+        lambda k: k.usage.line("total_inactive_file", "inactive_file"),
+    ),
     _one("container_memory_usage_bytes", "Memory", _GAUGE, lambda k: k.usage.usage),
     _one("container_memory_working_set_bytes", "Memory without inactive page cache", _GAUGE, lambda k: k.usage.working_set),
     _network("container_network_receive_bytes_total", "Bytes received", 0),

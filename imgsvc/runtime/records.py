@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from imgsvc.errors import AlreadyExists, FailedPrecondition, NotFound, printable
+from imgsvc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, printable
 from imgsvc.fsutil import write_atomic
 from imgsvc.metadb import MetaDB, WriteTxn
 from imgsvc.runtime.codec import from_json, to_json
@@ -160,11 +160,11 @@ class Records:
             del self._names[name]
 
     def sandbox(self, sandbox_id: str) -> SandboxRecord:
-        """One sandbox by its ID or a unique beginning of it. Raises: NotFound."""
+        """One sandbox by its ID or a unique beginning of it. Raises: NotFound, InvalidArgument (the beginning of several)."""
         return _resolve(self.sandboxes, sandbox_id, "pod sandbox")
 
     def container(self, container_id: str) -> ContainerRecord:
-        """One container by its ID or a unique beginning of it. Raises: NotFound."""
+        """One container by its ID or a unique beginning of it. Raises: NotFound, InvalidArgument (the beginning of several)."""
         return _resolve(self.containers, container_id, "container")
 
     def containers_of(self, sandbox_id: str) -> list[ContainerRecord]:
@@ -241,8 +241,10 @@ def _resolve(records: dict[str, R], key: str, what: str) -> R:
     if key in records:
         return records[key]
     found = [name for name in records if name.startswith(key)] if key else []
-    if len(found) != 1:
-        raise NotFound(f'no {what} "{printable(key, 80)}"' if not found else f'"{key}" is the beginning of several {what} IDs')
+    if not found:
+        raise NotFound(f'no {what} "{printable(key, 80)}"')
+    if len(found) > 1:
+        raise InvalidArgument(f'{what} ID "{printable(key, 80)}" is ambiguous', hint="give more digits")
     return records[found[0]]
 
 

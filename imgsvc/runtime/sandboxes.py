@@ -12,7 +12,7 @@ import os
 from dataclasses import replace
 
 from imgsvc.concurrency import Undo, in_thread
-from imgsvc.errors import FailedPrecondition, ImgsvcError
+from imgsvc.errors import FailedPrecondition, ImgsvcError, NotFound
 from imgsvc.failpoints import afailpoint
 from imgsvc.runtime import cgroups, podfiles, podlimits, selinux, sysctls, validate
 from imgsvc.runtime.containers import Containers
@@ -150,7 +150,7 @@ class Sandboxes:
         core = self._core
         try:
             full_id = core.records.sandbox(sandbox_id).id
-        except ImgsvcError:
+        except NotFound:
             return
         core.stopping.add(full_id)
         try:
@@ -189,7 +189,7 @@ class Sandboxes:
         core = self._core
         try:
             full_id = core.records.sandbox(sandbox_id).id
-        except ImgsvcError:
+        except NotFound:
             return
         core.stopping.add(full_id)
         try:
