@@ -3,7 +3,7 @@
 Devices are named in the CRI request only; annotations and image labels never name one (CVE-2026-53492). Specification
 files are JSON (.json) or YAML (.yaml). Later directories win over earlier ones.
 
-Source: cncf-tags/container-device-interface SPEC.md 0.8.
+Source: cncf-tags/container-device-interface SPEC.md 1.1.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from typing import Any, Final
 
 from imgsvc import yamlfile
 from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, printable
+from imgsvc.runtime.volumes import clean
 
 _QUALIFIED = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*=[A-Za-z0-9][A-Za-z0-9_.:-]*", re.ASCII)
 _HOOKS: Final = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
 _MAX_FILE: Final = 4 * 1024 * 1024
+_RDT: Final = ("closID", "l3CacheSchema", "memBwSchema", "schemata", "enableMonitoring")
+_MAX_CLASS: Final = 4096  # [characters]
 
 Edits = Mapping[str, Any]
 
@@ -91,6 +94,10 @@ def apply(spec: dict[str, Any], edits: Sequence[Edits]) -> None:
             node, rule = _device(device)
             linux["devices"] = [d for d in linux["devices"] if d["path"] != node["path"]] + [node]
             linux["resources"].setdefault("devices", []).append(rule)
+        for device in edit.get("netDevices") or []:
+            _add_network_device(linux, device)
+        if rdt := edit.get("intelRdt"):
+            linux["intelRdt"] = _rdt(rdt)
         for mount in edit.get("mounts") or []:
             options = mount.get("options") or ["ro", "nosuid", "nodev", "bind"]
             entry = {
@@ -99,7 +106,7 @@ def apply(spec: dict[str, Any], edits: Sequence[Edits]) -> None:
                 "source": mount["hostPath"],
                 "options": options,
             }
-            spec["mounts"].append(entry)
+            spec["mounts"] = [m for m in spec["mounts"] if clean(m["destination"]) != clean(entry["destination"])] + [entry]
         for hook in edit.get("hooks") or []:
             _add_hook(spec, hook)
         gids = process["user"].get("additionalGids") or []
@@ -117,6 +124,26 @@ def _add_hook(spec: dict[str, Any], hook: Mapping[str, Any]) -> None:
         raise InvalidArgument(f'"{printable(str(name), 60)}" is not a hook')
     entry = {k: hook[k] for k in ("path", "args", "env", "timeout") if hook.get(k)}
     spec.setdefault("hooks", {}).setdefault(name, []).append(entry)
+
+
+def _add_network_device(linux: dict[str, Any], device: Mapping[str, Any]) -> None:
+    """An interface of the node that the runtime moves into the container's network namespace under a name (CDI 1.1)."""
+    source, name = device.get("hostInterfaceName"), device.get("name")
+    if not isinstance(source, str) or not isinstance(name, str) or not source or not name:
+        raise InvalidArgument("a CDI network device needs hostInterfaceName and name")
+    devices = linux.setdefault("netDevices", {})
+    if source in devices or any(known["name"] == name for known in devices.values()):
+        raise InvalidArgument(f"two CDI devices bring network interface {printable(source, 60)} or the name {printable(name, 60)}")
+    devices[source] = {"name": name}
+
+
+def _rdt(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A linux.intelRdt object. The class is a directory of resctrl, "/" its root."""
+    found = {key: value[key] for key in _RDT if value.get(key)}
+    name = str(found.get("closID", ""))
+    if name != "/" and (name in (".", "..") or "/" in name or "\n" in name or len(name) >= _MAX_CLASS):
+        raise InvalidArgument(f'"{printable(name, 60)}" is not an RDT class')
+    return found
 
 
 def _device(device: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
