@@ -30,6 +30,7 @@ GIB: Final = 1024**3
 MAX_DOCUMENT: Final = 4 * MIB  # [bytes] of one manifest, index or config; the distribution spec asks for at least 4 MiB
 _SHOWN_PLATFORMS: Final = 32  # in an error
 MAX_DESCRIPTORS: Final = 4096  # per document; the largest real indexes and images stay below 200
+MAX_SETTINGS: Final = {"Env": 4096, "Volumes": 256}  # of an image; a runtime takes seconds for more, and no real image comes near
 MAX_VALUES: Final = 256 * KIB  # commas and brackets per JSON document; 4 MiB of "[]," would cost 130 MB of objects
 MAX_INDEX_DEPTH: Final = 4  # index inside index; the specification allows nesting, real images use 1
 MAX_SIZE: Final = 2**63 - 1
@@ -375,11 +376,11 @@ def config_from_json(value: object, where: str) -> ImageConfig:
         platform=_platform(value, where),
         diff_ids=tuple(_digest(d, "rootfs.diff_ids", where) for d in raw_ids),
         user=_member(config, "User", str, where),
-        env=_strings(config, "Env", where),
+        env=_bounded("Env", _strings(config, "Env", where), where),
         entrypoint=_strings(config, "Entrypoint", where),
         cmd=_strings(config, "Cmd", where),
         working_dir=_member(config, "WorkingDir", str, where),
-        volumes=tuple(_member(config, "Volumes", dict, where)),
+        volumes=_bounded("Volumes", tuple(_member(config, "Volumes", dict, where)), where),
         labels=_string_map(config, "Labels", where),
         stop_signal=_member(config, "StopSignal", str, where),
         exposed_ports=tuple(_member(config, "ExposedPorts", dict, where)),
@@ -412,6 +413,12 @@ def _index(value: Mapping[str, Any], kind: str, where: str) -> Index:
         annotations=_string_map(value, "annotations", where),
         subject=_optional(value, "subject", where),
     )
+
+
+def _bounded(name: str, entries: tuple[str, ...], where: str) -> tuple[str, ...]:
+    if len(entries) > MAX_SETTINGS[name]:
+        raise ResourceExhausted(f"{len(entries)} {name}; at most {MAX_SETTINGS[name]} are accepted", where=where)
+    return entries
 
 
 def _optional(value: Mapping[str, Any], name: str, where: str) -> Descriptor | None:

@@ -192,6 +192,7 @@ def _load(directory: str, limit: int, signature: object) -> _Loaded:
     try:
         return _Loaded(signature, tuple(load_networks(directory, limit)), None)
     except ImgsvcError as error:
+        log.warning("pods get no network until the CNI configuration is right, also if other files there are: %s", error)
         return _Loaded(signature, (), error)
 
 
