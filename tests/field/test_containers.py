@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,16 @@ import grpc
 import pytest
 
 from imgsvc.api import cri_pb2 as pb
-from imgsvc.errors import InvalidArgument
-from imgsvc.runtime import sysctls, volumes
+from imgsvc.config_import import import_file
+from imgsvc.errors import InvalidArgument, ResourceExhausted
+from imgsvc.oci import ImageConfig, Platform, parse_config
+from imgsvc.runtime import cdi, spec, sysctls, volumes
+from imgsvc.runtime.containers import merge_resources
 from imgsvc.runtime.execerror import is_about_the_command
+from imgsvc.runtime.metrics import METRICS
+from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources
+from imgsvc.runtime.network import PodNetwork
+from imgsvc.runtime.settings import CNISettings
 from tests.runtime.harness import Daemon, assert_clean
 from tests.runtime.images import BUSYBOX
 from tests.runtime.test_handlers import KINDS
@@ -28,6 +38,11 @@ def pod_volume(node: Daemon, name: str, container_path: str, **fields: Any) -> p
     source.chmod(0o777)
     (source / "pod").touch()
     return pb.Mount(container_path=container_path, host_path=str(source), **fields)
+
+
+def cgroups_for(kind: str) -> str:
+    """crun takes no mixture of cgroup versions."""
+    return "v1" if kind == "crun" and Path("/sys/fs/cgroup/unified").is_dir() else ""
 
 
 def image_volume(**fields: Any) -> pb.Mount:
@@ -128,8 +143,7 @@ def test_P2_a_volume_in_a_user_namespace_has_the_images_owners(make_node: MakeNo
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_K4_a_command_that_cannot_be_started_fails_at_its_start(make_node: MakeNode, kind: str) -> None:
-    hybrid = Path("/sys/fs/cgroup/unified").is_dir()
-    node = make_node({"handlers": {"default": KINDS[kind][0]}}, cgroups="v1" if hybrid and kind == "crun" else "")
+    node = make_node({"handlers": {"default": KINDS[kind][0]}}, cgroups=cgroups_for(kind))
     pod = node.run_pod()
     made = [
         node.create(pod, node.container("", f"c{n}", command=[program]))
@@ -191,3 +205,134 @@ def test_P5_names_of_sysctls_have_two_forms() -> None:
     assert sysctls.canonical("net/ipv4/conf/eth0.100/arp_ignore") == "net.ipv4.conf.eth0/100.arp_ignore"
     names = ["net.ipv4.conf.eth0.x", "net.ipv6.neigh.eth0/1.x", "net.ipv4.conf.all.x", "net.ipv4.conf.lo.x", "net.core.x", "net.ipv4.conf"]
     assert list(sysctls.of_interfaces(dict.fromkeys(names, "1"))) == names[:2]
+
+
+def test_P4_an_entrypoint_of_one_empty_word_is_none() -> None:
+    image = ImageConfig(Platform.host(), (), entrypoint=("",), cmd=("run",))
+    assert spec.command_line(ContainerConfig(), image) == ["run"]
+    assert spec.command_line(ContainerConfig(args=("a", "b")), image) == ["a", "b"]
+    assert spec.command_line(ContainerConfig(), dataclasses.replace(image, entrypoint=("", "x"))) == ["", "x", "run"]
+
+
+def test_S15_an_image_has_a_bounded_number_of_settings() -> None:
+    def config(**values: object) -> bytes:
+        return json.dumps({"architecture": "amd64", "os": "linux", "rootfs": {"diff_ids": []}, "config": values}).encode()
+
+    assert len(parse_config(config(Env=[f"A{n}=1" for n in range(4096)]), "here").env) == 4096
+    for name, value in (("Env", ["A=1"] * 4097), ("Volumes", {f"/v{n}": {} for n in range(257)})):
+        with pytest.raises(ResourceExhausted, match="at most"):
+            parse_config(config(**{name: value}), "here")
+
+
+def test_R10_specifications_keep_to_the_letter(make_node: MakeNode) -> None:
+    node = make_node(bridge="rtprop")
+    pod = node.run_pod("prop", namespaces=pb.NamespaceOption(pid=pb.POD))
+    container = node.run(pod, "sleep 100")
+    made = json.loads((node.directory / "s/containers" / container / "config.json").read_text())
+    pause = json.loads((node.directory / "s/containers" / pod / "config.json").read_text())
+    assert (made["linux"]["rootfsPropagation"], made["hostname"]) == ("slave", "prop")
+    assert any(text.startswith("PATH=") for text in pause["process"]["env"])
+    assert node.exec(container, "hostname").stdout == b"prop\n"
+
+
+@pytest.mark.parametrize("kind", ["runc", "crun"])
+def test_R10_mounts_are_propagated_as_asked(make_node: MakeNode, kind: str) -> None:
+    node = make_node({"handlers": {"default": KINDS[kind][0]}}, cgroups=cgroups_for(kind))
+    source = node.directory / "shared"
+    (source / "in").mkdir(parents=True)
+    (source / "out").mkdir()
+    inside = [*node.prefix, "mount"]
+    subprocess.run([*inside, "--bind", source, source], check=True)
+    subprocess.run([*inside, "--make-shared", source], check=True)
+    try:
+        pod = node.run_pod(privileged=True)
+        slave = pb.Mount(host_path=str(source), container_path="/vol", propagation=pb.PROPAGATION_HOST_TO_CONTAINER)
+        receiver = node.run(pod, "sleep 100", "receiver", mounts=[slave])
+        shared = pb.Mount(host_path=str(source), container_path="/vol", propagation=pb.PROPAGATION_BIDIRECTIONAL)
+        sender = node.run(pod, "sleep 100", "sender", mounts=[shared], security=pb.LinuxContainerSecurityContext(privileged=True))
+        private = node.run(pod, "sleep 100", "private", mounts=[pb.Mount(host_path=str(source), container_path="/vol")])
+        subprocess.run([*inside, "-t", "tmpfs", "none", source / "in"], check=True)
+        assert node.exec(sender, "mount", "-t", "tmpfs", "none", "/vol/out").exit_code == 0
+        seen = {c: node.exec(c, "grep", "-c", " /vol/", "/proc/self/mounts").stdout for c in (receiver, sender, private)}
+        assert seen == {receiver: b"2\n", sender: b"2\n", private: b"0\n"}
+        made = json.loads((node.directory / "s/containers" / sender / "config.json").read_text())
+        assert made["linux"]["rootfsPropagation"] == "shared"
+    finally:
+        node.remove_all()
+        subprocess.run([*node.prefix, "umount", "-R", source], check=True)
+
+
+def test_R11_an_ambiguous_beginning_of_an_id_is_an_error(make_node: MakeNode) -> None:
+    node = make_node()
+    pods = [node.run_pod(f"p{n}") for n in range(2)]
+    made: dict[str, str] = {}
+    while True:  # until two containers begin alike
+        container = node.create(pods[0], node.container("true", f"c{len(made)}"))
+        if container[0] in made:
+            break
+        made[container[0]] = container
+    short = container[0]
+    for call in (
+        lambda: node.cri.StopContainer(pb.StopContainerRequest(container_id=short)),
+        lambda: node.cri.RemoveContainer(pb.RemoveContainerRequest(container_id=short)),
+        lambda: node.cri.ContainerStatus(pb.ContainerStatusRequest(container_id=short)),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            call()
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    node.cri.StopContainer(pb.StopContainerRequest(container_id="f" * 64))
+    node.cri.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id="f" * 64))
+    assert {"container_memory_total_active_file_bytes", "container_memory_total_inactive_file_bytes"} <= {m.name for m in METRICS}
+
+
+def test_R11_an_update_keeps_what_its_unified_limits_do_not_name() -> None:
+    old = LinuxContainerResources(cpu_shares=5, unified={"memory.high": "1", "memory.low": "2"})
+    new = LinuxContainerResources(unified={"memory.high": "3"})
+    assert merge_resources(old, new) == LinuxContainerResources(cpu_shares=5, unified={"memory.high": "3", "memory.low": "2"})
+
+
+def test_R12_devices_of_cdi_1_1_bring_interfaces_and_cache_classes() -> None:
+    made: dict[str, Any] = {"process": {"env": [], "user": {}}, "linux": {"devices": [], "resources": {}}, "mounts": []}
+    rdt = {"closID": "gold", "schemata": ["L3:0=f"], "enableMonitoring": True}
+    cdi.apply(made, [{"netDevices": [{"hostInterfaceName": "ens5", "name": "data0"}]}, {"intelRdt": rdt}])
+    assert made["linux"]["netDevices"] == {"ens5": {"name": "data0"}}
+    assert made["linux"]["intelRdt"] == rdt
+    for edits in (
+        {"netDevices": [{"hostInterfaceName": "ens5"}]},
+        {"netDevices": [{"hostInterfaceName": "ens6", "name": "data0"}]},
+        {"intelRdt": {"closID": "../x"}},
+    ):
+        with pytest.raises(InvalidArgument):
+            cdi.apply(made, [edits])
+
+
+def test_R12_keys_of_containerd_2_4_are_known(tmp_path: Path) -> None:
+    source = tmp_path / "config.toml"
+    source.write_text(
+        """version = 3
+[plugins.'io.containerd.cri.v1.runtime']
+stats_retention_period = ''
+enable_criu = true
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+runtime_type = 'io.containerd.runc.v2'
+disable_pause_image_pull = false
+[plugins.'io.containerd.metadata.v1.bolt']
+no_sync = false
+[plugins.'io.containerd.metrics.v1.grpc-prometheus']
+grpc_histogram = false
+"""
+    )
+    assert import_file(source).refused == []
+
+
+def test_P19_a_broken_first_network_keeps_the_node_not_ready_and_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cni.d").mkdir()
+    (tmp_path / "cni.d/00-broken.conflist").write_text("{")
+    (tmp_path / "cni.d/10-good.conflist").write_text('{"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": "bridge"}]}')
+    network = PodNetwork(CNISettings(conf_dir=str(tmp_path / "cni.d"), cache_dir=str(tmp_path / "cache")))
+    for _ in range(2):
+        with pytest.raises(InvalidArgument, match="00-broken"):
+            network.networks()
+    assert sum("00-broken" in record.message for record in caplog.records) == 1
+    (tmp_path / "cni.d/00-broken.conflist").unlink()
+    assert [n.name for n in network.networks()] == ["n"]
