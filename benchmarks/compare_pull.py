@@ -1,6 +1,6 @@
 """Pulls of the same images by imgsvc and by a peer, in turn, both through CRI PullImage; prints ratios.
 
-    python -m benchmarks.compare_pull [--containerd PATH] [--rounds N] [--directory DIR] [--sync full|none] [--layers N …] [--tree PATH …]
+    python -m benchmarks.compare_pull [--containerd PATH] [--rounds N] [--directory DIR] [--sync full|none] [--snapshotter NAME] [--layers N …] [--tree PATH …]
 
 The image is made of the trees, once for each N of --layers as that many layers. Both daemons keep their data below --directory
 (default: a tmpfs), so the file system is the same; both pull from one docker-registry on loopback through a mirror in
@@ -292,6 +292,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="where both keep their data; default: a tmpfs made for this run")
     parser.add_argument("--sync", choices=("full", "none"), default="full", help="our images.sync")
+    parser.add_argument("--snapshotter", default="auto", help="our images.snapshotter")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 12])
     parser.add_argument("--tree", type=Path, action="append", help="directories that make up the image (default: this Python's packages)")
     arguments = parser.parse_args()
@@ -309,7 +310,7 @@ def main() -> None:
         hosts.mkdir(parents=True)
         # containerd 1.6 refuses a file without a [host] table.
         (hosts / "hosts.toml").write_text(f'server = "http://{registry.address}"\n[host."http://{registry.address}"]\n')
-        settings = f'[images]\nsync = "{arguments.sync}"\n'
+        settings = f'[images]\nsync = "{arguments.sync}"\nsnapshotter = "{arguments.snapshotter}"\n'
         peers = [
             imgsvc(directory / "imgsvc", hosts.parent, settings),
             containerd(arguments.containerd, directory / "containerd", hosts.parent),

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,18 @@ from imgsvc.errors import Aborted, DataLoss, FailedPrecondition, ImgsvcError, In
 from imgsvc.failpoints import afailpoint
 from imgsvc.oci import Descriptor, Digest
 from imgsvc.registry.interfaces import BlobSource, Fetcher
-from imgsvc.snapshot.interfaces import Applied, Key, LayerInput, Mount, Name, Snapshotter, Unpacker, UnpackJob, Usage
+from imgsvc.snapshot.interfaces import (
+    Applied,
+    Key,
+    LayerInput,
+    Mount,
+    Name,
+    Snapshotter,
+    StreamSnapshotter,
+    Unpacker,
+    UnpackJob,
+    Usage,
+)
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +141,9 @@ def layer_secrets(layers: Sequence[Descriptor], keys: Sequence[LayerKey | None])
     return [(layer.digest, key.fingerprint) if key else None for layer, key in zip(layers, keys, strict=True)]
 
 
+_Make = Callable[[LayerPlan, int, Key, AsyncExitStack], Awaitable[tuple[Usage | None, Sequence[Mount]]]]
+
+
 class _Stage:
     """How far a layer is: once `settled`, its files are as they will be, and are mounted so, with all below."""
 
@@ -176,13 +190,15 @@ class Layers:
                 await self._ensure(plan, position)
         states = ["exists" if there else "done" for there in here]
         await all_of(*(self._ensure_and_tell(plan, position, state) for position, state in enumerate(states)))
+        if isinstance(plan.snapshotter, StreamSnapshotter) and plan.names:
+            await self._threads.run(plan.snapshotter.seal, plan.names[-1])
 
     async def unpack_aside(self, plan: LayerPlan, position: int, key: Key) -> None:
         """Unpack one layer into a new active snapshot `key`, as it was unpacked into plan.names[position]. For comparing.
 
         Raises: as ensure. The caller removes the snapshot in every case.
         """
-        make = self._beside if plan.snapshotter.parallel else self._on_parent
+        make = self._way(plan.snapshotter)
         async with AsyncExitStack() as jobs:
             await make(plan, position, key, jobs)
 
@@ -204,7 +220,7 @@ class Layers:
         if await self._threads.run(snapshotter.stat, name) is not None:
             return
         key = Key(f"unpack-{uuid.uuid4().hex}")
-        make = self._beside if snapshotter.parallel else self._on_parent
+        make = self._way(snapshotter)
         with self._stages.use(f"{snapshotter.name}/{name}") as stage:
             try:
                 async with AsyncExitStack() as jobs:
@@ -220,6 +236,17 @@ class Layers:
                 stage.mounts = ()
                 await to_the_end(self._discard(snapshotter, key))
                 raise
+
+    def _way(self, snapshotter: Snapshotter) -> _Make:
+        """How this snapshotter's layers are made."""
+        if isinstance(snapshotter, StreamSnapshotter):
+            return self._as_stream
+        return self._beside if snapshotter.parallel else self._on_parent
+
+    async def _as_stream(self, plan: LayerPlan, position: int, key: Key, jobs: AsyncExitStack) -> tuple[Usage | None, Sequence[Mount]]:
+        """Write a layer's tar stream as it is; parents matter when the image is sealed."""
+        job, _ = await self._unpack(plan, position, key, None, jobs)
+        return await self._unpacker.settle([], job), ()
 
     async def _sync(self, snapshotter: Snapshotter, key: Key) -> None:
         if self._syncs:
@@ -317,7 +344,10 @@ class Layers:
         async with AsyncExitStack() as stack:
             blob = stack.enter_context(self._blobs.growing.use(layer.digest))
             async with self._beginning:
-                mounts = await self._threads.run(plan.snapshotter.prepare, key, parent)
+                if isinstance(plan.snapshotter, StreamSnapshotter):
+                    mounts = await self._threads.run(plan.snapshotter.prepare_stream, key)
+                else:
+                    mounts = await self._threads.run(plan.snapshotter.prepare, key, parent)
                 await afailpoint("layer.prepared")
                 fetch = asyncio.ensure_future(self._fetch(plan, layer))
                 stack.push_async_callback(_end, fetch)

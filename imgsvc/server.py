@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -53,6 +53,8 @@ from imgsvc.roots import ContainerRoots
 from imgsvc.rpc import ErrorInterceptor
 from imgsvc.runtime.streaming.server import StreamServer
 from imgsvc.snapshot import detect, native, overlay
+from imgsvc.snapshot.erofs import driver as erofs
+from imgsvc.snapshot.erofs.build import OpenLayer
 from imgsvc.snapshot.interfaces import CheckedSnapshotter, Limits
 from imgsvc.snapshot.unpacker import WorkerUnpacker
 
@@ -135,11 +137,13 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     recovered = await threads.run(recover, content, db.last_end)
     for finding in recovered:
         log.warning("%s after an unclean end: %s", "repaired" if finding.repaired else "found", finding)
-    snapshotters, described = await _snapshotters(settings, private_dir(root / "snapshots"), db, threads, stack)
-    default = next(iter(snapshotters))
     images = ImageStore(db, settings.images.pinned_images)
     leases = LeaseBook(db)
     watch = Watch.create(images)
+    unpacker = _unpacker(settings, watch.observer.unpack_queued)
+    stack.push_async_callback(unpacker.close)
+    snapshotters, described = await _snapshotters(settings, private_dir(root / "snapshots"), db, threads, unpacker, stack)
+    default = next(iter(snapshotters))
     bulk = BulkTransport()
     stack.push_async_callback(bulk.close)
     opened = registries.open_registries(loaded, watch.observer, bulk)
@@ -150,8 +154,6 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
         log.info("registry.config_path: %s is not there", directory)
     decryptor = LayerDecryptor(await threads.run(decryption.settings, settings, root))
     stack.push_async_callback(decryptor.close)
-    unpacker = _unpacker(settings, watch.observer.unpack_queued)
-    stack.push_async_callback(unpacker.close)
     for companion in (bulk, unpacker):
         warming = asyncio.ensure_future(companion.warm())  # beside everything else, so that the first layer need not wait
         stack.push_async_callback(_ended, warming)
@@ -273,13 +275,15 @@ def _limits(settings: Config) -> Limits:
 
 
 async def _snapshotters(
-    settings: Config, root: Path, db: MetaDB, threads: Threads, stack: AsyncExitStack
+    settings: Config, root: Path, db: MetaDB, threads: Threads, unpacker: WorkerUnpacker, stack: AsyncExitStack
 ) -> tuple[dict[str, CheckedSnapshotter], dict[str, Any]]:
     """The drivers this node can use, the default one first, and what to say of them in Status. Raises: FailedPrecondition when the configured one cannot work."""
     detected = await threads.run(detect.detect, root / overlay.NAME)
     wanted = detected.driver if settings.images.snapshotter == "auto" else settings.images.snapshotter
     if wanted == overlay.NAME and detected.options is None:
         raise FailedPrecondition(detected.reason, where="images.snapshotter", hint='use "native", or another file system for root')
+    if wanted == erofs.NAME and detected.without_erofs:
+        raise FailedPrecondition(f"this kernel cannot do it: {detected.without_erofs}", where="images.snapshotter", hint='use "overlayfs"')
     log.info("snapshotter %s: %s", wanted, detected.reason)
     drivers: dict[str, CheckedSnapshotter] = {}
     described: dict[str, Any] = {"snapshotter": wanted, "detected": detected.reason, native.NAME: {"idmapped": detected.idmapped}}
@@ -287,12 +291,26 @@ async def _snapshotters(
         options = replace(detected.options, **asdict(settings.images.overlayfs))
         drivers[overlay.NAME] = overlay.OverlaySnapshotter(root / overlay.NAME, db, options)
         described[overlay.NAME] = asdict(options)
+        if not detected.without_erofs:
+            drivers[erofs.NAME] = erofs.ErofsSnapshotter(root / erofs.NAME, db, options, build=_build_by(unpacker))
+        described[erofs.NAME] = detected.without_erofs or "usable"
     drivers[native.NAME] = native.NativeSnapshotter(root / native.NAME, db, idmapped=detected.idmapped)
     for driver in drivers.values():
         stack.callback(driver.close)
         if count := await threads.run(driver.cleanup):
             log.warning("snapshotter %s: %d unfinished snapshots cleaned up", driver.name, count)
     return {wanted: drivers.pop(wanted), **drivers}, described
+
+
+def _build_by(unpacker: WorkerUnpacker) -> erofs.Build:
+    """Images are made by workers, as layers are; the drivers that ask for them run on threads."""
+    loop = asyncio.get_running_loop()
+
+    def build(layers: Sequence[OpenLayer], output: int) -> None:
+        pairs = [(layer.tar, layer.index) for layer in layers]
+        asyncio.run_coroutine_threadsafe(unpacker.merge(pairs, output), loop).result()
+
+    return build
 
 
 def _unpacker(settings: Config, queued: Callable[[float], None]) -> WorkerUnpacker:

@@ -188,10 +188,10 @@ def _check(config: Config, origins: Mapping[str, str]) -> None:
     need(config.images.sync in ("full", "none"), "images.sync", 'must be "full" or "none"')
     need(config.debug.level in LOG_LEVELS, "debug.level", f"must be {', '.join(LOG_LEVELS)}")
     need(config.debug.format in ("text", "json"), "debug.format", 'must be "text" or "json"')
-    need(config.images.snapshotter in ("auto", *SNAPSHOTTERS), "images.snapshotter", "must be auto, overlayfs or native")
+    need(config.images.snapshotter in ("auto", *SNAPSHOTTERS), "images.snapshotter", "must be auto, overlayfs, erofs or native")
     for name, handler in config.runtime.runtimes.items():
         key = f"runtime.runtimes.{name}.snapshotter"
-        need(handler.snapshotter in ("", *SNAPSHOTTERS), key, "must be overlayfs or native; without it, that of [images]")
+        need(handler.snapshotter in ("", *SNAPSHOTTERS), key, "must be overlayfs, erofs or native; without it, that of [images]")
     for option in config.images.overlayfs.mount_options:
         good = option.partition("=")[0] not in ("", *_OWN_MOUNT_OPTIONS) and "," not in option
         need(good, "images.overlayfs.mount_options", f'"{printable(option, 60)}" is not an option to give there; one an entry')

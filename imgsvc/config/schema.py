@@ -12,7 +12,7 @@ from imgsvc import places
 from imgsvc.oci import GIB, MIB
 
 VERSION: Final = 1
-SNAPSHOTTERS: Final = ("overlayfs", "native")
+SNAPSHOTTERS: Final = ("overlayfs", "erofs", "native")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 # Sections that people bring along from containerd, and why they are no use here.
 REFUSED: Final = {

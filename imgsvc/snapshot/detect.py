@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,24 +14,30 @@ from pathlib import Path
 from imgsvc import kernel
 from imgsvc.errors import ImgsvcError
 from imgsvc.fsutil import private_dir
+from imgsvc.oci import MIB
 from imgsvc.removal import remove_tree, scratch_directory
 from imgsvc.snapshot import native, overlay
+from imgsvc.snapshot.erofs.build import OpenLayer, build_image
+from imgsvc.snapshot.erofs.index import record
+from imgsvc.snapshot.erofs.mounting import mount_image
 from imgsvc.snapshot.interfaces import Mount
 from imgsvc.snapshot.mount import in_own_namespace, mount_all, user_namespace
 from imgsvc.snapshot.overlay import OverlayOptions
+from imgsvc.snapshot.tarstream import TarStream
 
 
 @dataclass(frozen=True, slots=True)
 class Detected:
     """driver: its name. reason: why, in words for Status. options: for OverlaySnapshotter; None when not usable.
 
-    idmapped: plain directories can be mounted with owners shifted.
+    idmapped: plain directories can be mounted with owners shifted. without_erofs: why EROFS cannot be used; "" when it can.
     """
 
     driver: str
     reason: str
     options: OverlayOptions | None
     idmapped: bool
+    without_erofs: str = "overlayfs is not usable"
 
 
 def detect(root: Path) -> Detected:
@@ -40,15 +48,16 @@ def detect(root: Path) -> Detected:
     private_dir(root)
     userxattr = _in_user_namespace()
     with scratch_directory(".detect-", root) as scratch:
-        for name in ("lower/dir", "upper/dir", "work", "merged", "mapped"):
+        for name in ("lower/dir", "upper/dir", "work", "merged", "mapped", "erofs"):
             (scratch / name).mkdir(parents=True)
         plain = _why_not(_try_idmap, scratch)
         if problem := _why_not(lambda place: _try_overlay(place, userxattr=userxattr), scratch):
             return Detected(native.NAME, f"overlayfs is not usable on {root}: {problem}{_said(plain)}", None, not plain)
         mapped = plain or _why_not(_try_mapped_overlay, scratch)
+        erofs = _why_not(_try_erofs, scratch)
     index = Path("/sys/module/overlay/parameters/index").exists()
     options = OverlayOptions(userxattr=userxattr, index_off=index, idmapped=not mapped)
-    return Detected(overlay.NAME, f"overlayfs works on {root}{_said(mapped)}", options, not plain)
+    return Detected(overlay.NAME, f"overlayfs works on {root}{_said(mapped)}", options, not plain, erofs)
 
 
 def _said(problem: str) -> str:
@@ -87,6 +96,21 @@ def _try_overlay(scratch: Path, *, userxattr: bool) -> None:
 def _mount_overlay(scratch: Path, lower: str, options: tuple[str, ...]) -> None:
     places = (f"workdir={scratch}/work", f"upperdir={scratch}/upper", f"lowerdir={scratch}/{lower}")
     mount_all([Mount("overlay", "overlay", (*options, *places))], f"{scratch}/merged")
+
+
+def _try_erofs(scratch: Path) -> None:
+    """Mount a tiny image straight from its file, with a layer beside it as a device, blocks smaller than a page, and an xattr."""
+    with (scratch / "layer.tar").open("w+b") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        entry = tarfile.TarInfo("file")
+        entry.size, entry.pax_headers = 5, {"SCHILY.xattr.user.imgsvc": "set"}
+        archive.addfile(entry, io.BytesIO(b"hello"))
+    with (scratch / "layer.tar").open("rb") as tar, (scratch / "layer.index").open("w+b") as index, (scratch / "image").open("wb") as image:
+        record(TarStream(lambda: tar.read(MIB)), index.write)
+        index.flush()
+        build_image([OpenLayer(tar.fileno(), index.fileno())], image.fileno())
+    mount_image(scratch / "image", [scratch / "layer.tar"], scratch / "erofs")
+    if (scratch / "erofs/file").read_bytes() != b"hello" or os.getxattr(scratch / "erofs/file", "user.imgsvc") != b"set":
+        raise OSError(errno.ENOTSUP, "a file in an image is not what it was")
 
 
 def _try_idmap(scratch: Path) -> None:

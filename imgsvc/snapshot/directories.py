@@ -20,7 +20,7 @@ from imgsvc import kernel
 from imgsvc.errors import from_os_error
 from imgsvc.failpoints import failpoint
 from imgsvc.fsutil import private_dir
-from imgsvc.removal import remove_at
+from imgsvc.removal import discard, remove_at
 from imgsvc.snapshot.interfaces import Usage
 from imgsvc.snapshot.laying import IMPLIED_MODE, IMPLIED_TIMES
 from imgsvc.snapshot.tree import Tree
@@ -74,6 +74,11 @@ class Directories:
         except OSError as error:
             raise from_os_error(error, "cannot move a snapshot away", where=str(self.root / name)) from error
         self._delete_later(name)
+
+    def empty(self, number: int, names: Iterable[str]) -> None:
+        """Delete these of a directory's subdirectories; what cannot be deleted is only litter. Blocking."""
+        for name in names:
+            discard(self.path(number) / name)
 
     def sync(self) -> None:
         """Put the file system below on disk."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from imgsvc.concurrency import CancelToken
 from imgsvc.errors import FailedPrecondition, NotFound, from_os_error
@@ -92,11 +92,20 @@ class DirectoryDriver(ABC):
             raise FailedPrecondition(f'snapshot "{key}" is not active')
         old = self._records.get(name)
         lost = old.number if old is not None and self._fault(old) else None
-        facts = {"filled": not _is_empty(self._files(stored))}
-        self._records.commit(name, key, parent, usage or disk_usage(self._files(stored)), labels, facts, replaces=lost)
+        facts, measured = self._finish(stored)
+        self._records.commit(name, key, parent, usage or measured(), labels, facts, replaces=lost)
         self._measured.pop(key, None)
         if lost is not None:
-            self._directories.discard(lost)
+            self._discard(lost)
+
+    def _finish(self, stored: Stored) -> tuple[Mapping[str, Any], Callable[[], Usage]]:
+        """Make an active snapshot's files what a committed one has: facts for its record, and how to measure them."""
+        files = self._files(stored)
+        return {"filled": not _is_empty(files)}, lambda: disk_usage(files)
+
+    def _discard(self, number: int) -> None:
+        """Let go of a directory that no record names any more."""
+        self._directories.discard(number)
 
     def sync(self, keys: Sequence[Key]) -> None:
         """See Snapshotter: one syncfs serves them all."""
@@ -110,7 +119,7 @@ class DirectoryDriver(ABC):
             failpoint("snapshot.forgotten")
         for stored in gone:
             self._measured.pop(stored.info.id, None)
-            self._directories.discard(stored.number)
+            self._discard(stored.number)
         if gone:
             failpoint("snapshot.discarded")
             if self._sync_remove:
@@ -130,7 +139,7 @@ class DirectoryDriver(ABC):
         dropped = self._records.drop_broken(present)
         orphans = present - {stored.number for stored in self._records.walk()}
         for number in orphans:
-            self._directories.discard(number)
+            self._discard(number)
         return dropped + len(orphans)
 
     def check(self, name: Name) -> LayerFault | None:
@@ -145,13 +154,13 @@ class DirectoryDriver(ABC):
 
     def discard_stray(self, directory: str) -> None:
         """See LayerCare."""
-        self._directories.discard(int(directory))
+        self._discard(int(directory))
 
     def forget(self, name: Name) -> list[Name]:
         """See LayerCare."""
         gone = self._records.forget(name)
         for stored in gone:
-            self._directories.discard(stored.number)
+            self._discard(stored.number)
         return [Name(stored.info.id) for stored in gone]
 
     def difference(self, name: Name, key: Key, cancel: CancelToken) -> str:

@@ -28,6 +28,7 @@ from imgsvc.snapshot import tarheader as tar
 from imgsvc.snapshot.tarheader import BadLayer, Header
 from imgsvc.snapshot.tarstream import TarStream
 from imgsvc.snapshot.tree import MissingDirectory, NoDirectory, Tree, is_whiteout, measure, normalise, rounded
+from imgsvc.snapshot.xattrs import may_have
 
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -37,8 +38,6 @@ _OPAQUE: Final = b".wh..wh..opq"
 _AUFS: Final = b".wh..wh."  # at the root: what AUFS keeps for itself
 _AUFS_LINKS: Final = b".wh..wh.plnk"  # among it, the files that hard links of the layer lead to
 _BAD_NAMES: Final = (errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EFBIG, errno.EMLINK)
-_SECURITY_KEPT: Final = (b"security.capability", b"security.ima")  # others are this host's business, not an image's
-_KEPT_NAMESPACES: Final = (b"user.", b"system.posix_acl_")
 _DEFAULT_ACL: Final = b"system.posix_acl_default"
 
 
@@ -321,7 +320,7 @@ class Extractor:
     def _set_xattrs(self, target: int | bytes, xattrs: dict[bytes, bytes]) -> None:
         for name, value in xattrs.items():
             shown = name[:64].decode("utf-8", "backslashreplace")
-            if name.startswith(b"user.overlay.") or not (name.startswith(_KEPT_NAMESPACES) or name in _SECURITY_KEPT):
+            if not may_have(name):
                 self.warnings[f"xattr {shown} (not for images to set)"] += 1
                 continue
             try:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Final, NewType, Protocol
+from typing import Final, NewType, Protocol, runtime_checkable
 
 from imgsvc.concurrency import CancelToken
 from imgsvc.oci import Digest
@@ -157,11 +157,32 @@ class Snapshotter(Protocol):
         """Wait for background removal and release what is held."""
 
 
+@runtime_checkable
+class StreamSnapshotter(Snapshotter, Protocol):
+    """A Snapshotter that keeps a layer as the tar stream it came as: unpacking writes two files and creates no other."""
+
+    def prepare_stream(self, key: Key) -> list[Mount]:
+        """Start a snapshot that is written as a stream: one Mount of type STREAM for Unpacker.start, `rebase` set.
+
+        It cannot be mounted before it is committed. Raises: AlreadyExists.
+        """
+
+    def seal(self, name: Name) -> None:
+        """Make what mounting a committed snapshot with all below it takes, unless it is there; prepare and view do so, too.
+
+        Durability: survives power loss on return. Raises: NotFound; BadLayer where a layer does not fit on those below.
+        """
+
+
+STREAM: Final = "tar"  # type of a Mount that is a file to write a tar stream to, with option index=FILE
+
+
 class LayerFault(StrEnum):
     """What can be wrong with a committed snapshot, seen from outside. Its contents are compared by difference()."""
 
     MISSING = "its directory is missing"
     EMPTY = "its directory is empty"
+    CHANGED = "its file has another size than it was committed with"
     UNREADABLE = "its directory cannot be read"
 
 

@@ -49,12 +49,12 @@ class OverlaySnapshotter(DirectoryDriver):
 
     parallel = True
 
-    def __init__(self, root: Path, db: MetaDB, options: OverlayOptions | None = None) -> None:
-        """root: ROOT/snapshots/overlayfs, created with mode 0700. Raises: InvalidArgument (a path overlayfs cannot take)."""
+    def __init__(self, root: Path, db: MetaDB, options: OverlayOptions | None = None, *, name: str = NAME) -> None:
+        """root: ROOT/snapshots/NAME, created with mode 0700. Raises: InvalidArgument (a path overlayfs cannot take)."""
         if any(c in str(root) for c in ":,\\"):
             raise InvalidArgument("overlayfs cannot use a path with a colon, comma or backslash", where=str(root))
         self._options = options or OverlayOptions()
-        super().__init__(NAME, root, db, sync_remove=self._options.sync_remove)
+        super().__init__(name, root, db, sync_remove=self._options.sync_remove)
 
     @property
     def idmapped(self) -> bool:

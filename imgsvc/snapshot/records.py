@@ -141,6 +141,19 @@ class Records:
 
         self._db.write(change)
 
+    def grow(self, name: str, added: Usage) -> None:
+        """A committed snapshot takes that much more. Raises: NotFound."""
+
+        def change(txn: WriteTxn) -> None:
+            record = txn.get(_TABLE, self._prefix + name)
+            if record is None:
+                raise NotFound(f'no snapshot "{printable(name, 120)}"', where=self._prefix.rstrip("/"))
+            record.update(size=record["size"] + added.size, inodes=record["inodes"] + added.inodes)
+            txn.put(_TABLE, self._prefix + name, record)
+            self._add_usage(txn, added.size, added.inodes)
+
+        self._db.write(change)
+
     def remove(self, *keys: str) -> list[Stored]:
         """Forget records, in one commit; those that were there. Raises: FailedPrecondition (one has children: then all stay)."""
 

@@ -34,6 +34,7 @@ class TarStream:
         self._chunk = b""
         self._view = memoryview(b"")  # of _chunk
         self._at = 0  # of the next unread byte in _chunk
+        self._before = 0  # bytes of the stream in front of _chunk
         self._data_left = 0  # unread bytes of the current entry's data
         self._padding = 0
 
@@ -120,7 +121,13 @@ class TarStream:
         while self._next_chunk():
             pass
 
+    @property
+    def position(self) -> int:
+        """How much of the stream has been taken [bytes]: after next_entry, where the entry's data begins."""
+        return self._before + self._at
+
     def _refill(self) -> bool:
+        self._before += len(self._chunk)
         self._chunk = self._next_chunk()
         self._view = memoryview(self._chunk)
         self._at = 0

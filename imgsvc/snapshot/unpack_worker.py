@@ -9,7 +9,8 @@ go on from one to the next. Any of them may be killed at any time; the caller re
 Protocol (SOCK_SEQPACKET sockets, messages of one process to the other, in both directions in order):
 * to the server: b"job" with the child's job socket; answer: b"pid" with a pidfd.
 * on the job socket to the child: one JSON object (see unpacker.py), its order, with descriptors: [journal, source, room] to unpack,
-  [journal] to settle. When it is to unpack, 8-byte big-endian counts of readable bytes follow. `room` is a file whose one byte
+  [journal] to settle, [index, source, room, tar stream] to record, [output] to merge, with the layers' files in further messages.
+  When it is to unpack or to record, 8-byte big-endian counts of readable bytes follow. `room` is a file whose one byte
   says whether there is a processor (not 0) that no other layer is being unpacked on.
 * on the job socket from the child: 8-byte big-endian counts of bytes it is done with, then one JSON object, its verdict. No verdict means that the
   process died. One that has settled takes another order after it.
@@ -32,7 +33,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from imgsvc import confinement, failpoints, kernel
@@ -40,13 +42,15 @@ from imgsvc.errors import DataLoss, ImgsvcError, Internal, InvalidArgument, Reso
 from imgsvc.failpoints import failpoint
 from imgsvc.fsutil import copy_metadata
 from imgsvc.removal import remove_at
+from imgsvc.snapshot.erofs.build import OpenLayer, build_image, write_all
+from imgsvc.snapshot.erofs.index import record
 from imgsvc.snapshot.extract import Extractor
 from imgsvc.snapshot.inflate import READ_SIZE, Ahead, BlobReader, TarBytes, Transform, TransformReader, open_layer
 from imgsvc.snapshot.interfaces import COUNT, Mount
 from imgsvc.snapshot.laying import InPlaceStyle, Journal, OverlayStyle
 from imgsvc.snapshot.mount import mount_all
 from imgsvc.snapshot.settle import NeedsParents, Settler
-from imgsvc.snapshot.tarheader import BadLayer
+from imgsvc.snapshot.tarheader import BadLayer, Header
 from imgsvc.snapshot.tarstream import TarStream
 from imgsvc.snapshot.tree import Tree
 
@@ -58,6 +62,7 @@ _ADDRESS_SPACE: Final = 1024**3  # [bytes] per job: zstd may ask for a window of
 _OPEN_FILES: Final = 4096  # per job: a path of 2048 directories is walked with one descriptor each
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 STRIDE: Final = 1024**2  # [bytes] after which a child tells how far it is
+MAX_FDS: Final = 200  # with one message; the kernel takes 253
 MAX_MESSAGE: Final = 160 * 1024  # [bytes] of a job description; 500 lower directories fit
 
 
@@ -120,7 +125,7 @@ def _child(job: socket.socket, make_transform: Callable[[bytes], Transform] | No
     try:
         again = True
         while again:
-            message, fds, _, _ = socket.recv_fds(job, MAX_MESSAGE, 3, socket.MSG_CMSG_CLOEXEC)
+            message, fds, _, _ = socket.recv_fds(job, MAX_MESSAGE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
             if not message:
                 break
             order = json.loads(message)
@@ -137,6 +142,11 @@ def _verdict(
     try:
         if order["do"] == "settle":
             return _settle(order, fds[0])
+        if order["do"] == "merge":
+            return _merge(order, job, fds[0])
+        if order["do"] == "record":
+            index, source, room, tar = fds
+            return _record(order, job, tar, index, source, room, make_transform)
         journal, source, room = fds
         return _unpack(order, job, journal, source, room, make_transform)
     except ImgsvcError as error:
@@ -179,28 +189,9 @@ def _unpack(
     confinement.enter(root)
     kernel.keep_capabilities(_UNPACK_CAPABILITIES)
     confinement.allow_only(confinement.Calls.UNPACK)
-    waited = Waiting(job)
-    raw = BlobReader(source, order["size"], waited.wait_for)
-    sealed: TransformReader | None = None
-    if order["secret"] is not None:
-        if make_transform is None:
-            raise Internal("a layer with a key, but no transform is configured")
-        sealed = TransformReader(raw, make_transform(bytes.fromhex(order["secret"])))
-
-    def has_room() -> bool:
-        return os.pread(room, 1, 0) != b"\0"
-
-    algorithm, _, expected = order["diff_id"].partition(":")
     limits = order["limits"]
-    with _authenticated(sealed):
-        data = TarBytes(
-            open_layer(Ahead(lambda: sealed.read(READ_SIZE), has_room) if sealed else raw, order["media_type"]),
-            raw,
-            algorithm=algorithm,
-            max_bytes=limits["unpacked_bytes"],
-            max_ratio=limits["ratio"],
-        )
-        stream = TarStream(Ahead(data.next_chunk, has_room).next_chunk)
+    with _reading(order, job, source, room, make_transform) as layer:
+        stream = TarStream(layer.next_chunk)
         tree = Tree(root, style.create_implied)
         extractor = Extractor(tree, style, max_entries=limits["entries"], max_bytes=limits["unpacked_bytes"], privileged=privileged)
         extractor.run(stream)
@@ -208,19 +199,122 @@ def _unpack(
     if isinstance(style, OverlayStyle):
         os.write(journal, style.journal.dump())
     failpoint("unpack.laid")
-    total = time.monotonic() - started
-    return {
-        "diff_id": f"{algorithm}:{data.hexdigest()}",
-        "matches": data.hexdigest() == expected,
-        "read": raw.offset,
-        "unpacked": data.total,
-        "entries": extractor.entries,
-        "size": extractor.size,
-        "inodes": extractor.inodes,
-        "warnings": dict(extractor.warnings.most_common(20)),
-        "timings": {"waited": waited.seconds, "unpacked": total - waited.seconds},
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+    return layer.verdict(started, extractor.entries, extractor.size, extractor.inodes, extractor.warnings)
+
+
+def _record(
+    order: dict[str, Any],
+    job: socket.socket,
+    tar: int,
+    index: int,
+    source: int,
+    room: int,
+    make_transform: Callable[[bytes], Transform] | None,
+) -> dict[str, Any]:
+    """Write the layer's tar stream and its index to two files. Neither a right nor a directory is needed for that."""
+    started = time.monotonic()
+    failpoint("unpack.begin")
+    _give_everything_up()
+    limits = order["limits"]
+    size = 0
+
+    def check(entry: Header, count: int) -> None:
+        failpoint("unpack.entry")
+        if limits["entries"] and count > limits["entries"]:
+            raise ResourceExhausted(
+                f"the layer has more than {limits['entries']} entries", hint="raise the limit on entries if you trust it"
+            )
+
+    def write_index(data: bytes) -> None:
+        nonlocal size
+        size += len(data)
+        write_all(index, data)
+
+    with _reading(order, job, source, room, make_transform) as layer:
+
+        def next_chunk() -> bytes:
+            chunk = layer.next_chunk()
+            write_all(tar, chunk)
+            return chunk
+
+        stream = TarStream(next_chunk)
+        entries = record(stream, write_index, check)
+        stream.drain()
+    failpoint("unpack.laid")
+    return layer.verdict(started, entries, layer.data.total + size, 2, {})
+
+
+def _merge(order: dict[str, Any], job: socket.socket, output: int) -> dict[str, Any]:
+    """Write the image of the layers whose files come in further messages, base first: [tar stream, index] each."""
+    _give_everything_up()
+    fds: list[int] = []
+    while len(fds) < 2 * order["layers"]:
+        message, more, _, _ = socket.recv_fds(job, COUNT, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        if not message:
+            os._exit(1)  # the daemon is gone
+        fds += more
+    written = build_image([OpenLayer(tar, index) for tar, index in zip(fds[::2], fds[1::2], strict=True)], output)
+    return {"inodes": written.inodes, "size": written.size}
+
+
+def _give_everything_up() -> None:
+    """For work on descriptors alone."""
+    confinement.become_stranger()
+    confinement.only_below(None)
+    confinement.allow_only(confinement.Calls.UNPACK)
+
+
+class _Reading:
+    """A layer's bytes on their way: decrypted, inflated, hashed, counted."""
+
+    def __init__(self, order: dict[str, Any], waited: Waiting, raw: BlobReader, sealed: TransformReader | None, room: int) -> None:
+        self._algorithm, _, self._expected = order["diff_id"].partition(":")
+        self._waited = waited
+        self._raw = raw
+        self._room = room
+        self.data = TarBytes(
+            open_layer(Ahead(lambda: sealed.read(READ_SIZE), self._has_room) if sealed else raw, order["media_type"]),
+            raw,
+            algorithm=self._algorithm,
+            max_bytes=order["limits"]["unpacked_bytes"],
+            max_ratio=order["limits"]["ratio"],
+        )
+        self.next_chunk = Ahead(self.data.next_chunk, self._has_room).next_chunk
+
+    def _has_room(self) -> bool:
+        return os.pread(self._room, 1, 0) != b"\0"
+
+    def verdict(self, started: float, entries: int, size: int, inodes: int, warnings: Mapping[str, int]) -> dict[str, Any]:
+        """What the daemon is told of a layer that is unpacked."""
+        total = time.monotonic() - started
+        return {
+            "diff_id": f"{self._algorithm}:{self.data.hexdigest()}",
+            "matches": self.data.hexdigest() == self._expected,
+            "read": self._raw.offset,
+            "unpacked": self.data.total,
+            "entries": entries,
+            "size": size,
+            "inodes": inodes,
+            "warnings": dict(Counter(warnings).most_common(20)),
+            "timings": {"waited": self._waited.seconds, "unpacked": total - self._waited.seconds},
+            "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+
+@contextlib.contextmanager
+def _reading(
+    order: dict[str, Any], job: socket.socket, source: int, room: int, make_transform: Callable[[bytes], Transform] | None
+) -> Iterator[_Reading]:
+    """A layer's bytes for a `with` block, which ends with the verdict on a decrypted layer."""
+    waited = Waiting(job)
+    raw = BlobReader(source, order["size"], waited.wait_for)
+    sealed: TransformReader | None = None
+    if order["secret"] is not None:
+        if make_transform is None:
+            raise Internal("a layer with a key, but no transform is configured")
+        sealed = TransformReader(raw, make_transform(bytes.fromhex(order["secret"])))
+    with _authenticated(sealed):
+        yield _Reading(order, waited, raw, sealed, room)
 
 
 @contextlib.contextmanager

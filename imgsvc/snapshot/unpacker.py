@@ -25,11 +25,12 @@ from imgsvc.children import Companion
 from imgsvc.concurrency import Slots
 from imgsvc.errors import Cancelled, DataLoss, ImgsvcError, Unavailable
 from imgsvc.oci import MIB, Digest
-from imgsvc.snapshot.interfaces import COUNT, Applied, LayerInput, Limits, Mount, Unpacker, UnpackJob, Usage
+from imgsvc.snapshot.interfaces import COUNT, STREAM, Applied, LayerInput, Limits, Mount, Unpacker, UnpackJob, Usage
 
 log = logging.getLogger(__name__)
 
 _PROCESSORS: Final = len(os.sched_getaffinity(0))
+_MAX_FDS: Final = 200  # with one message; the kernel takes 253
 _VERDICT_LIMIT: Final = 64 * 1024  # [bytes]
 _SPEED: Final = 40 * MIB  # [bytes/s], about, of a stored layer. What takes long begins first, unless others wait for longer than that
 _CATEGORIES: Final = {c.code: c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, ImgsvcError)}
@@ -47,10 +48,10 @@ class DiffIDMismatch(DataLoss):
 class WorkerKilled(Unavailable):
     """A worker ended without a verdict: somebody outside has ended it."""
 
-    def __init__(self, layer: Digest) -> None:
+    def __init__(self, subject: str) -> None:
         super().__init__(
             "the unpack worker was killed",
-            where=f"layer {layer}",
+            where=subject,
             hint="look for the out-of-memory killer in the kernel log, then pull again",
         )
 
@@ -58,19 +59,28 @@ class WorkerKilled(Unavailable):
 class _Worker:
     """One child of the worker server: its job socket and its process."""
 
-    def __init__(self, layer: Digest, job: socket.socket, pidfd: int) -> None:
-        self._layer = layer
+    def __init__(self, subject: str, job: socket.socket, pidfd: int) -> None:
+        self._subject = subject
         self._job = job
         self._pidfd = pidfd
         self._unsent: int | None = None
 
-    def give(self, layer: Digest, order: Mapping[str, Any], fds: Sequence[int]) -> None:
+    def give(self, subject: str, order: Mapping[str, Any], fds: Sequence[int]) -> None:
         """An order, with what it is about. Raises: WorkerKilled when there is nobody to take it."""
-        self._layer = layer
+        self._subject = subject
+        self._send(json.dumps(order).encode(), fds)
+
+    async def give_more(self, fds: Sequence[int]) -> None:
+        """Further descriptors for an order, in as many messages as they take. Raises: WorkerKilled."""
+        for start in range(0, len(fds), _MAX_FDS):
+            self._send(bytes(COUNT), fds[start : start + _MAX_FDS])
+            await asyncio.sleep(0)
+
+    def _send(self, message: bytes, fds: Sequence[int]) -> None:
         try:
-            self._job.sendmsg([json.dumps(order).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+            self._job.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
         except OSError as error:
-            raise WorkerKilled(layer) from error
+            raise WorkerKilled(self._subject) from error
 
     def advance(self, available: int) -> None:
         """Send a count; when the socket is full, only the newest one is sent later."""
@@ -96,7 +106,7 @@ class _Worker:
         while len(data := await self._receive()) == COUNT:
             progress(int.from_bytes(data, "big"))
         if not data:
-            raise WorkerKilled(self._layer)
+            raise WorkerKilled(self._subject)
         verdict: dict[str, Any] = json.loads(data)
         return verdict
 
@@ -139,8 +149,9 @@ class _Worker:
 class WorkerJob:
     """An UnpackJob. journal: memfd with what is left to settle."""
 
-    def __init__(self, owner: WorkerUnpacker, layer: LayerInput, order: dict[str, Any], source: int) -> None:
+    def __init__(self, owner: WorkerUnpacker, layer: LayerInput, mounts: Sequence[Mount], order: dict[str, Any], source: int) -> None:
         self.layer = layer
+        self.mounts = mounts
         self.order = order
         self.source = source
         self.journal = os.memfd_create("imgsvc-journal", os.MFD_CLOEXEC)
@@ -160,9 +171,18 @@ class WorkerJob:
             await slots.acquire(began - self.layer.size / _SPEED)
             taken.callback(slots.release)
             self._owner.queued(time.monotonic() - began)
-            self._worker = await self._owner.hire(self.layer.digest, self.order, [self.journal, self.source, self._owner.room.fileno()])
+            with contextlib.ExitStack() as opened:
+                self._worker = await self._owner.hire(_subject(self.layer), self.order, self._descriptors(opened))
             self._taken = taken.pop_all()
         self._worker.advance(self._available)
+
+    def _descriptors(self, opened: contextlib.ExitStack) -> list[int]:
+        """What the worker gets with its order; files of a stream are created here, so that it needs no directory."""
+        room = self._owner.room.fileno()
+        if self.order["do"] != "record":
+            return [self.journal, self.source, room]
+        (stream,) = self.mounts
+        return [_create(stream.value("index"), opened), self.source, room, _create(stream.source, opened)]
 
     def advance(self, available: int) -> None:
         """Bytes [0, available) can be read now."""
@@ -257,7 +277,7 @@ class WorkerUnpacker:
     async def start(self, layer: LayerInput, mounts: Sequence[Mount], *, rebase: bool) -> WorkerJob:
         """See Unpacker."""
         order = {
-            "do": "unpack",
+            "do": "record" if mounts[0].type == STREAM else "unpack",
             "rebase": rebase,
             "wipe": False,
             "mounts": _plain(mounts),
@@ -267,7 +287,7 @@ class WorkerUnpacker:
             "secret": None if layer.secret is None else layer.secret.hex(),
             "limits": self._limits,
         }
-        job = WorkerJob(self, layer, order, os.dup(layer.source))
+        job = WorkerJob(self, layer, mounts, order, os.dup(layer.source))
         try:
             await job.begin()
         except BaseException:
@@ -282,7 +302,7 @@ class WorkerUnpacker:
             if not job.order["rebase"] or not os.fstat(job.journal).st_size:
                 return job.usage  # nothing was left to do
             async with self._settling:
-                verdict = await self._settled(job.layer.digest, {"do": "settle", "mounts": _plain(mounts)}, job.journal)
+                verdict = await self._settled(_subject(job.layer), {"do": "settle", "mounts": _plain(mounts)}, job.journal)
             if verdict.get("error", {}).get("needs_parents") and stat.S_ISREG(os.fstat(job.source).st_mode):
                 return await self._again(mounts, job)
             added = _checked(verdict, job.layer, _directory(job.order["mounts"]))
@@ -291,9 +311,9 @@ class WorkerUnpacker:
         finally:
             job.close()
 
-    async def _settled(self, layer: Digest, order: Mapping[str, Any], journal: int) -> dict[str, Any]:
+    async def _settled(self, subject: str, order: Mapping[str, Any], journal: int) -> dict[str, Any]:
         """The verdict of a process that settles; one that has done it may do it again."""
-        worker = await self._settler(layer, order, journal)
+        worker = await self._settler(subject, order, journal)
         goes_on = False
         try:
             verdict = await worker.verdict()
@@ -305,17 +325,17 @@ class WorkerUnpacker:
                 await worker.end()
         return verdict
 
-    async def _settler(self, layer: Digest, order: Mapping[str, Any], journal: int) -> _Worker:
+    async def _settler(self, subject: str, order: Mapping[str, Any], journal: int) -> _Worker:
         """A process that has taken the order: one that waits for such, else a new one."""
         while self._settlers:
             worker = self._settlers.pop()
             try:
-                worker.give(layer, order, [journal])
+                worker.give(subject, order, [journal])
             except WorkerKilled:
                 await worker.end()
             else:
                 return worker
-        return await self.hire(layer, order, [journal])
+        return await self.hire(subject, order, [journal])
 
     def opened(self) -> None:
         """A job has begun its life."""
@@ -345,7 +365,7 @@ class WorkerUnpacker:
     async def _again(self, mounts: Sequence[Mount], job: WorkerJob) -> Usage | None:
         """Unpack the layer once more, in place on its mounted parents."""
         order = {**job.order, "rebase": False, "wipe": True, "mounts": _plain(mounts)}
-        again = WorkerJob(self, job.layer, order, os.dup(job.source))
+        again = WorkerJob(self, job.layer, mounts, order, os.dup(job.source))
         try:
             await again.begin()
             again.advance(job.layer.size)
@@ -361,7 +381,21 @@ class WorkerUnpacker:
             self._server.stop()
         self.room.close()
 
-    async def hire(self, layer: Digest, order: Mapping[str, Any], fds: Sequence[int]) -> _Worker:
+    async def merge(self, layers: Sequence[tuple[int, int]], output: int) -> None:
+        """Write the EROFS image of layers, base first, given as descriptors of tar stream and index, to `output`, and sync it.
+
+        Raises: BadLayer, DataLoss, ResourceExhausted; Unavailable (the worker was killed).
+        """
+        subject = "the image of its layers"
+        async with self._settling:
+            worker = await self.hire(subject, {"do": "merge", "layers": len(layers)}, [output])
+            try:
+                await worker.give_more([fd for layer in layers for fd in layer])
+                _judged(await worker.verdict(), subject)
+            finally:
+                await worker.end()
+
+    async def hire(self, subject: str, order: Mapping[str, Any], fds: Sequence[int]) -> _Worker:
         """A fresh worker process with an order. Raises: Unavailable when none can be started, or when it died at once."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -371,9 +405,9 @@ class WorkerUnpacker:
         except BaseException:
             ours.close()
             raise
-        worker = _Worker(layer, ours, pidfd)
+        worker = _Worker(subject, ours, pidfd)
         try:
-            worker.give(layer, order, fds)
+            worker.give(subject, order, fds)
         except BaseException:
             await worker.end()
             raise
@@ -442,7 +476,25 @@ def _directory(mounts: Sequence[tuple[str, str, list[str]]]) -> str:
 
 def _checked(verdict: dict[str, Any], layer: LayerInput, directory: str) -> dict[str, Any]:
     """The verdict, or the error in it."""
+    return _judged(verdict, f"{_subject(layer)} in {directory}")
+
+
+def _judged(verdict: dict[str, Any], where: str) -> dict[str, Any]:
     error = verdict.get("error")
     if error is not None:
-        raise _CATEGORIES[error["code"]](error["what"], where=f"layer {layer.digest} in {directory}", hint=error["hint"])
+        raise _CATEGORIES[error["code"]](error["what"], where=where, hint=error["hint"])
     return verdict
+
+
+def _subject(layer: LayerInput) -> str:
+    return f"layer {layer.digest}"
+
+
+def _create(path: str, opened: contextlib.ExitStack) -> int:
+    """A new file for a worker to write. Raises: by cause, as from_os_error."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise errors.from_os_error(error, "creating a file of a layer", where=path) from error
+    opened.callback(os.close, fd)
+    return fd

@@ -14,7 +14,9 @@ import pytest
 from imgsvc import kernel
 from imgsvc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from imgsvc.metadb import MetaDB
+from imgsvc.removal import unmount_below
 from imgsvc.snapshot.detect import detect
+from imgsvc.snapshot.erofs.driver import ErofsSnapshotter
 from imgsvc.snapshot.interfaces import IDMapping, Key, Kind, Mount, Name, Snapshotter, Usage
 from imgsvc.snapshot.mount import mount_all
 from imgsvc.snapshot.native import NativeSnapshotter
@@ -44,10 +46,12 @@ def db(tmp_path: Path) -> Iterator[MetaDB]:
 def make(driver: str, root: Path, db: MetaDB) -> Snapshotter:
     if driver == "native":
         return NativeSnapshotter(root / driver, db)
+    if driver == "erofs":
+        return ErofsSnapshotter(root / driver, db)
     return OverlaySnapshotter(root / "overlayfs", db, OverlayOptions(idmapped=driver == "overlayfs"))
 
 
-@pytest.fixture(params=["overlayfs", "native", "overlayfs without idmapped mounts"])
+@pytest.fixture(params=["overlayfs", "native", "erofs", "overlayfs without idmapped mounts"])
 def driver(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -57,6 +61,7 @@ def snapshotter(driver: str, tmp_path: Path, db: MetaDB) -> Iterator[Snapshotter
     made = make(driver, tmp_path, db)
     yield made
     made.close()
+    unmount_below(tmp_path)  # images stay mounted for containers; one test moves a directory away
 
 
 @contextmanager
@@ -255,7 +260,7 @@ def test_removing_a_large_tree_is_quick_and_happens_behind(snapshotter: Snapshot
 
 
 def test_what_was_left_in_the_trash_goes_at_the_next_start(driver: str, tmp_path: Path, db: MetaDB) -> None:
-    name = "native" if driver == "native" else "overlayfs"
+    name = driver.partition(" ")[0]
     left = tmp_path / name / "trash/7/fs"
     left.mkdir(parents=True)
     (left / "f").touch()
@@ -336,7 +341,8 @@ def test_a_snapshot_is_shown_on_parents_it_was_not_prepared_with(snapshotter: Sn
         snapshotter.stacked(both, own[2])
     snapshotter.commit(N, keys[0])
     snapshotter.commit(N2, keys[1], parent=N)
-    assert snapshotter.mounts(keys[2], parent=N2) == all_three, "committing changes nothing about where files are"
+    if not isinstance(snapshotter, ErofsSnapshotter):
+        assert snapshotter.mounts(keys[2], parent=N2) == all_three, "committing changes nothing about where files are"
     with mounted(snapshotter.mounts(keys[2], parent=N2), tmp_path / "m") as root:
         assert set(tree(root)) == {*keys, "new"}
     snapshotter.prepare(K, N)
@@ -363,7 +369,7 @@ def test_a_hundred_layers_can_be_mounted(snapshotter: Snapshotter, tmp_path: Pat
         snapshotter.commit(name, key, parent=parent)
         parent = name
     deep = snapshotter.prepare(K, parent)
-    assert len(",".join(deep[0].options)) > 4096
+    assert len(",".join(deep[0].options)) > 4096 or snapshotter.name == "erofs"  # which has one mount below
     with mounted(deep, tmp_path / "m") as root:
         assert len(list(root.iterdir())) == 110
     with mounted(snapshotter.prepare(K2, parent, mapping=POD), tmp_path / "m") as root:

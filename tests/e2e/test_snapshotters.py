@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from imgsvc.api import cri_pb2 as pb
+from imgsvc.removal import unmount_below
 from tests.e2e.conftest import BUSYBOX
-from tests.support import cri
+from tests.snapshot.layers import Entry, link, tar
+from tests.support import cri, images
 from tests.support.daemon import RPC_TIMEOUT, Daemon
 from tests.support.registries import RealRegistry
 
@@ -123,3 +127,55 @@ def test_user_namespaces_share_an_image_through_idmapped_mounts(pod_daemon: Daem
     shown = storage(pod_daemon)
     assert shown["overlayfs"]["idmapped"]
     assert owners(pod_daemon, first) == ["0", "0", "0", "7"]
+
+
+def test_pods_run_from_images_that_are_files(make_daemon: Callable[..., Daemon], registry: RealRegistry, busybox: str) -> None:
+    daemon = started(make_daemon(network=True, settings='[images]\nsnapshotter = "erofs"'), registry)
+    assert storage(daemon)["erofs"] == "usable"
+    runtime, pod = daemon.runtime(), cri.pod_config(daemon)
+    sandbox = cri.run_pod(runtime, pod)
+    for number in range(2):
+        script = "test ! -e /bin/new && echo written > /bin/new && cat /bin/new"
+        config = cri.container_config(BUSYBOX, ["sh", "-c", script], f"c{number}")
+        container = cri.create(runtime, sandbox, config, pod)
+        cri.start(runtime, container)
+        assert cri.wait_for_exit(runtime, container).exit_code == 0
+    (mounted,) = images_mounted(daemon)
+    layer = Path(mounted).parent
+    assert not os.access(f"{mounted}/bin/new", os.F_OK)
+    with pytest.raises(OSError, match="Read-only"):
+        Path(mounted, "bin/new").touch()
+    daemon.kill()
+    daemon.start()
+    cri.remove_pod(daemon.runtime(), sandbox)
+    assert json.loads(daemon.cli("fsck", "--deep", "--json").stdout)["clean"]
+    for lost in ("layer.erofs", "mnt"):  # as after a reboot
+        unmount_below(layer)
+        (layer / lost).unlink() if lost.startswith("layer") else (layer / lost).rmdir()
+    sandbox = cri.run_pod(daemon.runtime(), pod)
+    container = cri.create(daemon.runtime(), sandbox, cri.container_config(BUSYBOX, ["true"]), pod)
+    cri.start(daemon.runtime(), container)
+    assert cri.wait_for_exit(daemon.runtime(), container).exit_code == 0
+    cri.remove_pod(daemon.runtime(), sandbox)
+    daemon.images().RemoveImage(pb.RemoveImageRequest(image=pb.ImageSpec(image=BUSYBOX)), timeout=RPC_TIMEOUT)
+    assert daemon.cli("gc").returncode == 0
+    assert not layer.exists()
+    assert not images_mounted(daemon)
+
+
+def images_mounted(daemon: Daemon) -> list[str]:
+    """Where images of a daemon are mounted."""
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+    return [line.split()[1] for line in lines if line.split()[2] == "erofs" and line.split()[1].startswith(str(daemon.root))]
+
+
+def test_a_layer_that_does_not_fit_on_those_below_fails_the_pull(make_daemon: Callable[..., Daemon], registry: RealRegistry) -> None:
+    daemon = make_daemon(settings='[images]\nsnapshotter = "erofs"')
+    daemon.map_host("docker.io", registry.address)
+    daemon.start()
+    base, top = images.layer(tar([Entry("file")])), images.layer(tar([link("name", "nowhere")]))
+    registry.push(images.image([base, top]), "library/unfit")
+    with pytest.raises(grpc.RpcError, match="nowhere") as failed:
+        cri.pull(daemon.images(), "docker.io/library/unfit:latest")
+    assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert cri.image_status(daemon.images(), "docker.io/library/unfit:latest") is None

@@ -13,7 +13,10 @@ from typing import TypeVar
 from imgsvc import kernel
 from imgsvc.metadb import MetaDB
 from imgsvc.oci import Digest
-from imgsvc.snapshot.interfaces import Applied, Key, LayerInput, Limits, Mount, Name, Snapshotter, Usage
+from imgsvc.removal import unmount_below
+from imgsvc.snapshot.erofs.build import OpenLayer
+from imgsvc.snapshot.erofs.driver import ErofsSnapshotter
+from imgsvc.snapshot.interfaces import Applied, Key, LayerInput, Limits, Mount, Name, Snapshotter, StreamSnapshotter, Usage
 from imgsvc.snapshot.mount import mount_all
 from imgsvc.snapshot.native import native
 from imgsvc.snapshot.overlay import overlay
@@ -37,6 +40,7 @@ class Bench:
         self.db = MetaDB(root / "db", sync=False)
         self.overlay: Snapshotter = overlay(root / "overlayfs", self.db)
         self.native: Snapshotter = native(root / "native", self.db)
+        self.erofs: StreamSnapshotter = ErofsSnapshotter(root / "erofs", self.db, build=self._build)
         self.loop = asyncio.new_event_loop()
         self.unpacker = WorkerUnpacker(max_concurrent=2, limits=limits, transform=transform)
         self._numbers = itertools.count()
@@ -47,6 +51,8 @@ class Bench:
         self.loop.close()
         self.overlay.close()
         self.native.close()
+        self.erofs.close()
+        unmount_below(self.root / "erofs")
         self.db.close()
 
     def run(self, work: Callable[[], Awaitable[T]]) -> T:
@@ -128,6 +134,28 @@ class Bench:
             return parent
 
         return self.run(work)
+
+    def streamed(self, layers: Sequence[bytes]) -> Name:
+        """All layers as streams, at the same time, and one image of them."""
+
+        async def work() -> Name:
+            keys = [self.key() for _ in layers]
+            own = [self.erofs.prepare_stream(key) for key in keys]
+            await asyncio.gather(*(self.apply(blob, mounts, rebase=True) for mounts, blob in zip(own, layers, strict=True)))
+            parent: Name | None = None
+            for key in keys:
+                name = Name(f"name-{key}")
+                self.erofs.commit(name, key, parent=parent)
+                parent = name
+            assert parent is not None
+            return parent
+
+        name = self.run(work)
+        self.erofs.seal(name)
+        return name
+
+    def _build(self, layers: Sequence[OpenLayer], output: int) -> None:
+        self.run(lambda: self.unpacker.merge([(layer.tar, layer.index) for layer in layers], output))
 
     @contextmanager
     def shown(self, snapshotter: Snapshotter, name: Name) -> Iterator[Path]:

@@ -29,7 +29,7 @@ ACL = struct.pack("<I" + "HHI" * 5, 2, 1, 7, 2**32 - 1, 2, 7, 1000, 4, 5, 2**32 
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
 
 
-WAYS = ("beside", "in order on overlayfs", "native")
+WAYS = ("beside", "in order on overlayfs", "native", "erofs")
 
 
 def compare(bench: Bench, layers: Sequence[bytes], ways: Sequence[str] = WAYS) -> None:
@@ -46,8 +46,10 @@ def compare(bench: Bench, layers: Sequence[bytes], ways: Sequence[str] = WAYS) -
 
 def laid(bench: Bench, layers: Sequence[bytes], way: str, unowned_times: Container[str] = frozenset()) -> dict[str, Any]:
     """The tree that comes of layers in one of the WAYS."""
-    snapshotter = bench.native if way == "native" else bench.overlay
-    name = bench.beside(layers)[0] if way == "beside" else bench.in_order(snapshotter, layers)
+    snapshotter = {"native": bench.native, "erofs": bench.erofs}.get(way, bench.overlay)
+    name = {"beside": lambda: bench.beside(layers)[0], "erofs": lambda: bench.streamed(layers)}.get(
+        way, lambda: bench.in_order(snapshotter, layers)
+    )()
     with bench.shown(snapshotter, name) as root:
         return read_tree(root, unowned_times=unowned_times)
 
@@ -175,8 +177,9 @@ ORDERED = {
 
 @pytest.mark.parametrize("name", ORDERED)
 def test_both_drivers_lay_down_the_same(bench: Bench, name: str) -> None:
-    found, other = (laid(bench, ORDERED[name], way, EVERYTHING) for way in ("beside", "native"))
+    found, other, image = (laid(bench, ORDERED[name], way, EVERYTHING) for way in ("beside", "native", "erofs"))
     assert found == other
+    assert image == other
     assert found.keys() & {"sh", "var/sh", "usr/lib/sh"}
 
 
@@ -191,7 +194,7 @@ def test_a_hard_link_to_what_the_layer_has_hidden_is_refused(bench: Bench, targe
 @pytest.mark.parametrize("name", CASES)
 def test_trees_equal_gnu_tar(bench: Bench, name: str) -> None:
     # Overlayfs gives a file of a lower layer a new inode for each name that is written to; settle() keeps them together.
-    compare(bench, CASES[name], ("beside", "native") if name in GROUPS else WAYS)
+    compare(bench, CASES[name], ("beside", "native", "erofs") if name in GROUPS else WAYS)
 
 
 GROUPS = ("hard link to a group below", "hard links to the same file below")
