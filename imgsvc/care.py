@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from imgsvc import gc_sources
-from imgsvc.concurrency import CancelToken, Threads, to_the_end
+from imgsvc.concurrency import CancelToken, Threads
 from imgsvc.content.interfaces import Scrubber, Store
 from imgsvc.df import disk_usage
 from imgsvc.errors import DataLoss, NotFound
@@ -169,11 +169,8 @@ class StoreCare:
     async def _unpack_leased(self, image: Image, position: int, snapshotter: str, key: Key) -> None:
         layer = image.layers[position]
         needs = [gc_sources.content_node(layer.descriptor.digest), gc_sources.snapshot_node(snapshotter, layer.snapshot)]
-        lease = await self._leases.hold(needs, purpose=f"fsck of layer {layer.snapshot}")
-        try:
+        async with self._leases.held(needs, purpose=f"fsck of layer {layer.snapshot}"):
             await self._unpack_aside(image, position, snapshotter, key)
-        finally:
-            await to_the_end(self._leases.release(lease))
 
     async def is_whole(self, image: Image) -> bool:
         """Whether an image can be used: an artifact's blobs, or all layers in some snapshotter, are there."""

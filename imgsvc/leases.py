@@ -91,6 +91,9 @@ class LeaseManager(Protocol):
     async def release(self, lease_id: str) -> None:
         """Drop a lease. Absent is a success."""
 
+    def held(self, resources: Iterable[tuple[str, str]], *, purpose: str) -> contextlib.AbstractAsyncContextManager[str]:
+        """A new lease for an `async with` block, which is handed its ID. A failing release is logged; it fails nothing else."""
+
     def leases(self) -> list[Lease]:
         """All leases."""
 
@@ -167,10 +170,22 @@ class LeaseBook:
     async def release(self, lease_id: str) -> None:
         """See LeaseManager."""
         async with self._locks.hold(lease_id):
-            await afailpoint("lease.delete")
             # Memory first: if the disk fails now, or the caller leaves, the lease is over and only its record waits.
             self._hide(lease_id)
+            await afailpoint("lease.delete")
             await self._write(lease_id, None)
+
+    @contextlib.asynccontextmanager
+    async def held(self, resources: Iterable[tuple[str, str]], *, purpose: str) -> AsyncIterator[str]:
+        """See LeaseManager."""
+        lease_id = await self.hold(resources, purpose=purpose)
+        try:
+            yield lease_id
+        finally:
+            try:
+                await to_the_end(self.release(lease_id))
+            except (ImgsvcError, OSError) as error:  # it is over; its record goes some time after the next start
+                log.warning("the record of the lease for %s could not be dropped: %s", purpose, error)
 
     def leases(self) -> list[Lease]:
         """See LeaseManager."""

@@ -23,7 +23,7 @@ from typing import Protocol
 
 from imgsvc.blobs import Blobs
 from imgsvc.choosing import Chosen, choose
-from imgsvc.concurrency import SingleFlight, Threads, all_of, to_the_end
+from imgsvc.concurrency import SingleFlight, Threads, all_of
 from imgsvc.content.interfaces import Store
 from imgsvc.content.verify import read_verified, wrong_size
 from imgsvc.decrypt.interfaces import Decryptor, LayerKey
@@ -160,8 +160,7 @@ class Puller:
         timings["verify"] = time.monotonic() - began - timings["resolve"]
         fetcher = registry.fetcher(request.reference, request.credential)
         await afailpoint("pull.resolved")
-        lease = await self._leases.hold([("content", resolved.descriptor.digest)], purpose=f"pull {request.reference}")
-        try:
+        async with self._leases.held([("content", resolved.descriptor.digest)], purpose=f"pull {request.reference}") as lease:
             chosen = await self._choose(request, fetcher, resolved)
             documents, manifest = chosen.documents, chosen.manifest
             config = chosen.config or ImageConfig(platform=request.platform, diff_ids=())
@@ -198,8 +197,6 @@ class Puller:
             )
             timings["total"] = time.monotonic() - began
             return Pulled(shown, timings, attempts, _bytes_from(plan.sources.values()))
-        finally:
-            await to_the_end(self._leases.release(lease))
 
     async def bring_back(self, image: Image, blobs: Sequence[Digest]) -> None:
         """Have blobs of layers of a complete image in the store, from its own repository where the cache gave them up.

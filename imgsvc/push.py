@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from imgsvc.concurrency import Threads, all_of, to_the_end
+from imgsvc.concurrency import Threads, all_of
 from imgsvc.content.interfaces import ContentReader, Store
 from imgsvc.content.verify import read_verified
 from imgsvc.errors import DataLoss, FailedPrecondition, ImgsvcError, NotFound
@@ -92,8 +92,7 @@ class Pusher:
         if image is None:
             raise NotFound(f"{name} is not on this node", hint=f"give an image that name first: imgsvc tag SRC {name}")
         wanted = [*image.documents, *(layer.descriptor.digest for layer in image.layers)]
-        lease = await self._leases.hold([("content", digest) for digest in wanted], purpose=f"push {name}")
-        try:
+        async with self._leases.held([("content", digest) for digest in wanted], purpose=f"push {name}"):
             parts = await self._threads.run(self._parts, image, name)
             repository = self._registry.repository(name, request.credential)
             run = _Run(request, image, repository, self._content, self._threads, self._bring_back)
@@ -104,8 +103,6 @@ class Pusher:
             target, data = parts.documents[-1]
             await repository.push_manifest(data, target.media_type, str(name.target))
             return Pushed(target, sent, parts.left_out)
-        finally:
-            await to_the_end(self._leases.release(lease))
 
     def _parts(self, image: Image, name: Reference) -> _Parts:
         """Choose what to send. Blocking. Raises: FailedPrecondition, NotFound."""

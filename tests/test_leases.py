@@ -150,3 +150,17 @@ def test_a_caller_that_leaves_while_waiting_holds_nothing(db: MetaDB) -> None:
         assert leases.leases() == []
 
     asyncio.run(life())
+
+
+def test_a_release_that_fails_replaces_neither_error_nor_success(db: MetaDB, caplog: pytest.LogCaptureFixture) -> None:
+    async def life() -> None:
+        leases = LeaseBook(db)
+        failpoints.arm("lease.delete=error:ENOSPC")
+        async with leases.held([A], purpose="fine"):
+            pass
+        with pytest.raises(KeyError):
+            async with leases.held([A], purpose="failing"):
+                raise KeyError
+
+    asyncio.run(life())
+    assert "lease for failing could not be dropped" in caplog.text

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from imgsvc.archive.reading import ArchiveReader, Named, OpenTar
 from imgsvc.archive.source import ArchiveSource
 from imgsvc.archive.writing import Exported, blobs_of, write_archive
-from imgsvc.concurrency import Threads, to_the_end
+from imgsvc.concurrency import Threads, ended
 from imgsvc.content.interfaces import Store
 from imgsvc.errors import Cancelled, FailedPrecondition, NotFound, printable
 from imgsvc.images import Image, ImageStore
@@ -48,13 +48,10 @@ class Archives:
         Args: name: what the archive is called in errors and in the record of where bytes came from.
         Raises: InvalidArgument, DataLoss, ResourceExhausted, PermissionDenied (policy), NotFound (no such platform).
         """
-        lease = await self._leases.hold([], purpose=f"import {name}")
-        try:
+        async with self._leases.held([], purpose=f"import {name}") as lease:
             named = await self._read(chunks, name, lease)
             references = [(entry.reference(target.base), entry) for entry in named]
             return [(reference, await self._publish(reference, entry, name, target)) for reference, entry in references]
-        finally:
-            await to_the_end(self._leases.release(lease))
 
     async def _read(self, chunks: AsyncIterator[bytes], name: str, lease: str) -> list[Named]:
         loop = asyncio.get_running_loop()
@@ -69,7 +66,7 @@ class Archives:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
             feed.cancel()
-            await asyncio.wait([work])
+            await ended(work)
             raise
 
     async def _publish(self, reference: Reference, entry: Named, name: str, target: Target) -> Image:
@@ -85,15 +82,12 @@ class Archives:
         """
         exported = self._select(names)
         blobs = {digest for entry in exported for digest in blobs_of(entry.image)}
-        lease = await self._leases.hold([("content", digest) for digest in blobs], purpose="export")
-        try:
+        async with self._leases.held([("content", digest) for digest in blobs], purpose="export"):
             for entry in exported:
                 await self._bring_back(entry)
             archive = write_archive(exported, self._content)
             while (chunk := await self._threads.run(next, archive, None)) is not None:
                 yield chunk
-        finally:
-            await to_the_end(self._leases.release(lease))
 
     def _select(self, names: Iterable[str]) -> list[Exported]:
         """One entry per image, with the names that were asked for; asked for by ID or digest, all its tags."""

@@ -128,7 +128,7 @@ class Containers:
     async def _make(self, record: ContainerRecord, sandbox: SandboxRecord, image: RunnableImage, undo: Undo) -> ContainerRecord:
         core = self._core
         handler = core.runtime_of(record)
-        undo.push(f"forgetting container {record.id}", self._forget, record)
+        undo.push(f"forgetting container {record.id}", self._give_up, record, undo)
         written = core.records.put_container(record)
         await afailpoint("container.recorded")
         undo.push(f"removing the files of container {record.id}", self._release, record)
@@ -360,6 +360,15 @@ class Containers:
         await self._release(record)
         await afailpoint("container.released")
         await self._forget(record)
+
+    async def _give_up(self, record: ContainerRecord, undo: Undo) -> None:
+        """A container of which something is left counts as ended, so that removing it tries again what failed."""
+        if not undo.failed:
+            await self._forget(record)
+            return
+        now, message = now_ns(), "it could not be created, and not be taken away whole"
+        left = replace(record, made_at=now, finished_at=now, exit_code=_START_FAILED, reason="StartError", message=message)
+        await durable(self._core.records.put_container(left))
 
     async def _forget(self, record: ContainerRecord) -> None:
         """Stop watching, and drop the record."""

@@ -148,3 +148,17 @@ def test_parallel_changes_of_one_lease_all_count(run: Callable[[Check], None]) -
         assert leases.leases()[0].resources == set(nodes)
 
     run(check)
+
+
+def test_a_lease_may_last_for_a_block(run: Callable[[Check], None]) -> None:
+    async def check(leases: LeaseManager, clock: FakeClock) -> None:
+        async with leases.held([A], purpose="block") as lease:
+            await leases.add(lease, [B])
+            assert leases.holders(A) == leases.holders(B) == [lease]
+        assert leases.leases() == []
+        with pytest.raises(KeyError):
+            async with leases.held([A], purpose="block"):
+                raise KeyError
+        assert leases.leases() == []
+
+    run(check)

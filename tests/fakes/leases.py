@@ -55,6 +55,14 @@ class MemoryLeases:
     async def release(self, lease_id: str) -> None:
         self._all.pop(lease_id, None)
 
+    @contextlib.asynccontextmanager
+    async def held(self, resources: Iterable[tuple[str, str]], *, purpose: str) -> AsyncIterator[str]:
+        lease_id = await self.hold(resources, purpose=purpose)
+        try:
+            yield lease_id
+        finally:
+            await self.release(lease_id)
+
     def leases(self) -> list[Lease]:
         return list(self._all.values())
 

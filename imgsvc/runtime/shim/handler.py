@@ -17,7 +17,7 @@ from google.protobuf import any_pb2, empty_pb2
 from imgsvc import procfs
 from imgsvc.api import events_pb2, runc_options_pb2, runtime_options_pb2, ttrpc_events_pb2
 from imgsvc.api import task_v2_pb2 as task
-from imgsvc.concurrency import in_thread, time_limit
+from imgsvc.concurrency import Undo, in_thread, time_limit, to_the_end
 from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound, Unavailable, Unimplemented
 from imgsvc.runtime import cgroups
 from imgsvc.runtime.exits import UNKNOWN_EXIT, now_ns
@@ -116,12 +116,10 @@ class ShimRuntime:
 
     async def create(self, task_: NewTask) -> int:
         """See OCIRuntime."""
-        try:
-            return await self._create(task_)
-        except BaseException:
-            with contextlib.suppress(ImgsvcError):
-                await self.delete(task_.container_id)
-            raise
+        async with Undo() as undo:
+            undo.push(f"deleting container {task_.container_id}", self.delete, task_.container_id)
+            # To its end also when the caller leaves: a shim that is still starting has no address yet to be ended by.
+            return await to_the_end(self._create(task_))
 
     async def _create(self, new: NewTask) -> int:
         endpoint = join_pod(new.bundle, self._bundles / new.sandbox_id)

@@ -19,7 +19,7 @@ from google.protobuf import any_pb2, empty_pb2
 
 from imgsvc.api import cri_pb2, task_v2_pb2
 from imgsvc.api import sandbox_pb2 as api
-from imgsvc.concurrency import in_thread, time_limit
+from imgsvc.concurrency import Undo, in_thread, time_limit, to_the_end
 from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound, Unavailable, Unimplemented, printable
 from imgsvc.runtime.codec import fill_proto
 from imgsvc.runtime.interfaces import NewPod, PodRuntime
@@ -52,8 +52,10 @@ class ShimPods:
         """See PodRuntime."""
         bundle = self._bundles / pod.sandbox_id
         _make_bundle(bundle, pod)
-        try:
-            endpoint = await self._launcher.start(pod.sandbox_id, bundle)
+        async with Undo() as undo:
+            undo.push(f"ending the shim of pod sandbox {pod.sandbox_id}", self.end_pod, pod.sandbox_id)
+            # To its end also when the caller leaves: before, it has no address to be ended by.
+            endpoint = await to_the_end(self._launcher.start(pod.sandbox_id, bundle))
             request = api.CreateSandboxRequest(
                 sandbox_id=pod.sandbox_id, bundle_path=str(bundle), netns_path=pod.netns, annotations=pod.annotations
             )
@@ -63,10 +65,6 @@ class ShimPods:
             await self._require_linux(endpoint, pod.sandbox_id)
             started = api.StartSandboxRequest(sandbox_id=pod.sandbox_id)
             return (await self._connections.sandbox(endpoint, "StartSandbox", started, api.StartSandboxResponse)).pid
-        except BaseException:
-            with contextlib.suppress(ImgsvcError):
-                await self.end_pod(pod.sandbox_id)
-            raise
 
     async def _require_linux(self, endpoint: Endpoint, sandbox_id: str) -> None:
         with contextlib.suppress(Unimplemented):

@@ -68,8 +68,8 @@ class ShimExec:
             request.stdin = str(place / "stdin")
         process = exec_process(self.process, self.command, terminal=self.terminal)
         request.spec.CopyFrom(any_pb2.Any(type_url=SPEC_PROCESS, value=json.dumps(process).encode()))
+        ours.push_async_callback(self._forget, place.name)  # before it is asked for: a caller that leaves now does not hear of it
         await self._ask("Exec", request, empty_pb2.Empty)
-        ours.push_async_callback(self._forget, place.name)
         await self._ask("Start", task.StartRequest(id=self.container_id, exec_id=place.name), task.StartResponse)
         async with self._sides(place, streams, ours):
             carried = [asyncio.create_task(_deliver(reader, sink)) for reader, sink in outputs]
