@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
+
+log = logging.getLogger(__name__)
 
 
 class Notifier:
@@ -19,10 +23,14 @@ class Notifier:
         self._watchdog_s = int(period) / 1e6 if for_us else 0.0
 
     async def keep_alive(self, is_well: Callable[[], Awaitable[object]]) -> None:
-        """Tell systemd twice per period that we are well, as long as `is_well` returns; at once done where nobody watches."""
+        """Tell systemd twice per period that we are well, whenever `is_well` returns; at once done where nobody watches."""
         while self._watchdog_s:
-            await is_well()
-            self("WATCHDOG=1")
+            try:
+                await is_well()
+            except Exception as error:  # noqa: BLE001  # one bad moment is none: systemd acts when they last for a period
+                log.error("not well, which systemd is not told: %s", error)
+            else:
+                self("WATCHDOG=1")
             await asyncio.sleep(self._watchdog_s / 2)
 
     def __call__(self, message: str) -> None:
@@ -30,8 +38,5 @@ class Notifier:
         if not self._path.startswith(("/", "@")):
             return
         path = "\0" + self._path[1:] if self._path.startswith("@") else self._path
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
-            try:
-                connection.sendto(message.encode(), path)
-            except OSError:
-                return
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
+            connection.sendto(message.encode(), path)

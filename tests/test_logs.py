@@ -77,3 +77,27 @@ def test_the_watchdog_hears_of_us_while_all_is_well(tmp_path: Path, monkeypatch:
             except BlockingIOError:
                 break
     assert said == ([b"WATCHDOG=1"] * 2 if heard else [])
+
+
+def test_one_bad_moment_does_not_end_the_watchdog_s_news(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "s"))
+    monkeypatch.setenv("WATCHDOG_USEC", "20000")
+    monkeypatch.setenv("WATCHDOG_PID", "")
+    asked: list[int] = []
+
+    async def is_well() -> None:
+        asked.append(1)
+        if len(asked) == 1:
+            raise OSError("Too many open files")
+        if len(asked) == 3:
+            raise asyncio.CancelledError
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "s"))
+        systemd.settimeout(10)
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(Notifier().keep_alive(is_well))
+        assert systemd.recv(64) == b"WATCHDOG=1"
+    assert "Too many open files" in caplog.text

@@ -99,15 +99,13 @@ class Prepull:
             self._memory = {key: Memory(**record) for key, record in txn.items(TABLE)}
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled; a round that fails is logged, and there will be another."""
         try:
             while True:
-                if await self._threads.run(self._read_files):
-                    self._pin()
-                    await self._forget()
-                for loaded in self._files.values():
-                    if loaded.plan is not None:
-                        self._start_due(loaded.plan, loaded.throttle)
+                try:
+                    await self._round()
+                except (ImgsvcError, OSError) as error:
+                    log.error("looking for images to pre-pull failed, trying again: %s", error)
                 with contextlib.suppress(TimeoutError):
                     async with time_limit(self._poll_s):
                         await self._wake.wait()
@@ -117,6 +115,14 @@ class Prepull:
                 task.cancel()
             if self._running:
                 await asyncio.wait(self._running.values())
+
+    async def _round(self) -> None:
+        if await self._threads.run(self._read_files):
+            self._pin()
+            await self._forget()
+        for loaded in self._files.values():
+            if loaded.plan is not None:
+                self._start_due(loaded.plan, loaded.throttle)
 
     def watch(self, directory: Path) -> None:
         """Go by the files of another directory from now on."""

@@ -292,3 +292,18 @@ def test_a_throttle_keeps_its_rate() -> None:
 
     asyncio.run(spend())
     assert 9.0 <= slept[0] <= 10.0
+
+
+def test_a_round_that_fails_is_not_the_last(node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    node.write(wanted(A))
+    read, failures = node.service._read_files, [OSError("Too many open files")]
+
+    def once() -> bool:
+        if failures:
+            raise failures.pop()
+        return read()
+
+    monkeypatch.setattr(node.service, "_read_files", once)
+    node.hold.set()
+    node.run(lambda: node.states().get(A) == "present")
+    assert "Too many open files" in caplog.text

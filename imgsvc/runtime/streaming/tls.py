@@ -51,7 +51,7 @@ class Certificate:
             try:
                 if await in_thread(self.reload):
                     _log.info("new streaming certificate in use")
-            except ImgsvcError as error:
+            except (ImgsvcError, OSError) as error:
                 _log.warning("the old streaming certificate stays in use: %s", error)
 
     def _new_context(self) -> ssl.SSLContext:
