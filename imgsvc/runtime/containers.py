@@ -8,7 +8,6 @@ back step by step; stop and remove may be repeated at any time.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -225,16 +224,20 @@ class Containers:
             await afailpoint("container.started")
             current = core.records.container(full_id)
             core.records.advance_container(replace(current, started_at=started_at), core.paths.bundle(full_id))
-        except (ImgsvcError, OSError) as error:
-            await self._start_failed(record, str(error))
-            raise
+        except BaseException as error:  # a caller that leaves, too: what runs must not count as CREATED
+            async with Undo() as undo:
+                message = str(error) or "the caller left while it was being started"
+                undo.push(f"ending container {full_id}, which did not start,", self._start_failed, record, message)
+                raise
         core.events.emit(EventType.STARTED, full_id, record.sandbox_id)
 
     async def _start_failed(self, record: ContainerRecord, message: str) -> None:
         core = self._core
         if not record.start_error:
-            with contextlib.suppress(ImgsvcError):
+            try:
                 await core.runtime_of(record).kill(record.id, signal.SIGKILL)
+            except ImgsvcError as error:
+                log.error("container %s did not start, and cannot be killed: %s", record.id, error)
         current = core.records.container(record.id)
         failed = replace(current, finished_at=now_ns(), exit_code=_START_FAILED, reason="StartError", message=message)
         await durable(core.records.put_container(failed))

@@ -58,6 +58,16 @@ def test_R1_a_cancelled_run_of_a_pod_leaves_nothing(make_node: MakeNode) -> None
     assert_clean(node)
 
 
+def test_R1_a_cancelled_start_of_a_container_leaves_nothing_running(make_node: MakeNode) -> None:
+    node = make_node(failpoint="container.started=delay:60000*1")
+    container = node.create(node.run_pod(), node.container("sleep 100"))
+    with pytest.raises(grpc.RpcError):
+        node.cri.StartContainer(pb.StartContainerRequest(container_id=container), timeout=2)
+    assert node.wait_exit(container).reason == "StartError"
+    node.remove_all()
+    assert_clean(node)
+
+
 def test_R5_a_failed_attachment_is_told_with_its_own_cause(make_node: MakeNode, directory: Path) -> None:
     (directory / "bin").mkdir()
     plugin = directory / "bin/refusing"
