@@ -16,6 +16,7 @@ from typing import Any, Final
 import grpc
 import pytest
 
+from imgsvc import procfs
 from imgsvc.api import cri_pb2 as pb
 from tests.runtime.harness import Daemon, assert_clean, wait_for
 
@@ -61,6 +62,16 @@ def command(pid: int) -> str:
         return ""
 
 
+def pid_of(node: Daemon, container: str) -> int:
+    status = node.cri.ContainerStatus(pb.ContainerStatusRequest(container_id=container, verbose=True))
+    return int(json.loads(status.info["info"])["pid"])
+
+
+def ended(pid: int) -> bool:
+    found = procfs.process(pid)
+    return found is None or found.ended
+
+
 def test_R3_a_shim_that_wants_its_parameters_on_standard_input_starts(make_node: MakeNode, directory: Path) -> None:
     program = directory / "podshim"
     program.write_text(
@@ -101,18 +112,21 @@ def test_R3_an_oci_binary_that_works_only_as_a_shim_is_a_handler_that_is_off(mak
 
 
 @pytest.mark.parametrize("program", SHIMS)
-def test_R4_a_container_whose_shim_is_stopped_can_be_stopped(make_node: MakeNode, program: str) -> None:
+def test_R4_what_a_stopped_shim_serves_can_be_stopped_and_removed(make_node: MakeNode, program: str) -> None:
     node = shim_node(make_node, program)
     pod = node.run_pod()
     running = node.run(pod, "trap 'exit 3' TERM; while :; do sleep 0.1; done", "running")
     ending = node.run(pod, "trap 'exit 7' USR1; echo on; while :; do sleep 0.1; done", "ending")
     node.wait_line(ending, "on")
-    init = json.loads(node.cri.ContainerStatus(pb.ContainerStatusRequest(container_id=ending, verbose=True)).info["info"])["pid"]
-    with stopped([pod, running, ending]):
+    init = pid_of(node, ending)
+    other = node.run_pod("other", namespaces=pb.NamespaceOption(network=pb.NODE, pid=pb.POD))
+    with stopped([pod, running, ending, other]):
         os.kill(init, signal.SIGUSR1)
-        wait_for(lambda: Path(f"/proc/{init}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+        wait_for(lambda: ended(init))
         begin = time.monotonic()
+        removal = node.cri.RemovePodSandbox.future(pb.RemovePodSandboxRequest(pod_sandbox_id=other), timeout=100)
         node.cri.StopContainer(pb.StopContainerRequest(container_id=running, timeout=2), timeout=100)
+        removal.result()
         assert time.monotonic() - begin < 60
         assert node.wait_exit(running).exit_code == 137
         assert node.wait_exit(ending).exit_code == 7
@@ -120,9 +134,41 @@ def test_R4_a_container_whose_shim_is_stopped_can_be_stopped(make_node: MakeNode
     assert_clean(node)
 
 
-def test_R4_a_pod_whose_shim_is_stopped_can_be_removed(make_node: MakeNode) -> None:
+@pytest.mark.parametrize("program", SHIMS)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_R6_what_a_container_writes_last_while_the_daemon_is_away_is_in_its_log(
+    make_node: MakeNode, program: str, *, terminal: bool
+) -> None:
+    node = shim_node(make_node, program)
+    pod = node.run_pod()
+    script = "echo on; until [ -e /tmp/go ]; do sleep 0.05; done; seq 20000; echo last >&2; exit 4"
+    container = node.run(pod, script, tty=terminal, stdin=terminal)
+    node.wait_line(container, "on")
+    init = pid_of(node, container)
+    log_path = Path(node.status(container).log_path)
+    node.kill()
+    Path(f"/proc/{init}/root/tmp/go").touch()
+    wait_for(lambda: ended(init))
+    wait_for(lambda: "F last" in log_path.read_text())  # written without a daemon
+    node.start()
+    assert node.wait_exit(container).exit_code == 4
+    assert sorted(node.log(str(log_path))) == sorted(["on", *map(str, range(1, 20001)), "last"])
+    node.remove_all()
+    assert_clean(node)
+
+
+def test_R6_a_log_process_that_dies_is_replaced(make_node: MakeNode) -> None:
     node = shim_node(make_node, SHIMS[0])
-    pod = node.run_pod(namespaces=pb.NamespaceOption(network=pb.NODE, pid=pb.POD))
-    with stopped([pod]):
-        node.remove_all()
+    container = node.run(node.run_pod(), "trap 'echo again; exit 0' TERM; echo on; while :; do sleep 0.05; done")
+    node.wait_line(container, "on")
+    found = [pid for pid in procfs_pids() if container in command(pid) and "logprocess" in command(pid)]
+    assert len(found) == 1
+    os.kill(found[0], signal.SIGKILL)
+    wait_for(lambda: any("logprocess" in command(pid) and container in command(pid) for pid in procfs_pids() if pid not in found))
+    log_path = node.status(container).log_path
+    os.rename(log_path, f"{log_path}.1")
+    node.cri.ReopenContainerLog(pb.ReopenContainerLogRequest(container_id=container))
+    node.cri.StopContainer(pb.StopContainerRequest(container_id=container, timeout=60))
+    assert node.log(log_path) == ["again"]
+    node.remove_all()
     assert_clean(node)

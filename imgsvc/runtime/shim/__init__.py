@@ -10,10 +10,12 @@
     stuck        the end of a shim that does not answer
     ttrpc        the RPC protocol: frames, a client, the server for events
     sessions     exec and attach
-    logcopy      FIFO -> CRI log; a shim writes no log itself
+    logs         a container's log, which a shim does not write itself
+    logprocess   FIFO -> CRI log: a process for each container, beside the daemon
 
-A shim holds both ends of the stdio FIFOs: while the daemon is away a container blocks after 64 KiB of output, and no line
-is lost. One shim serves a whole pod (it groups by the sandbox annotation in config.json).
+A FIFO forgets what is in it when its last reader leaves, and a shim leaves when its container ends: so the reader is a process
+that outlives the daemon. (Of the shims, that of runc alone could start one itself, by `binary://`, and only for containers
+without standard input.) One shim serves a whole pod (it groups by the sandbox annotation in config.json).
 
 Source: containerd runtime/v2 README (shim authoring), api/runtime/task, ttrpc PROTOCOL.md.
 """

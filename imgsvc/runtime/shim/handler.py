@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -26,7 +27,7 @@ from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
 from imgsvc.runtime.shim.bootstrap import Endpoint, Launcher, find_program, save_endpoint, saved_endpoint
 from imgsvc.runtime.shim.connections import CALL_TIMEOUT_S, Connections
 from imgsvc.runtime.shim.figures import usage_of
-from imgsvc.runtime.shim.logcopy import LogCopier
+from imgsvc.runtime.shim.logs import ContainerLog
 from imgsvc.runtime.shim.pods import ShimPods, join_pod, made_by_shim
 from imgsvc.runtime.shim.sessions import ShimAttach, ShimExec
 from imgsvc.runtime.shim.stuck import kill_listener
@@ -58,7 +59,6 @@ class ShimRuntime:
         self._events = Server(events, self._event)
         self._connections = Connections()
         self._pods = ShimPods(self._launcher, self._connections, bundles)
-        self._copiers: dict[str, LogCopier] = {}
         self._oom: set[str] = set()
         self._inits: dict[str, tuple[int, int]] = {}  # pid and start of those that are waited for
         self._fates: dict[str, int | None] = {}
@@ -101,8 +101,6 @@ class ShimRuntime:
 
     async def close(self) -> None:
         """See OCIRuntime."""
-        for copier in self._copiers.values():
-            copier.stop()
         await self._connections.close()
         await self._events.close()
 
@@ -127,7 +125,8 @@ class ShimRuntime:
             save_endpoint(new.bundle, endpoint)
         else:
             endpoint = await self._launcher.start(new.container_id, new.bundle, self._options())
-        fifos = self._make_fifos(new)
+        # A pod's pause process says nothing.
+        fifos = await in_thread(self._make_fifos, new) if new.container_id != new.sandbox_id else {}
         request = task.CreateTaskRequest(
             id=new.container_id,
             bundle=str(new.bundle),
@@ -149,19 +148,11 @@ class ShimRuntime:
             os.mkfifo(directory / name, 0o600)
         facts = {"log_directory": new.log_directory, "log_path": new.log_path, "stdin_once": new.stdin_once}
         (new.bundle / "io.json").write_text(json.dumps(facts))
-        self._start_copier(new.container_id)
+        self._log(new.container_id).start()
         return {name: directory / name for name in names}
 
-    def _start_copier(self, container_id: str) -> None:
-        """Copy a container's output from here on; after a restart, from where the last daemon stopped."""
-        bundle = self._bundles / container_id
-        if container_id in self._copiers or not (bundle / "io.json").exists():
-            return
-        facts = json.loads((bundle / "io.json").read_text())
-        directory = facts.get("log_directory") or os.path.dirname(facts["log_path"])  # an older version did not note it
-        log_path = os.path.relpath(facts["log_path"], directory) if facts["log_path"] else ""
-        fifos = {name: bundle / "io" / name for name in ("stdout", "stderr") if (bundle / "io" / name).exists()}
-        self._copiers[container_id] = LogCopier(directory, log_path, fifos, self._settings.max_container_log_line_size)
+    def _log(self, container_id: str) -> ContainerLog:
+        return ContainerLog(self._bundles / container_id, self._settings.max_container_log_line_size)
 
     def _options(self) -> any_pb2.Any | None:
         """The handler's options as the shim expects them."""
@@ -238,18 +229,19 @@ class ShimRuntime:
 
     async def wait(self, container_id: str, pid: int, pid_start: int) -> Exit:
         """See OCIRuntime."""
-        self._start_copier(container_id)
+        keeper = asyncio.create_task(self._log(container_id).keep(), name=f"log-{container_id[:12]}")
         self._inits[container_id] = pid, pid_start
         try:
             answer = await self._await_end(container_id)
             if answer is None:
-                return await self._bury(container_id, self._fates.get(container_id) or _fate(pid, pid_start))
+                return await self._bury(container_id, self._fates[container_id] if container_id in self._fates else _fate(pid, pid_start))
         except NotFound:
             return Exit(UNKNOWN_EXIT, now_ns(), container_id in self._oom, known=False)
         finally:
+            keeper.cancel()
             del self._inits[container_id]
             self._fates.pop(container_id, None)
-        self._stop_copier(container_id)
+        await self._log(container_id).finish()
         return Exit(answer.exit_status, answer.exited_at.ToNanoseconds() or now_ns(), container_id in self._oom)
 
     async def _await_end(self, container_id: str) -> task.WaitResponse | None:
@@ -261,10 +253,6 @@ class ShimRuntime:
             except Unavailable:
                 if await self._shim_is_dead(container_id):
                     return None
-
-    def _stop_copier(self, container_id: str) -> None:
-        if (copier := self._copiers.pop(container_id, None)) is not None:
-            copier.stop()
 
     async def _shim_is_dead(self, container_id: str) -> bool:
         endpoint = saved_endpoint(self._bundles / container_id)
@@ -278,7 +266,7 @@ class ShimRuntime:
     async def _bury(self, container_id: str, fate: int | None) -> Exit:
         """The shim died: end what is left of the container, and say how it ended. fate: see _fate."""
         answer = await self._end_rest(container_id)
-        self._stop_copier(container_id)
+        await self._log(container_id).finish()
         code = answer.exit_status or _KILLED if fate is None else fate
         return Exit(code, answer.exited_at.ToNanoseconds() or now_ns(), known=fate is not None)
 
@@ -293,8 +281,8 @@ class ShimRuntime:
         """See OCIRuntime."""
         bundle = self._bundles / container_id
         endpoint = saved_endpoint(bundle)
-        self._stop_copier(container_id)
         if endpoint is None:
+            await self._log(container_id).finish()
             return
         try:
             await self._delete_task(endpoint, container_id)
@@ -305,6 +293,7 @@ class ShimRuntime:
                 await self._end_rest(container_id)
             if not made_by_shim(bundle):
                 Path(endpoint.address.removeprefix("unix://")).unlink(missing_ok=True)
+        await self._log(container_id).finish()
         (bundle / "bootstrap.json").unlink(missing_ok=True)
         self._oom.discard(container_id)
 
@@ -343,10 +332,7 @@ class ShimRuntime:
 
     async def reopen_log(self, container_id: str, log_path: str) -> None:
         """See OCIRuntime."""
-        copier = self._copiers.get(container_id)
-        if copier is None:
-            raise FailedPrecondition(f"container {container_id} writes no log now")
-        copier.reopen()
+        await self._log(container_id).reopen()
 
     async def exec_sync(self, container_id: str, command: Sequence[str], timeout_s: float) -> ExecResult:
         """See OCIRuntime."""
@@ -366,12 +352,9 @@ class ShimRuntime:
 
     def attach_target(self, container_id: str) -> ShimAttach:
         """See OCIRuntime."""
-        copier = self._copiers.get(container_id)
-        if copier is None:
-            raise FailedPrecondition(f"container {container_id} has no streams now")
         bundle = self._bundles / container_id
         once = bool(json.loads((bundle / "io.json").read_text()).get("stdin_once"))
-        return ShimAttach(self, container_id, copier, bundle / "io/stdin", once)
+        return ShimAttach(self, container_id, self._log(container_id), bundle / "io/stdin", once)
 
     async def ask(self, container_id: str, method: str, request: Any, answer: type[R], *, timeout_s: float | None = CALL_TIMEOUT_S) -> R:
         """See Tasks."""

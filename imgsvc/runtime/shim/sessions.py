@@ -19,7 +19,7 @@ from google.protobuf import any_pb2, empty_pb2
 from imgsvc.api import task_v2_pb2 as task
 from imgsvc.errors import FailedPrecondition, ImgsvcError
 from imgsvc.removal import discard
-from imgsvc.runtime.shim.logcopy import LogCopier
+from imgsvc.runtime.shim.logs import ContainerLog
 from imgsvc.runtime.streaming.exec_target import exec_process
 from imgsvc.runtime.streaming.fdio import FdReader, FdWriter
 from imgsvc.runtime.streaming.interfaces import CommandTarget, Sink, Sizes, Source, Streams
@@ -127,7 +127,7 @@ class ShimAttach:
 
     tasks: Tasks
     container_id: str
-    copier: LogCopier
+    log: ContainerLog
     stdin: Path
     once: bool
 
@@ -143,9 +143,10 @@ class ShimAttach:
                 sides.append(asyncio.create_task(resize(self.tasks, self.container_id, "", streams.sizes)))
             ours.push_async_callback(stop, sides)
             sinks = {"stdout": streams.stdout, "stderr": streams.stderr}
-            async for name, data in self.copier.follow():
-                if (sink := sinks[name]) is not None:
-                    await sink.write(data)
+            async with contextlib.aclosing(self.log.follow()) as output:
+                async for name, data in output:
+                    if (sink := sinks[name]) is not None:
+                        await sink.write(data)
         return 0
 
     async def _feed(self, source: Source, writer: FdWriter) -> None:

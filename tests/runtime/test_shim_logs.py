@@ -1,18 +1,22 @@
-"""CRI log lines from the FIFOs of shim containers (shim/logcopy.py), and what shims answer (shim/bootstrap.py)."""
+"""CRI log lines from the FIFOs of shim containers (shim/logs.py, shim/logprocess.py), and what shims answer (shim/bootstrap.py)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from imgsvc.api import bootstrap_pb2
-from imgsvc.errors import DataLoss, ImgsvcError, InvalidArgument, Unimplemented
+from imgsvc.concurrency import in_thread
+from imgsvc.errors import DataLoss, FailedPrecondition, ImgsvcError, InvalidArgument, Unimplemented
 from imgsvc.runtime.shim.bootstrap import Endpoint, parse_answer, program_name
-from imgsvc.runtime.shim.logcopy import LineCutter, LogCopier, timestamp
+from imgsvc.runtime.shim.logprocess import LineCutter, timestamp
+from imgsvc.runtime.shim.logs import ContainerLog
+from tests.runtime.harness import wait_for
 from tests.support.swapper import DIRECTORY, Swapper
 
 DATA = b"one\ntwo\r\n\n" + b"x" * 25 + b"\nlast"
@@ -30,20 +34,32 @@ def test_time_stamps_are_rfc3339_with_nanoseconds() -> None:
     assert len(timestamp()) == len("2026-01-01T00:00:00.000000000Z")
 
 
-def test_the_copier_goes_on_after_a_reopen(tmp_path: Path) -> None:
+def make_log(directory: Path, limit: int, log_directory: Path, log_path: str = "log") -> tuple[ContainerLog, int]:
+    """The log of a made-up container, and where its standard output goes."""
+    (directory / "io").mkdir()
+    os.mkfifo(directory / "io/stdout")
+    facts = {"log_directory": str(log_directory), "log_path": str(log_directory / log_path)}
+    (directory / "io.json").write_text(json.dumps(facts))
+    log = ContainerLog(directory, limit)
+    log.start()
+    return log, os.open(directory / "io/stdout", os.O_WRONLY)
+
+
+def test_a_log_goes_on_after_a_reopen(tmp_path: Path) -> None:
+    log, writer = make_log(tmp_path, 100, tmp_path)
+
+    os.write(writer, b"first\n")
+    wait_for(lambda: bool((tmp_path / "log").read_bytes()))
+
     async def scenario() -> None:
-        fifo = tmp_path / "stdout"
-        os.mkfifo(fifo)
-        copier = LogCopier(str(tmp_path), "log", {"stdout": fifo}, 100)
-        writer = os.open(fifo, os.O_WRONLY)
-        os.write(writer, b"first\n")
-        await asyncio.sleep(0.05)
         (tmp_path / "log").rename(tmp_path / "log.1")
-        copier.reopen()
+        await log.reopen()
         os.write(writer, b"second\nrest")
         os.close(writer)
-        copier.stop()
-        copier.stop()
+        await log.finish()
+        await log.finish()
+        with pytest.raises(FailedPrecondition):
+            await log.reopen()
 
     asyncio.run(scenario())
     assert (tmp_path / "log.1").read_bytes().endswith(b" stdout F first\n")
@@ -52,44 +68,70 @@ def test_the_copier_goes_on_after_a_reopen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_lines_without_a_limit(tmp_path: Path, limit: int) -> None:
-    fifo, log = tmp_path / "out", tmp_path / "log"
-    os.mkfifo(fifo)
+    log, writer = make_log(tmp_path, limit, tmp_path)
+    os.write(writer, b"x" * 40_000 + b"\nafter\n")
+    os.close(writer)
+    asyncio.run(log.finish())
+    text = (tmp_path / "log").read_text()
+    assert [(len(line.split(" ", 3)[3]), line.split(" ")[2]) for line in text.splitlines()] == [(40_000, "F"), (5, "F")]
 
-    async def run() -> None:
-        copier = LogCopier(str(tmp_path), "log", {"stdout": fifo}, limit)
-        writer = os.open(fifo, os.O_WRONLY)
-        os.write(writer, b"x" * 40_000 + b"\nafter\n")
+
+def test_a_log_ends_although_its_stream_is_held_open(tmp_path: Path) -> None:
+    log, writer = make_log(tmp_path, 100, tmp_path)
+    os.write(writer, b"all")
+    asyncio.run(log.finish())
+    assert (tmp_path / "log").read_bytes().endswith(b" stdout P all\n")
+    os.close(writer)
+
+
+def test_a_slow_follower_is_left_behind(tmp_path: Path) -> None:
+    log, writer = make_log(tmp_path, 0, tmp_path)
+
+    async def scenario() -> int:
+        received = 0
+        output = log.follow()
+        first = asyncio.ensure_future(anext(output))
+        while not first.done():
+            os.write(writer, b"x")
+            await asyncio.sleep(0.01)
+        for _ in range(400):
+            await in_thread(os.write, writer, b"x" * 65535 + b"\n")
+
+        async def read() -> None:
+            nonlocal received
+            async for _, data in output:
+                received += len(data)
+
+        with pytest.raises(FailedPrecondition, match="too slowly"):
+            await read()
         os.close(writer)
-        copier.stop()
+        await log.finish()
+        return received
 
-    asyncio.run(run())
-    assert [(len(line.split(" ", 3)[3]), line.split(" ")[2]) for line in log.read_text().splitlines()] == [(40_000, "F"), (5, "F")]
+    assert 0 < asyncio.run(scenario()) < 400 * 65536
+    assert len((tmp_path / "log").read_bytes()) > 400 * 65536
 
 
 def test_c_x4_a_log_stays_in_its_directory_while_somebody_swaps_it_for_a_link(tmp_path: Path) -> None:
     """As a container can that has the node's logs mounted. Rotation opens the log again and again meanwhile."""
-    secret, pod, fifo = tmp_path / "secret", tmp_path / "pod", tmp_path / "out"
-    for directory in (secret, pod, pod / DIRECTORY):
+    secret, pod, bundle = tmp_path / "secret", tmp_path / "pod", tmp_path / "bundle"
+    for directory in (secret, pod, pod / DIRECTORY, bundle):
         directory.mkdir()
     (secret / "0.log").write_text("of the host")
-    os.mkfifo(fifo)
+    log, writer = make_log(bundle, 100, pod, f"{DIRECTORY}/0.log")
 
     async def run() -> None:
-        copier = LogCopier(str(pod), f"{DIRECTORY}/0.log", {"stdout": fifo}, 100)
-        writer = os.open(fifo, os.O_WRONLY)
-
         async def rotate() -> None:
             for _ in range(200):
                 with contextlib.suppress(InvalidArgument):
-                    copier.reopen()
+                    await log.reopen()
                 os.write(writer, b"x\n")
-                await asyncio.sleep(0)
 
         loop = asyncio.get_running_loop()
         with Swapper(str(pod), secret) as swapper:
             await asyncio.to_thread(swapper.race, lambda: asyncio.run_coroutine_threadsafe(rotate(), loop).result(), 20_000)
         os.close(writer)
-        copier.stop()
+        await log.finish()
 
     asyncio.run(run())
     assert [path.name for path in secret.iterdir()] == ["0.log"]
