@@ -35,6 +35,6 @@ bench: setup
 proto: setup
 	$(BIN)/python -m tests.support.genapi
 
-# After a change of versions in pyproject.toml, in a fresh .venv.
+# After a change of versions in pyproject.toml; with ARGS=--upgrade, whatever it allows.
 lock: setup
-	$(BIN)/python -m pip freeze --exclude-editable > requirements-lock.txt
+	$(BIN)/python scripts/lock.py $(ARGS)

@@ -20,7 +20,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
-LOCK = ROOT / "requirements-lock.txt"
+LOCKS = {"run": [ROOT / "requirements-lock.txt"], "test": [ROOT / "requirements-lock.txt", ROOT / "requirements-lock-test.txt"]}
 PACKAGES = ROOT / "debian-packages.txt"
 POLICY = Path("/usr/sbin/policy-rc.d")
 OLDEST = (3, 11)
@@ -118,7 +118,7 @@ def set_up_debian(room: str) -> None:
 def fingerprint(room: str) -> str:
     """Changes when the environment would come out differently."""
     digest = hashlib.sha256(f"{room} {ROOT} {sys.version}".encode())
-    for file in (ROOT / "pyproject.toml", LOCK):
+    for file in (ROOT / "pyproject.toml", *LOCKS[room]):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -161,10 +161,12 @@ def set_up_venv(room: str) -> None:
     if not PYTHON.exists():
         create_venv()
     say("installing imgsvc and its Python packages into .venv")
-    target = f"{ROOT}[test]" if room == "test" else str(ROOT)
-    pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", str(LOCK), "--editable", target]
-    if subprocess.run(pip).returncode:
-        fail("pip could not install the Python packages, see above; with the network back, run the same command again")
+    pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    locked = [f"--requirement={file}" for file in LOCKS[room]]
+    # The lock files have everything, what builds imgsvc too; so its own installation fetches nothing.
+    for arguments in (["--require-hashes", *locked], ["--no-index", "--no-build-isolation", "--editable", str(ROOT)]):
+        if subprocess.run([*pip, *arguments]).returncode:
+            fail("pip could not install the Python packages, see above; with the network back, run the same command again")
     stamps[room].write_text(fingerprint(room))
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from scripts import setup
+from scripts import lock, setup
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LOCKED = dict(line.split("==") for line in (ROOT / "requirements-lock.txt").read_text().split())
+LOCKED = dict(pin.split("==") for file in setup.LOCKS["test"] for pin in lock.pins(file))
 GROUPS = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
 WANTED = [Requirement(text) for group in GROUPS for text in group]
 
@@ -27,6 +27,16 @@ def test_the_lock_fits_the_ranges(wanted: Requirement) -> None:
     versions = {canonical(name): version for name, version in LOCKED.items()}
     assert canonical(wanted.name) in versions
     assert wanted.specifier.contains(versions[canonical(wanted.name)])
+
+
+def test_S18_every_file_that_is_installed_has_a_hash_and_the_build_is_locked_too() -> None:
+    for file in setup.LOCKS["test"]:
+        releases = [text for text in file.read_text().replace("\\\n", "").splitlines() if not text.startswith("#")]
+        assert releases
+        assert all(re.fullmatch(r"[\w.-]+==\S+( +--hash=sha256:[0-9a-f]{64})+", text) for text in releases)
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    run = {canonical(pin.split("==")[0]) for pin in lock.pins(setup.LOCKS["run"][0])}
+    assert {canonical(Requirement(text).name) for text in (*build, *PROJECT["dependencies"], lock.EDITABLE)} <= run
 
 
 def test_every_runtime_dependency_has_a_range() -> None:

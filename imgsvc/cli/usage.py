@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _MAX_COUNT: Final = 10**6
+_SHOWN: Final = re.compile("[a-z-]{1,20}")  # a mistyped word of ours
 
 
 class WrongUsage(InvalidArgument):
@@ -23,7 +25,21 @@ class WrongUsage(InvalidArgument):
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line."""
+    """Complains in one line, which repeats nothing that may be a password in the wrong place."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]  # as typeshed's overloads have it
+        """See ArgumentParser."""
+        known, more = self.parse_known_args(args, namespace)
+        if more:
+            options = [text.partition("=")[0] for text in more if text.startswith("-")]
+            what = f"there is no option {', '.join(options)}" if options else "there are more arguments than it takes"
+            self.error(f"{what} (not all is shown, it may be secret)")
+        return known
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices and not _SHOWN.fullmatch(str(value)):
+            raise argparse.ArgumentError(action, f"choose from {', '.join(map(str, action.choices))}")
+        super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
         """See ArgumentParser."""

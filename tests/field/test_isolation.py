@@ -16,6 +16,7 @@ import pytest
 
 from imgsvc import confinement
 from imgsvc.children import Companion
+from imgsvc.cli.main import main
 from imgsvc.errors import InvalidArgument
 from imgsvc.registry.bulk import BulkTransport
 from imgsvc.registry.exchange import Route
@@ -158,3 +159,22 @@ def test_S13_the_numbers_of_system_calls_are_the_kernels() -> None:
                 assert numbers[name] == number, name
                 checked += 1
     assert checked or not os.path.exists("/usr/include/asm-generic/unistd.h")
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["pull", "--creds", "user", "geheim:1", "busybox"],
+        ["pull", "--credz=user:geheim:1", "busybox"],
+        ["--creds", "user:geheim:1", "pull", "busybox"],
+        ["pull", "--creds", "geheim1", "busybox"],
+        ["images", "user:geheim:1"],
+    ],
+)
+def test_S18_a_mistyped_argument_is_not_repeated(typed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(typed)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert len(said.splitlines()) == 1
+    assert "geheim" not in said

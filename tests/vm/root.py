@@ -18,9 +18,11 @@ import tomllib
 from pathlib import Path
 from typing import Final
 
+from scripts.lock import pins
+
 PROJECT: Final = Path(__file__).resolve().parents[2]
 HERE: Final = Path(__file__).resolve().parent
-LOCK: Final = PROJECT / "requirements-lock.txt"
+LOCKS: Final = (PROJECT / "requirements-lock.txt", PROJECT / "requirements-lock-test.txt")
 SUITE: Final = "bookworm"
 PACKAGES: Final = (
     *("linux-image-cloud-amd64", "initramfs-tools", "kmod", "udev", "systemd", "systemd-sysv", "dbus", "procps", "e2fsprogs"),
@@ -104,7 +106,7 @@ def copy_root(to: Path) -> None:
 def _recipe() -> str:
     """Names everything that goes into the cached part."""
     digest = hashlib.sha256("\n".join(_requirements()).encode())
-    for file in (Path(__file__), HERE / "agent.py", LOCK):
+    for file in (Path(__file__), HERE / "agent.py", *LOCKS):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:_NAME_LENGTH]
 
@@ -138,7 +140,10 @@ def _dependencies(root: Path) -> None:
     wanted = _requirements()
     with tempfile.TemporaryDirectory() as scratch:
         kinds = ["--python-version=3.11", "--platform=manylinux2014_x86_64", "--platform=manylinux_2_28_x86_64", "--only-binary=:all:"]
-        run([sys.executable, "-m", "pip", "download", "--quiet", "--dest", scratch, *kinds, f"--constraint={LOCK}", *wanted])
+        versions = Path(scratch) / "versions"
+        versions.write_text("\n".join(pin for file in LOCKS for pin in pins(file)))  # without hashes, which would want all of them
+        run([sys.executable, "-m", "pip", "download", "--quiet", "--dest", scratch, *kinds, f"--constraint={versions}", *wanted])
+        versions.unlink()
         shutil.copytree(scratch, root / "tmp/wheels")
     run_in(root, "python3", "-m", "venv", "/opt/imgsvc")
     names = [re.split(r"[<>=;\s]", text)[0] for text in wanted]
