@@ -82,7 +82,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         one = commands.add_parser(name, help=command.help)
         if name in argv:
             command.fill(one)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parsed(argv)
     for option in ("address", "config"):
         if getattr(arguments, option) is not None and not getattr(arguments, f"takes_{option}", False):
             raise WrongUsage(f"`imgsvc {arguments.command}` takes no --{option}", hint=f"see `imgsvc {arguments.command} --help`")

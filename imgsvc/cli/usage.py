@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
@@ -27,9 +27,9 @@ class WrongUsage(InvalidArgument):
 class Parser(argparse.ArgumentParser):
     """Complains in one line, which repeats nothing that may be a password in the wrong place."""
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]  # as typeshed's overloads have it
-        """See ArgumentParser."""
-        known, more = self.parse_known_args(args, namespace)
+    def parsed(self, argv: Sequence[str]) -> argparse.Namespace:
+        """As parse_args."""
+        known, more = self.parse_known_args(argv)
         if more:
             options = [text.partition("=")[0] for text in more if text.startswith("-")]
             what = f"there is no option {', '.join(options)}" if options else "there are more arguments than it takes"
