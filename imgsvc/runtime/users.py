@@ -23,6 +23,7 @@ from imgsvc.runtime.model import LinuxContainerSecurityContext, SupplementalGrou
 
 MAX_FILE: Final = 10 * MIB  # [bytes] of /etc/passwd and of /etc/group
 MAX_ID: Final = 2**31 - 1  # what the kubelet's runAsNonRoot can compare
+MAX_SHOWN: Final = 512  # [characters] of a user that is no number; _NAME allows half as many
 
 _ROOT: Final = "0"  # USER of an image that has none
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.@-]{0,255}\$?", re.ASCII)
@@ -53,13 +54,14 @@ def announced_user(image_user: str) -> tuple[int | None, str]:
     """(UID, user name) of an image's USER as ImageStatus has them: exactly one is given, and none at all is UID 0.
 
     What cannot be used, such as a number out of range, is told as a name: never as a UID, so that no check of it passes.
+    More than any name can have is left out, with a mark: a handful of configs full of USER would make a listing too large to send.
     """
     name = image_user.partition(":")[0] or _ROOT
     try:
         number = parse_number(name, "image user")
     except InvalidArgument:
         number = None
-    return (number, "") if number is not None else (None, name)
+    return (number, "") if number is not None else (None, name if len(name) <= MAX_SHOWN else printable(name, MAX_SHOWN))
 
 
 def split_image_user(text: str) -> tuple[str, str]:

@@ -343,3 +343,13 @@ def test_P6_P10_a_pull_takes_what_fits_and_old_images_run(daemon: Daemon, fake: 
     assert shown["artifact"] is False
     assert shown["manifest"]["digest"] == UNTYPED.digest
     assert not [request for request in fake.seen("library/p6/blobs/") if request.path.endswith(str(SBOM.config_digest))]
+
+
+def test_S2_long_users_do_not_make_a_listing_too_large_to_send(daemon: Daemon, fake: FakeRegistry) -> None:
+    """The kubelet takes 16 MiB per answer; a config may have 4 MiB."""
+    for number in range(5):
+        fake.add(manifest_of(config_of(config={"User": "u" * 3_900_000 + str(number)}), [entry_of()]), f"library/long-{number}")
+        cri.pull(daemon.images(), f"long-{number}")
+    listed = listings_work(daemon)
+    assert len(listed) == 5
+    assert all(image.username.endswith("…") and not image.HasField("uid") for image in listed)

@@ -11,7 +11,7 @@ from imgsvc.numerals import whole_number
 from imgsvc.runtime.model import LinuxContainerSecurityContext as Security
 from imgsvc.runtime.model import User
 from imgsvc.runtime.signals import stop_signal_name
-from imgsvc.runtime.users import announced_user, resolve_user
+from imgsvc.runtime.users import MAX_SHOWN, announced_user, resolve_user
 
 ZEROS = "0" * 24
 LONG = "9" * 5000  # more digits than int() takes
@@ -41,7 +41,7 @@ def test_S1_a_passwd_line_of_many_zeros_is_one_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", ["2147483648", "4294967296", LONG, ZEROS + "4294967296", "٣", "-1", "+0"])
 def test_S1_a_number_out_of_range_is_no_uid_and_is_refused_at_use(tmp_path: Path, number: str) -> None:
     write_database(tmp_path, f"ann:x:{number}:0::/:/bin/sh\nbob:x:5:{number}::/:/bin/sh\n", f"wheel:x:{number}:\n")
-    assert announced_user(number) == (None, number)
+    assert announced_user(number) == (None, number if len(number) <= MAX_SHOWN else number[:MAX_SHOWN] + "…")
     for user in (number, f"0:{number}"):
         with pytest.raises(InvalidArgument):
             resolve_user(Security(), user, tmp_path)
