@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -30,7 +31,7 @@ from imgsvc.runtime.streaming.remotecommand import SPDY_VERSIONS, WEBSOCKET_VERS
 from imgsvc.runtime.streaming.tls import Certificate
 from imgsvc.runtime.streaming.tokens import Tokens
 
-HEAD_TIMEOUT_S: Final = 30.0
+HEAD_TIMEOUT_S: Final = 10.0  # a client writes its request at once
 STREAM_CREATION_TIMEOUT_S: Final = 30.0  # for a client to open the streams it needs
 MAX_HANDSHAKES: Final = 256  # connections that have not shown a token yet
 
@@ -63,7 +64,7 @@ class StreamServer:
         self._stream_creation_timeout_s = stream_creation_timeout_s
         self._tokens: Tokens[_Entry] = Tokens()
         self._sessions: set[asyncio.Task[None]] = set()
-        self._handshakes = 0
+        self._handshakes: dict[asyncio.Task[None], str] = {}  # those under way with the address of each, the oldest first
         self._server: asyncio.Server | None = None
         self._certificate = Certificate(config.tls_cert_file, config.tls_key_file) if config.tls_cert_file else None
         self._watch_certificate: asyncio.Task[None] | None = None
@@ -74,7 +75,10 @@ class StreamServer:
         self._check_address()
         context = await in_thread(self._certificate.load) if self._certificate else None
         try:
-            self._server = await asyncio.start_server(self._accept, self._config.address, self._config.port, limit=MAX_HEAD, ssl=context)
+            waits = {"ssl_handshake_timeout": HEAD_TIMEOUT_S} if context else {}
+            self._server = await asyncio.start_server(
+                self._accept, self._config.address, self._config.port, limit=MAX_HEAD, ssl=context, **waits
+            )
         except OSError as error:
             raise Unavailable(
                 f"cannot listen: {error.strerror or error}",
@@ -150,7 +154,7 @@ class StreamServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            entry, upgrade = await self._handshake(reader)
+            entry, upgrade = await self._handshake(reader, str((writer.get_extra_info("peername") or ("",))[0]))
         except HttpRefusal as refusal:
             peer = Peer(reader, writer, HEAD_TIMEOUT_S)
             await peer.send(refuse(refusal))
@@ -162,18 +166,30 @@ class StreamServer:
         await self._serve_session(peer, upgrade, entry.session)
         await peer.linger()
 
-    async def _handshake(self, reader: asyncio.StreamReader) -> tuple[_Entry, Upgrade]:
-        if self._handshakes >= MAX_HANDSHAKES:
-            raise HttpRefusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections without a session")
-        self._handshakes += 1
+    async def _handshake(self, reader: asyncio.StreamReader, address: str) -> tuple[_Entry, Upgrade]:
+        if len(self._handshakes) >= MAX_HANDSHAKES:
+            self._drop_one()
+        task = asyncio.current_task()
+        assert task
+        self._handshakes[task] = address
         try:
             async with time_limit(HEAD_TIMEOUT_S):
                 request = parse_head(await _read_head(reader))
         except TimeoutError as error:
             raise HttpRefusal(HTTPStatus.REQUEST_TIMEOUT, "no complete request in time") from error
         finally:
-            self._handshakes -= 1
+            self._handshakes.pop(task, None)
         return self._route(request)
+
+    def _drop_one(self) -> None:
+        """Close the oldest handshake of the address that has most: whoever has a session to start is done in a moment.
+
+        Refusing new ones instead would let anybody on the node close the server by saying nothing.
+        """
+        most = Counter(self._handshakes.values()).most_common(1)[0][0]
+        oldest = next(task for task, address in self._handshakes.items() if address == most)
+        del self._handshakes[oldest]
+        oldest.cancel()
 
     def _route(self, request: Request) -> tuple[_Entry, Upgrade]:
         """Find the session of a path and use its token up. No await: a token cannot be used twice."""
