@@ -121,6 +121,7 @@ class ContainerBuilder:
             user=user,
             host=core.host,
             rootfs=bundle / "rootfs",
+            cwd=places.find(spec.working_dir(config, image.config)),
             namespaces=spec.namespaces(config, pod, core.paths.pins(sandbox.id), pid_path, core.host),
             user_namespace=pod.namespaces.user,
             cgroups_path=cgroups_path,

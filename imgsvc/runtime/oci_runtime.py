@@ -152,10 +152,8 @@ class OCICommand:
         flags = ["-s"] if self._systemd else []
         flags += ["--no-new-keyring"] if options.get("NoNewKeyring") else []
         flags += ["--no-pivot"] if options.get("NoPivotRoot") else []
-        arguments = ["--root=" + self._root]
-        if os.path.basename(self._program) == "runc":
-            # Or its warnings land on the container's standard error, and so in its log; errors reach the monitor as well.
-            arguments.append(f"--log={task.bundle / 'runtime.log'}")
+        # Without a log of its own, its warnings land on the container's standard error; errors reach the monitor as well.
+        arguments = ["--root=" + self._root, f"--log={task.bundle / 'runtime.log'}"]
         async with Undo() as undo:
             undo.push(f"deleting container {task.container_id}", self.delete, task.container_id)
             return await self._monitor.create(task, self._program, arguments, flags)

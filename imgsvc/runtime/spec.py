@@ -39,6 +39,7 @@ class ContainerPlan:
     """What a specification is made from.
 
     Attributes:
+        cwd: the working directory, with links of the image resolved, so that the runtime can make it where one leads nowhere.
         namespaces: type -> path to join, "" for a new one; absent types are the host's.
         cgroups_path: as the OCI runtime's cgroup driver wants it.
         files: what we provide unless the pod mounts something there: container path -> host path.
@@ -57,6 +58,7 @@ class ContainerPlan:
     user: User
     host: Host
     rootfs: Path
+    cwd: str
     namespaces: Mapping[str, str]
     user_namespace: UserNamespace | None
     cgroups_path: str
@@ -138,10 +140,13 @@ def environment(
 
 
 def working_dir(config: ContainerConfig, image: ImageConfig) -> str:
-    """Where the process starts. A descriptor of the runtime must not be reachable by it (CVE-2024-21626)."""
+    """Where the process starts, as it was asked for."""
     path = config.working_dir or image.working_dir or "/"
-    if not path.startswith("/"):
-        path = "/" + path
+    return checked_cwd(path if path.startswith("/") else "/" + path)
+
+
+def checked_cwd(path: str) -> str:
+    """The path itself. A descriptor of the runtime must not be reachable by it (CVE-2024-21626). Raises: InvalidArgument."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if parts[:1] == ["proc"] and ("fd" in parts or ".." in parts):
         raise InvalidArgument(f'"{printable(path, 120)}" cannot be a working directory')
@@ -157,7 +162,7 @@ def _process(plan: ContainerPlan) -> dict[str, Any]:
         "env": environment(
             plan.config.envs, plan.image, hostname=plan.pod.hostname, tty=plan.config.tty, base=plan.base.get("process", {}).get("env", ())
         ),
-        "cwd": working_dir(plan.config, plan.image),
+        "cwd": checked_cwd(plan.cwd),
         "capabilities": process_capabilities(plan.granted, plan.ambient),
         "noNewPrivileges": security.no_new_privs,
     }

@@ -90,9 +90,18 @@ def test_P20_an_images_volume_on_a_link_does_not_cover_the_links_target(make_nod
     (rootfs / "short").symlink_to("../../opt/app/data")
     (rootfs / "chain").symlink_to("dangling")
     (rootfs / "dangling").symlink_to("/made/later")
+    (rootfs / "work").symlink_to("../../../../../made/work")
     mounts = [pod_volume(node, "target", "/target/sub"), pod_volume(node, "short", "/short"), pod_volume(node, "chain", "/made/later/v/w")]
     seen = ["/made/later/v/w/pod", "/opt/app/data/pod", "/target/sub/pod"]
-    assert node.output(node.run_pod(), f"ls {' '.join(seen)}", mounts=mounts) == seen
+    pod = node.run_pod()
+    assert node.output(pod, f"ls {' '.join(seen)}", mounts=mounts) == seen
+    assert node.output(pod, "pwd -P", working_dir="/work") == ["/made/work"]
+    for path in ("/fd/7", "/proc/self/fd/7"):
+        (rootfs / "fd").unlink(missing_ok=True)
+        (rootfs / "fd").symlink_to("proc/self/fd")
+        with pytest.raises(grpc.RpcError) as caught:
+            node.create(pod, node.container("true", working_dir=path))
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_P1_paths_have_one_spelling(tmp_path: Path) -> None:

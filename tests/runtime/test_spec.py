@@ -70,6 +70,7 @@ def plan(**changes: object) -> spec.ContainerPlan:
         user=User(1000, 1000, (1000,)),
         host=HOST,
         rootfs=Path("/b/rootfs"),
+        cwd="/work",
         namespaces={"mount": "", "pid": "", "network": "/n", "ipc": "/i", "uts": "/u"},
         user_namespace=None,
         cgroups_path="/pods/x",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from imgsvc.api import cri_pb2 as pb
-from imgsvc.errors import AlreadyExists, FailedPrecondition, ImgsvcError, NotFound, ResourceExhausted
+from imgsvc.errors import AlreadyExists, FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, ResourceExhausted
 from imgsvc.metadb import MetaDB
 from imgsvc.runtime import cgroups
 from imgsvc.runtime.codec import fill_proto, from_json, from_proto, to_json
@@ -118,9 +118,11 @@ def test_records_are_found_by_a_beginning_and_names_are_taken_once(tmp_path: Pat
             ContainerRecord(container_id, sandbox_id="s", config=ContainerConfig(ContainerMetadata(container_id)))
         ).result()
     assert records.container("abc").id == "abc1"
-    for key in ("ab", "", "x"):
+    for key in ("", "x"):
         with pytest.raises(NotFound):
             records.container(key)
+    with pytest.raises(InvalidArgument, match="ambiguous"):
+        records.container("ab")
     name = container_name("s", ContainerConfig(ContainerMetadata("abc1")))
     with pytest.raises(AlreadyExists):
         records.reserve(name, "other")
