@@ -16,20 +16,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Final, Protocol
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlsplit
 
 from imgsvc import __version__, tracing
 from imgsvc.concurrency import time_limit
 from imgsvc.errors import ImgsvcError, InvalidArgument, Unavailable, printable
 from imgsvc.registry.auth import Answer, Authorizer, Peer, secrets_of
 from imgsvc.registry.exchange import Body, RequestFailed, Response, Route, Sender
-from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, OWN, Capability, Host, Tls, canonical_name, is_local
+from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, OWN, Capability, Host, Tls, canonical_name
 from imgsvc.registry.interfaces import Attempt, Credential, CredentialKind, CredentialUse, RegistryObserver
 from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
 from imgsvc.registry.proxies import proxy_for
 from imgsvc.registry.redact import MAX_ERROR_BODY, registry_message, scrubbed, shown_url
 from imgsvc.registry.redirects import MAX_REDIRECTS, REDIRECTS, origin, refused, target
 from imgsvc.registry.retry import kind_of_status, retry_after
+from imgsvc.registry.rules import cleartext_problem, lookup, request_url, takes_given
 from imgsvc.registry.transport import Transport
 from imgsvc.registry.unwatched import Unwatched
 
@@ -288,7 +289,7 @@ class Endpoint:
         if not self._is_credential_known:
             self._credential, self._unused = await self._choose_credential()
             self._is_credential_known = True
-        if self._credential and (reason := self._cleartext_problem()):
+        if self._credential and (reason := cleartext_problem(self.host, self.base)):
             self._credential, self._unused = None, CredentialUse(CredentialKind.WITHHELD, reason=reason)
         return self._credential
 
@@ -300,10 +301,10 @@ class Endpoint:
         own = canonical_name(self.host.authority)
         note = None
         if session.caller is not None:
-            bound = canonical_name(session.caller.host) if session.caller.host else session.namespace
-            if bound == own or (policy == FROM_NAMESPACE and bound == session.namespace):
+            if takes_given(self.host, session.namespace, session.caller.host):
                 return session.caller, None
-            note = CredentialUse(CredentialKind.WITHHELD, reason=f"{session.caller.source} is bound to {printable(bound, 80)}")
+            bound = printable(session.caller.host or session.namespace, 80)
+            note = CredentialUse(CredentialKind.WITHHELD, reason=f"{session.caller.source} is bound to {bound}")
         if policy not in (FROM_NAMESPACE, OWN):
             return await session.stored.named(policy, session.directories), None
         try:
@@ -316,20 +317,8 @@ class Endpoint:
 
     async def _stored(self, *, renew: bool = False) -> Credential | None:
         session = self._session
-        if self.host.credential_policy == FROM_NAMESPACE:
-            return await session.stored.find(session.namespace, session.repository, directories=session.directories, renew=renew)
-        # The directory's file is about the namespace; a mirror gets from it only what names it.
-        own = canonical_name(self.host.authority)
-        return await session.stored.find(own, self.repository, directories=(), renew=renew)
-
-    def _cleartext_problem(self) -> str:
-        if not self.base.startswith("http://") or self.host.insecure_credentials:
-            return ""
-        if self.host.try_tls_first:
-            return "" if self.host.downgrade_is_safe else "the connection fell back to plain HTTP"
-        if is_local(self.host.authority):
-            return ""
-        return "plain HTTP (insecure_credentials = true in hosts.toml allows it)"
+        where = lookup(self.host, session.namespace, session.repository, session.directories)
+        return await session.stored.find(where.registry, where.repository, directories=where.directories, renew=renew)
 
     async def _send_with_fallback(self, ask: Ask, answer: Answer | None) -> Response:
         """An http:// host with TLS options is tried with HTTPS; a server that evidently speaks HTTP gets HTTP."""
@@ -406,10 +395,7 @@ class Endpoint:
     def _url(self, ask: Ask) -> str:
         if ask.path.startswith(("http://", "https://")):
             return ask.path
-        query = list(ask.query)
-        if self.host.sends_ns and not self.host.canonical:
-            query.append(("ns", self._session.namespace))
-        return f"{self.base}{ask.path}" + (f"?{urlencode(query, safe=':/')}" if query else "")
+        return request_url(self.host, self.base, self._session.namespace, ask.path, ask.query)
 
     async def _status_error(self, response: Response, ask: Ask) -> RequestFailed:
         body = b"" if ask.method == "HEAD" else await response.read_some(MAX_ERROR_BODY)

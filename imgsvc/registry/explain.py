@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
-from urllib.parse import urlencode
 
 from imgsvc.errors import ImgsvcError, Unavailable
 from imgsvc.reference import Reference
@@ -18,12 +17,11 @@ from imgsvc.registry.hosts import (
     Capability,
     Host,
     HostsConfig,
-    canonical_name,
-    is_local,
     trusted_token_hosts,
 )
 from imgsvc.registry.proxies import proxy_for
 from imgsvc.registry.redact import shown_url
+from imgsvc.registry.rules import cleartext_problem, lookup, request_url, takes_given
 from imgsvc.registry.tls import context_for
 
 _OPERATIONS: Final = tuple(capability.value for capability in Capability)
@@ -119,9 +117,8 @@ def _endpoint(
             problems.append(str(error))
             return f"UNUSABLE: {error}"
 
-    url = f"{host.url}/{host.repository(reference.repository)}/manifests/{reference.target}"
-    if host.sends_ns and not host.canonical:
-        url += "?" + urlencode({"ns": config.namespace}, safe=":/")
+    path = f"/{host.repository(reference.repository)}/manifests/{reference.target}"
+    url = request_url(host, host.url, config.namespace, path)
     proxy = proxy_for(host.url, host.proxy, environ)
     return ExplainedEndpoint(
         url=url,
@@ -151,17 +148,14 @@ def _credential(host: Host, config: HostsConfig, credentials: NodeCredentials, r
     policy = host.credential_policy
     if policy == FROM_NOBODY:
         return "none (configured)"
-    is_clear = host.url.startswith("http://") and not host.try_tls_first and not host.insecure_credentials
-    if is_clear and not is_local(host.authority):
-        return "withheld: plain HTTP (insecure_credentials = true allows it)"
+    # One with TLS options is spoken to over TLS first.
+    if not host.try_tls_first and (problem := cleartext_problem(host, host.url)):
+        return f"withheld: {problem}"
     if policy not in (FROM_NAMESPACE, OWN):
         return f"table [{policy}], {named_credential(policy, config.directories).source}"
     try:
-        if policy == FROM_NAMESPACE:
-            places = credentials.locate(config.namespace, reference.repository, config.directories)
-        else:
-            places = credentials.locate(canonical_name(host.authority), host.repository(reference.repository), ())
+        places = credentials.locate(*lookup(host, config.namespace, reference.repository, config.directories))
         stored = " else ".join(place.source for place in places) or "none stored"
     except Unavailable as error:
         return f"none ({error})"  # then the pull goes on without
-    return f"the caller's, else {stored}" if policy == FROM_NAMESPACE else stored
+    return f"the caller's, else {stored}" if takes_given(host, config.namespace, "") else stored
