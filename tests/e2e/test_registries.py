@@ -165,7 +165,9 @@ def test_the_four_set_ups(request: pytest.FixtureRequest, make_daemon: Callable[
     assert shown["resolvedBy"].endswith(f"//{made.address}/v2")
     assert [list(layer["from"]) for layer in shown["layers"]] == [[f"{scheme}://{made.address}/v2"]] * 2
     assert [sum(layer["from"].values()) for layer in shown["layers"]] == [layer["size"] for layer in shown["layers"]]
-    assert shown["credentials"] == (["CRI request"] if made.auth else [])
+    given, configured = ["CRI request"] if made.auth else [], "client certificate of " if kind == "certificates" else ""
+    assert [source for source in shown["credentials"] if not configured or not source.startswith(configured)] == given
+    assert bool(configured) == (len(shown["credentials"]) > len(given)), "a client certificate makes an image private too"
     if made.auth or kind == "certificates":
         fresh = make_daemon()
         fresh.start()
