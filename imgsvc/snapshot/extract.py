@@ -204,7 +204,7 @@ class Extractor:
     def _aufs(self, entry: Header, path: bytes, base: bytes) -> tuple[int, bytes, bytes] | None:
         """Layers that Docker made on AUFS carry its book-keeping. Only the files that hard links lead to are needed, and only meanwhile.
 
-        Source: docker/pkg/archive (UnpackLayer), which containerd has taken over.
+        Source: Docker's pkg/archive (UnpackLayer); there each link is a copy of its own, here they stay one file.
         """
         if path != _AUFS_LINKS + b"/" + base or entry.kind != tar.REGULAR_ONE:
             return None

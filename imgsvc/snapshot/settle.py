@@ -5,8 +5,10 @@ Afterwards the upper directory is what a sequential unpack on a mounted overlay 
 * a hard link to a lower layer's file brings that file up, under all its visible names;
 * opaque marks are set, whiteouts that hide nothing are gone (they would show up in directories that are not merged).
 
-One thing cannot be repaired afterwards: an entry whose path leads through a symbolic link of a lower layer has been put
-into a directory of that name. NeedsParents says so, and the layer is unpacked again on its mounted parents.
+One thing cannot be repaired afterwards: an entry whose path leads through something of a lower layer that is no directory
+has been put into a directory of that name. Through a symbolic link it was meant for elsewhere, through a file it was an
+error, and the order of entries may tell otherwise. NeedsParents says so, and the layer is unpacked again on its mounted
+parents.
 
 Runs in a worker process with the journal of another, which is not trusted: every path is opened below the two roots.
 """
