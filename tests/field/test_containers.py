@@ -50,9 +50,8 @@ def image_volume(**fields: Any) -> pb.Mount:
     return pb.Mount(container_path="/vol", image=pb.ImageSpec(image=BUSYBOX), readonly=True, **fields)
 
 
-def test_S8_an_image_volume_cannot_be_made_writable(make_node: MakeNode) -> None:
-    node = make_node()
-    pod = node.run_pod()
+def test_S8_an_image_volume_cannot_be_made_writable(node: Daemon) -> None:
+    pod = node.run_pod("volume")
     for option in ("rw", "suid", "dev", "bogus", "nosuid,rw"):
         with pytest.raises(grpc.RpcError) as caught:
             node.create(pod, node.container("true", mounts=[image_volume(mount_options=[option])]))
@@ -148,6 +147,10 @@ def test_P2_a_volume_in_a_user_namespace_has_the_images_owners(make_node: MakeNo
     )
     lines = node.output(pod, script, mounts=mounts, security=security)
     assert lines == ["1000:1000", "0:0", "1000:1000", "0:0", "0", "/data/secrets/token:", "pod", "", "/run/x/y:", "pod"]
+    assert node.output(pod, "stat -c %u:%g /vol/data/root /vol/data/ann", mounts=[image_volume()], security=security) == [
+        "0:0",
+        "1000:1000",
+    ]
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -179,15 +182,12 @@ def test_K4_a_command_that_cannot_be_started_fails_at_its_start(make_node: MakeN
     assert_clean(node)
 
 
-def test_K4_what_is_wrong_beside_the_command_still_fails_the_creation(make_node: MakeNode) -> None:
-    node = make_node()
-    pod = node.run_pod()
-    rootfs = node.directory / "images/rootfs"
-    (rootfs / "file").touch()
-    for fields in ({"devices": [pb.Device(host_path="/dev/none", container_path="/dev/none")]}, {"working_dir": "/file"}):
+def test_K4_what_is_wrong_beside_the_command_still_fails_the_creation(node: Daemon) -> None:
+    pod = node.run_pod("beside")
+    for fields in ({"devices": [pb.Device(host_path="/dev/none", container_path="/dev/none")]}, {"working_dir": "/etc/passwd"}):
         with pytest.raises(grpc.RpcError):
             node.create(pod, node.container("true", **fields))
-    assert not node.cri.ListContainers(pb.ListContainersRequest()).containers
+    assert not node.cri.ListContainers(pb.ListContainersRequest(filter=pb.ContainerFilter(pod_sandbox_id=pod))).containers
     assert is_about_the_command('exec: "x": executable file not found in $PATH: unknown')
     assert is_about_the_command("executable file `x` not found in $PATH: No such file or directory")
     assert not is_about_the_command('error running createRuntime hook #0: exec: "x": executable file not found in $PATH')
@@ -271,12 +271,11 @@ def test_R10_mounts_are_propagated_as_asked(make_node: MakeNode, kind: str) -> N
         subprocess.run([*node.prefix, "umount", "-R", source], check=True)
 
 
-def test_R11_an_ambiguous_beginning_of_an_id_is_an_error(make_node: MakeNode) -> None:
-    node = make_node()
-    pods = [node.run_pod(f"p{n}") for n in range(2)]
+def test_R11_an_ambiguous_beginning_of_an_id_is_an_error(node: Daemon) -> None:
+    pod = node.run_pod("alike")
     made: dict[str, str] = {}
     while True:  # until two containers begin alike
-        container = node.create(pods[0], node.container("true", f"c{len(made)}"))
+        container = node.create(pod, node.container("", f"c{len(made)}", command=["/none"]))
         if container[0] in made:
             break
         made[container[0]] = container
