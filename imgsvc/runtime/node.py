@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -9,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from imgsvc.concurrency import KeyedLock, in_thread
+from imgsvc.concurrency import KeyedLock, ended, in_thread
 from imgsvc.fsutil import boot_id, private_dir
 from imgsvc.metadb import MetaDB
 from imgsvc.removal import discard
@@ -29,7 +30,7 @@ from imgsvc.runtime.monitor import MonitorPaths
 from imgsvc.runtime.network import PodNetwork
 from imgsvc.runtime.reaper import Reaper
 from imgsvc.runtime.records import ContainerRecord, Records, SandboxRecord
-from imgsvc.runtime.recovery import recover
+from imgsvc.runtime.recovery import recover, stop_lost
 from imgsvc.runtime.sandboxes import Sandboxes
 from imgsvc.runtime.settings import RuntimeSettings
 from imgsvc.runtime.state import require_ready
@@ -48,6 +49,7 @@ class RuntimeNode:
         self.stats = Stats(core)
         self.metrics = Metrics(core, self.stats)
         self._reaper = reaper
+        self.cleaning: asyncio.Task[None] | None = None  # what a start leaves for later
 
     @classmethod
     async def start(cls, settings: RuntimeSettings, database: MetaDB, images: Images) -> RuntimeNode:
@@ -86,11 +88,15 @@ class RuntimeNode:
             stopping=set(),
         )
         node = cls(core, reaper)
-        await recover(core, node.sandboxes, node.containers)
+        lost = await recover(core, node.sandboxes, node.containers)
+        node.cleaning = asyncio.create_task(stop_lost(node.sandboxes, lost), name="stop-lost")
         return node
 
     async def close(self) -> None:
         """Stop watching. Pods keep running."""
+        if self.cleaning:
+            self.cleaning.cancel()
+            await ended(self.cleaning)
         await self.sandboxes.close()
         await self.containers.close()
         for runtime in set(self.core.runtimes.values()):

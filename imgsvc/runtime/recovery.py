@@ -5,15 +5,20 @@ and if they ended meanwhile their stored exit code is taken; commands run in the
 reads them any more; an undo that failed before is tried again. After a reboot
 nothing in STATE exists any more: containers are finished with an unknown code, pods are not ready, networks are detached
 (an address manager on disk would keep their addresses for ever).
+
+The daemon serves before pods that are lost are stopped: what detaches them may take its time, or hang.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from typing import Final
 
-from imgsvc.concurrency import in_thread
+from imgsvc.concurrency import all_of, in_thread
 from imgsvc.errors import ImgsvcError
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core
@@ -28,16 +33,34 @@ from imgsvc.runtime.streaming.exec_target import end_interrupted
 
 log = logging.getLogger(__name__)
 
+_STOPS_AT_ONCE: Final = 4
 
-async def recover(core: Core, sandboxes: Sandboxes, containers: Containers) -> None:
-    """Bring records and node into agreement. Failures are logged and tried again at the next start."""
+
+async def recover(core: Core, sandboxes: Sandboxes, containers: Containers) -> list[str]:
+    """Bring records and node into agreement. Failures are logged and tried again at the next start.
+
+    Returns the pods that are lost and still to be stopped, for stop_lost().
+    """
+    lost: list[str] = []
     for container in list(core.records.containers.values()):
         await _tolerate(_container(core, containers, container), f"container {container.id}")
     for sandbox in list(core.records.sandboxes.values()):
-        await _tolerate(_sandbox(core, sandboxes, sandbox), f"pod sandbox {sandbox.id}")
+        await _tolerate(_sandbox(core, sandboxes, sandbox, lost), f"pod sandbox {sandbox.id}")
     await in_thread(_sweep_directories, core, core.records.sandboxes.keys() | core.records.containers.keys())
-    attached = {s.id for s in core.records.sandboxes.values() if s.network and not s.stopped_at}
+    attached = {s.id for s in core.records.sandboxes.values() if s.network}
     await _tolerate(core.network.collect(attached), "the network")
+    return lost
+
+
+async def stop_lost(sandboxes: Sandboxes, lost: Sequence[str]) -> None:
+    """Stop pods that recover() found lost, some beside one another."""
+    places = asyncio.Semaphore(_STOPS_AT_ONCE)
+
+    async def stop(sandbox_id: str) -> None:
+        async with places:
+            await _tolerate(sandboxes.stop(sandbox_id), f"pod sandbox {sandbox_id}")
+
+    await all_of(*(stop(sandbox_id) for sandbox_id in lost))
 
 
 async def _tolerate(step: object, what: str) -> None:
@@ -59,20 +82,19 @@ async def _container(core: Core, containers: Containers, record: ContainerRecord
         containers.watch(record)
 
 
-async def _sandbox(core: Core, sandboxes: Sandboxes, record: SandboxRecord) -> None:
+async def _sandbox(core: Core, sandboxes: Sandboxes, record: SandboxRecord, lost: list[str]) -> None:
     if not record.started_at:
         log.warning("pod sandbox %s was half-made when the daemon died; it is removed", record.id)
         await sandboxes.roll_back(record)
         return
-    lost = record.boot_id != core.boot_id or not _pins_there(core, record) or _pause_ended(record)
-    if not record.stopped_at and lost:
+    if not record.stopped_at and (record.boot_id != core.boot_id or not _pins_there(core, record) or _pause_ended(record)):
         log.warning("pod sandbox %s did not survive; it is not ready any more", record.id)
+        lost.append(record.id)
         await durable(core.records.put_sandbox(replace(record, stopped_at=now_ns())))
-        await sandboxes.stop(record.id)
     elif not record.stopped_at:
         sandboxes.watch(record)
     elif record.network:
-        await sandboxes.stop(record.id)
+        lost.append(record.id)
 
 
 def _pause_ended(record: SandboxRecord) -> bool:
