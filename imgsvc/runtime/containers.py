@@ -45,6 +45,7 @@ from imgsvc.runtime.state import (
 log = logging.getLogger(__name__)
 
 KILL_WAIT_S: Final = 10.0  # after SIGKILL; longer means a process in uninterruptible sleep
+_RUNTIME_KILL_S: Final = 2.0  # after the runtime's own SIGKILL, which takes moments, until the cgroup is tried
 _START_FAILED: Final = 128  # exit code when init never ran, as containerd reports it
 
 
@@ -312,12 +313,29 @@ class Containers:
         if timeout_s > 0 and record.started_at:
             if record.id not in self._signalled:  # a second stop only waits: many signals are not more graceful than one
                 self._signalled.add(record.id)
-                await handler.kill(record.id, to_number(record.stop_signal))
+                try:
+                    await handler.kill(record.id, to_number(record.stop_signal))
+                except NotFound as error:
+                    log.warning("container %s is killed without a signal before: %s", record.id, error)
+                    timeout_s = 0.0
             if await self._wait_end(record, timeout_s):
                 return
-        await handler.kill(record.id, signal.SIGKILL, everyone=record.config.security.namespace_options.pid != NamespaceMode.CONTAINER)
+        await self._kill(handler, record)
+
+    async def _kill(self, handler: OCIRuntime, record: ContainerRecord) -> None:
+        """SIGKILL; by the cgroup where the runtime does not know the container any more, or is not there itself."""
+        problem: ImgsvcError | None = None
+        try:
+            everyone = record.config.security.namespace_options.pid != NamespaceMode.CONTAINER
+            await handler.kill(record.id, signal.SIGKILL, everyone=everyone)
+        except ImgsvcError as error:
+            problem = error
+        if await self._wait_end(record, 0.0 if problem else _RUNTIME_KILL_S):
+            return
+        if record.cgroup:
+            await in_thread(cgroups.kill, cgroups.tree_path(record.cgroup))
         if not await self._wait_end(record, KILL_WAIT_S):
-            raise FailedPrecondition(f"container {record.id} does not die", hint="a process of it hangs in the kernel")
+            raise problem or FailedPrecondition(f"container {record.id} does not die", hint="a process of it hangs in the kernel")
 
     async def _wait_end(self, record: ContainerRecord, timeout_s: float) -> bool:
         ended = self._ended.get(record.id)

@@ -192,9 +192,13 @@ class OCICommand:
 
     async def delete(self, container_id: str) -> None:
         """See OCIRuntime."""
-        done = await run(self._argv("delete", "--force", container_id))
-        if done.status and "does not exist" not in done.stderr.decode(errors="replace"):
-            self._require(done, "delete")
+        try:
+            done = await run(self._argv("delete", "--force", container_id))
+        except NotFound as error:  # uninstalled under its containers; what it noted dies with the node
+            log.warning("container %s is deleted without its runtime: %s", container_id, error)
+        else:
+            if done.status and "does not exist" not in done.stderr.decode(errors="replace"):
+                self._require(done, "delete")
         await self._monitor.gone(container_id)
 
     async def usage(self, container_id: str) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 import grpc
 import pytest
 
+from imgsvc import procfs
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.metadb import MetaDB
 from imgsvc.runtime import host
@@ -40,6 +42,13 @@ REFUSING_PLUGIN = """#!/bin/sh
 [ "$CNI_COMMAND" = ADD ] || [ "$CNI_COMMAND" = DEL ] || exit 0
 echo '{{"cniVersion": "1.0.0", "code": 100, "msg": "the reason of '$CNI_COMMAND'"}}'
 exit 1
+"""
+
+# A DEL that lasts until the file `go` is there.
+SLOW_PLUGIN = """#!/bin/sh
+[ "$CNI_COMMAND" = DEL ] && until [ -e {directory}/go ]; do sleep 0.1; done
+[ "$CNI_COMMAND" = ADD ] && echo '{{"cniVersion": "1.0.0", "ips": []}}'
+exit 0
 """
 
 
@@ -235,3 +244,58 @@ def test_K7_a_listener_hears_what_happened_before_it_listened(make_node: MakeNod
     assert [status.id for status in started.containers_statuses] == [first]
     node.cri.RemoveContainer(pb.RemoveContainerRequest(container_id=first), timeout=TIMEOUT_S)
     assert [(e.container_id, e.container_event_type) for e in hear(1)] == [(first, pb.CONTAINER_DELETED_EVENT)]
+
+
+def test_S12_lost_pods_are_cleaned_up_beside_serving(make_node: MakeNode, directory: Path) -> None:
+    (directory / "bin").mkdir()
+    plugin = directory / "bin/slow"
+    plugin.write_text(SLOW_PLUGIN.format(directory=directory))
+    plugin.chmod(0o755)
+    (directory / "cni.d").mkdir()
+    network = {"cniVersion": "1.0.0", "name": "slow", "plugins": [{"type": "slow"}]}
+    (directory / "cni.d/10.conflist").write_text(json.dumps(network))
+    node = make_node({"cni": {"bin_dirs": [str(directory / "bin")]}})
+    pod = node.run_pod(namespaces=pb.NamespaceOption())  # a PID namespace that a process holds
+    info = node.cri.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod, verbose=True)).info["info"]
+    node.kill()
+    os.kill(json.loads(info)["pid"], signal.SIGKILL)
+    node.start()  # although the network does not let go of the pod
+    (lost,) = node.cri.ListPodSandbox(pb.ListPodSandboxRequest()).items
+    assert lost.state == pb.PodSandboxState.SANDBOX_NOTREADY
+    (directory / "go").touch()
+    wait_for(lambda: not node.leftovers())
+    node.remove_all()
+    assert_clean(node)
+
+
+def test_S12_a_container_whose_state_was_wiped_can_be_stopped(make_node: MakeNode) -> None:
+    node = make_node()
+    pod = node.run_pod()
+    container = node.run(pod, "sleep 1000")
+    info = node.cri.ContainerStatus(pb.ContainerStatusRequest(container_id=container, verbose=True)).info["info"]
+    pid = json.loads(info)["pid"]
+    node.kill()
+    state = os.fsencode(node.directory / "s")
+    for point in [m.point for m in procfs.mounts() if procfs.is_within(m.point, state)]:
+        subprocess.run(["umount", "-l", point], check=True)
+    shutil.rmtree(node.directory / "s")
+    node.start()
+    node.cri.StopContainer(pb.StopContainerRequest(container_id=container, timeout=1), timeout=TIMEOUT_S)
+    assert not start_time(pid)
+    node.remove_all()
+    assert_clean(node)
+
+
+def test_R8_pods_of_a_runtime_that_was_uninstalled_can_be_removed(make_node: MakeNode, directory: Path) -> None:
+    program = directory / "runc"
+    shutil.copy(shutil.which("runc") or "runc", program)
+    node = make_node({"handlers": {"default": {"path": str(program)}}})
+    container = node.run(node.run_pod(namespaces=pb.NamespaceOption(network=pb.NamespaceMode.NODE)), "sleep 1000")
+    node.kill()
+    program.unlink()
+    node.extra["handlers"] = {"default": {"path": "runc"}}
+    node.start()
+    node.cri.StopContainer(pb.StopContainerRequest(container_id=container, timeout=30), timeout=TIMEOUT_S)
+    assert node.status(container).exit_code == 137
+    node.remove_all()
+    assert_clean(node)
