@@ -245,7 +245,6 @@ class Containers:
 
     def watch(self, record: ContainerRecord) -> None:
         """Note the container's end when it comes."""
-        self._kills.begin(self._group(record))
         self._ended[record.id] = asyncio.Event()
         self._watchers[record.id] = asyncio.create_task(self._watch(record), name=f"watch-{record.id[:12]}")
 
@@ -257,6 +256,7 @@ class Containers:
 
     async def _note_end(self, record: ContainerRecord) -> None:
         await afailpoint("watch.container")
+        self._kills.begin(self._group(record))
         handler = self._core.runtime_of(record)
         end = await handler.wait(record.id, record.pid, record.pid_start)
         if record.config.security.namespace_options.pid != NamespaceMode.CONTAINER:
