@@ -159,8 +159,11 @@ class Holders:
             for name, mappings in (("uidMappings", user.uids), ("gidMappings", user.gids)):
                 linux[name] = [{"containerID": m.container_id, "hostID": m.host_id, "size": m.length} for m in mappings]
         nobody = _PAUSE_USER if not config.namespaces.user else min(_PAUSE_USER, config.namespaces.user.uids[0].length - 1)
+        # Of the pod's namespace already; a kernel of the pod's own has its name from its first container.
+        named = {"hostname": config.hostname} if config.hostname and pinned(pins, "uts") else {}
         return {
             "ociVersion": spec.OCI_VERSION,
+            **named,
             "process": {
                 "args": ["/pause"],
                 "env": [spec.DEFAULT_PATH],  # some runtimes refuse a process without

@@ -66,11 +66,13 @@ class HandlerFeatures:
     """What a runtime handler can do on this node; shown by Status.
 
     needs_pause: its pods need a sandbox container even without a shared PID namespace.
+    own_figures: what a container uses is not what its cgroup says: its processes are in a kernel of their own.
     """
 
     recursive_read_only_mounts: bool = False
     user_namespaces: bool = False
     needs_pause: bool = False
+    own_figures: bool = False
     warnings: tuple[str, ...] = ()
 
 

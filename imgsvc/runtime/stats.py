@@ -60,8 +60,9 @@ class Stats:
         await self._layer_sizes(records)
         looks = await in_thread(self._look, [(r.id, r.cgroup) for r in records])
         for record in records:
-            if looks[record.id] is None and (runtime := self._core.find_runtime(record)):  # in a virtual machine, say
-                looks[record.id] = await runtime.usage(record.id)
+            runtime = self._core.find_runtime(record)
+            if runtime and (looks[record.id] is None or runtime.features.own_figures):  # in a virtual machine, say
+                looks[record.id] = await runtime.usage(record.id) or looks[record.id]
         self._forget()
         return [self._container(record, looks[record.id]) for record in records]
 

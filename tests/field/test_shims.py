@@ -19,6 +19,7 @@ import pytest
 from imgsvc import procfs
 from imgsvc.api import cri_pb2 as pb
 from tests.runtime.harness import Daemon, assert_clean, wait_for
+from tests.runtime.podshim import CPU_US, MEMORY
 
 pytestmark = [pytest.mark.root, pytest.mark.compat]
 
@@ -34,6 +35,14 @@ def shim_node(make_node: MakeNode, program: str, **extra: Any) -> Daemon:
     path = shutil.which(program)
     assert path, f"{program} is not installed"
     return make_node({"handlers": {"default": {"type": "io.containerd.runc.v2", "path": path}}, **extra})
+
+
+def podshim_node(make_node: MakeNode, directory: Path, variables: str = "", **arguments: Any) -> Daemon:
+    """A daemon whose handler starts podshim.py without its sandbox API, as gVisor's shim has none."""
+    program = directory / "podshim"
+    program.write_text(f'#!/bin/sh\nPODSHIM_PLAIN=1 {variables} PYTHONPATH={ROOT} exec {sys.executable} -m tests.runtime.podshim "$@"\n')
+    program.chmod(0o755)
+    return make_node({"handlers": {"default": {"type": "io.containerd.podshim.v1", "path": str(program)}}}, **arguments)
 
 
 @contextlib.contextmanager
@@ -73,12 +82,7 @@ def ended(pid: int) -> bool:
 
 
 def test_R3_a_shim_that_wants_its_parameters_on_standard_input_starts(make_node: MakeNode, directory: Path) -> None:
-    program = directory / "podshim"
-    program.write_text(
-        f'#!/bin/sh\nPODSHIM_PLAIN=1 PODSHIM_PARAMETERS=1 PYTHONPATH={ROOT} exec {sys.executable} -m tests.runtime.podshim "$@"\n'
-    )
-    program.chmod(0o755)
-    node = make_node({"handlers": {"default": {"type": "io.containerd.podshim.v1", "path": str(program)}}})
+    node = podshim_node(make_node, directory, "PODSHIM_PARAMETERS=1")
     pod = node.run_pod()
     assert node.output(pod, "echo in") == ["in"]
     node.remove_all()
@@ -170,5 +174,19 @@ def test_R6_a_log_process_that_dies_is_replaced(make_node: MakeNode) -> None:
     node.cri.ReopenContainerLog(pb.ReopenContainerLogRequest(container_id=container))
     node.cri.StopContainer(pb.StopContainerRequest(container_id=container, timeout=60))
     assert node.log(log_path) == ["again"]
+    node.remove_all()
+    assert_clean(node)
+
+
+def test_R7_a_pod_with_a_kernel_of_its_own_has_its_name_and_its_figures(make_node: MakeNode, directory: Path) -> None:
+    node = podshim_node(make_node, directory, bridge="imgsvcR7")
+    handler = node.cri.Status(pb.StatusRequest()).runtime_handlers[0]
+    assert not handler.features.user_namespaces
+    pod = node.run_pod("named")
+    pause = json.loads((directory / "s/containers" / pod / "config.json").read_text())
+    assert pause["hostname"] == "named"
+    container = node.run(pod, "sleep 100")
+    stats = node.cri.ContainerStats(pb.ContainerStatsRequest(container_id=container)).stats
+    assert (stats.memory.usage_bytes.value, stats.cpu.usage_core_nano_seconds.value) == (MEMORY, CPU_US * 1000)
     node.remove_all()
     assert_clean(node)

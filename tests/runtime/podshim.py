@@ -193,6 +193,12 @@ class Shim:
         del self.containers[r.id]
         return task.DeleteResponse(pid=container.pid, exit_status=container.status)
 
+    async def do_Stats(self, r: task.StatsRequest) -> task.StatsResponse:
+        self.container(r.id)
+        answer = task.StatsResponse()
+        answer.stats.CopyFrom((await self.do_SandboxMetrics(api.SandboxMetricsRequest())).metrics.data)
+        return answer
+
     async def do_Shutdown(self, r: task.ShutdownRequest) -> None:
         if not self.containers:
             asyncio.get_running_loop().call_later(0.05, self.stop.set)

@@ -63,7 +63,7 @@ class ShimRuntime:
         self._inits: dict[str, tuple[int, int]] = {}  # pid and start of those that are waited for
         self._fates: dict[str, int | None] = {}
         # Only the runc shim can do without a sandbox container: others build their sandbox from it.
-        self._features = HandlerFeatures(needs_pause=not self._is_runc)
+        self._features = HandlerFeatures(needs_pause=not self._is_runc, own_figures=not self._is_runc)
 
     @property
     def _is_runc(self) -> bool:
