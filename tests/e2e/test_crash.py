@@ -39,7 +39,7 @@ UNREACHED = {
     "metadb.migrate": "there is one format so far",
 }
 IN_A_WORKER = {name for name in failpoints.POINTS if name.startswith("unpack.")}
-OF_PODS = {name for name in failpoints.POINTS if name.startswith(("sandbox.", "container."))}
+OF_PODS = {name for name in failpoints.POINTS if name.startswith(("sandbox.", "container.", "watch."))}
 POINTS = [name for name in failpoints.POINTS if name not in UNREACHED.keys() | IN_A_WORKER | OF_PODS]
 AGAIN = [  # where the first time is during the start, or of the first of several layers
     ("metadb.commit", 5),
