@@ -192,7 +192,8 @@ def _load(directory: str, limit: int, signature: object) -> _Loaded:
     try:
         return _Loaded(signature, tuple(load_networks(directory, limit)), None)
     except ImgsvcError as error:
-        log.warning("pods get no network until the CNI configuration is right, also if other files there are: %s", error)
+        if isinstance(error, InvalidArgument):
+            log.warning("pods get no network until this CNI file is corrected or removed, whatever others there are: %s", error)
         return _Loaded(signature, (), error)
 
 
