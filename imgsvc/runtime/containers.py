@@ -309,7 +309,6 @@ class Containers:
                 await self._end(current, timeout_s)
 
     async def _end(self, record: ContainerRecord, timeout_s: float) -> None:
-        handler = self._core.runtime_of(record)
         if timeout_s > 0 and record.started_at:
             if record.id not in self._signalled:  # a second stop only waits: many signals are not more graceful than one
                 self._signalled.add(record.id)
@@ -401,15 +400,18 @@ class Containers:
         await self._core.records.drop_container(record)
 
     async def _release(self, record: ContainerRecord) -> None:
-        await in_thread(self._release_blocking, record.id)
+        await in_thread(self._release_blocking, record)
         for number, mount in enumerate(record.config.mounts):
             if mount.image and mount.image.image:
                 await self._core.images.remove_root(volume_key(record.id, number))
         await self._core.images.remove_root(record.id)
 
-    def _release_blocking(self, container_id: str) -> None:
-        remove_bundle(self._core.paths.bundle(container_id))
-        remove_bundle(self._core.paths.volumes(container_id))
+    def _release_blocking(self, record: ContainerRecord) -> None:
+        remove_bundle(self._core.paths.bundle(record.id))
+        remove_bundle(self._core.paths.volumes(record.id))
+        path = cgroups.tree_path(record.cgroup)
+        if record.id in path:  # the runtime removes it, unless it has lost its state
+            cgroups.remove(self._core.host, path)
 
     async def update(self, container_id: str, resources: LinuxContainerResources | None) -> None:
         """Change a container's limits in place. Raises: NotFound, FailedPrecondition."""

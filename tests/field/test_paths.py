@@ -19,7 +19,7 @@ from imgsvc.api import cri_pb2 as pb
 from imgsvc.runtime import model, podfiles
 from tests.e2e.conftest import BUSYBOX
 from tests.runtime.harness import TIMEOUT_S
-from tests.runtime.test_life import MakeNode
+from tests.runtime.test_life import MakeNode, assert_clean
 from tests.support import cri, daemon
 from tests.support.registries import RealRegistry
 
@@ -363,3 +363,24 @@ def test_S6_a_file_is_not_taken_for_a_socket_of_ours(make_daemon: Callable[..., 
     node.config.write_text(node.config.read_text() + f'[grpc]\naddress = "unix://{node.directory}/file"\n')
     assert "not a socket" in refused(node)
     assert (node.directory / "file").read_text() == "theirs"
+
+
+def test_S12_pods_whose_state_was_wiped_are_stopped_beside_serving(make_node: MakeNode) -> None:
+    node = make_node(bridge="rtwiped")
+    shared = pb.NamespaceOption()
+    pods = [node.run_pod("own"), node.run_pod("shared", namespaces=shared)]
+    security = pb.LinuxContainerSecurityContext(namespace_options=shared)
+    running = [
+        node.run(pods[0], "sleep 300 & exec sleep 300", "a"),
+        node.run(pods[1], "sleep 300 & exec sleep 300", "b", security=security),
+    ]
+    node.kill()
+    removal.unmount_below(node.directory / "s")
+    removal.remove_tree(node.directory / "s")
+    node.start()
+    for pod in node.cri.ListPodSandbox(pb.ListPodSandboxRequest()).items:
+        assert pod.state == pb.SANDBOX_NOTREADY
+        node.cri.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=pod.id), timeout=TIMEOUT_S)
+    assert {node.status(container).state for container in running} == {pb.CONTAINER_EXITED}
+    node.remove_all()
+    assert_clean(node)
