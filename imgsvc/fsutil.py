@@ -5,6 +5,7 @@ A file is durable when its data is synced *and* the directory that names it is. 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -84,8 +85,9 @@ def lock_exclusive(path: Path, what: str) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
     except BlockingIOError as error:
         holder = printable(os.pread(fd, 20, 0).decode("ascii", "replace"))
         os.close(fd)

@@ -56,10 +56,13 @@ def _claim(state: Path, root: Path) -> None:
                 where=str(state),
                 hint=f"choose another state directory, remove those pods first, or delete {note} if that root was moved to {root}",
             )
-        if owner != str(root) or not note.exists():
-            write_atomic(note, os.fsencode(root), sync=False)  # state is on tmpfs
     except OSError as error:
         raise from_os_error(error, "taking the state directory", where=str(note)) from error
+    if owner != str(root) or not note.exists():
+        try:
+            write_atomic(note, os.fsencode(root), sync=False)  # state is on tmpfs
+        except OSError as error:  # a full disk is no reason to leave its pods alone
+            log.warning("not noted whose state directory this is: %s: %s", note, error.strerror)
 
 
 class PublicSocket:

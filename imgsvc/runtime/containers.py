@@ -309,6 +309,7 @@ class Containers:
                 await self._end(current, timeout_s)
 
     async def _end(self, record: ContainerRecord, timeout_s: float) -> None:
+        handler = self._core.runtime_of(record)
         if timeout_s > 0 and record.started_at:
             if record.id not in self._signalled:  # a second stop only waits: many signals are not more graceful than one
                 self._signalled.add(record.id)

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 # Programs with the command line of an OCI runtime that leave their containers' streams and ends to a shim of their own.
 _SHIM_TYPES: Final = {"runsc": "io.containerd.runsc.v1", "kata-runtime": "io.containerd.kata.v2"}
 _SHIM_PREFIX: Final = "containerd-shim-"
+_FIRST_RETRY_S: Final = 1.0
+_LAST_RETRY_S: Final = 60.0
 
 
 async def start_handlers(settings: RuntimeSettings, paths: MonitorPaths, reaper: Reaper) -> tuple[dict[str, OCIRuntime], dict[str, str]]:
@@ -29,17 +31,7 @@ async def start_handlers(settings: RuntimeSettings, paths: MonitorPaths, reaper:
     broken: dict[str, str] = {}
     await sweep_self_tests(settings.state_dir)
 
-    async def start(handler: HandlerSettings) -> OCIRuntime | ImgsvcError:
-        try:
-            runtime = build_handler(handler, settings, paths, reaper)
-            await runtime.start()
-        except ImgsvcError as error:
-            return error
-        except OSError as error:  # whatever it is that the configuration names: the others work
-            return from_os_error(error, "testing it")
-        return runtime
-
-    results = await asyncio.gather(*(start(handler) for handler in settings.handlers.values()))
+    results = await asyncio.gather(*(_start(handler, settings, paths, reaper) for handler in settings.handlers.values()))
     for name, found in zip(settings.handlers, results, strict=True):
         if isinstance(found, ImgsvcError):
             log.error("runtime handler %s is not usable: %s", name, found)
@@ -49,6 +41,42 @@ async def start_handlers(settings: RuntimeSettings, paths: MonitorPaths, reaper:
     for warning in sorted({warning for runtime in working.values() for warning in runtime.features.warnings}):
         log.warning("%s", warning)
     return working, broken
+
+
+async def _start(handler: HandlerSettings, settings: RuntimeSettings, paths: MonitorPaths, reaper: Reaper) -> OCIRuntime | ImgsvcError:
+    try:
+        runtime = build_handler(handler, settings, paths, reaper)
+        await runtime.start()
+    except ImgsvcError as error:
+        return error
+    except OSError as error:  # whatever it is that the configuration names: the others work
+        return from_os_error(error, "testing it")
+    return runtime
+
+
+async def start_later(
+    working: dict[str, OCIRuntime],
+    broken: dict[str, str],
+    runtimes: dict[str, OCIRuntime],
+    settings: RuntimeSettings,
+    paths: MonitorPaths,
+    reaper: Reaper,
+) -> None:
+    """Until every handler works: a full disk or a busy node may have failed a test that passes now. The dictionaries are kept up to date."""
+    pause = _FIRST_RETRY_S
+    while broken:
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, _LAST_RETRY_S)
+        for name in list(broken):
+            found = await _start(settings.handlers[name], settings, paths, reaper)
+            if isinstance(found, ImgsvcError):
+                broken[name] = str(found)
+                continue
+            log.info("runtime handler %s is usable now", name)
+            working[name] = found
+            if isinstance(found, OCICommand) or found.description not in runtimes:  # a shim's holds connections that are in use
+                runtimes[found.description] = found
+            del broken[name]
 
 
 async def start_earlier(

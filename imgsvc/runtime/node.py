@@ -22,7 +22,7 @@ from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, Paths
 from imgsvc.runtime.events import Events
 from imgsvc.runtime.exits import now_ns
-from imgsvc.runtime.handlers import start_earlier, start_handlers
+from imgsvc.runtime.handlers import start_earlier, start_handlers, start_later
 from imgsvc.runtime.interfaces import Images
 from imgsvc.runtime.metrics import Metrics
 from imgsvc.runtime.model import NamespaceMode
@@ -49,7 +49,7 @@ class RuntimeNode:
         self.stats = Stats(core)
         self.metrics = Metrics(core, self.stats)
         self._reaper = reaper
-        self.cleaning: asyncio.Task[None] | None = None  # what a start leaves for later
+        self.tasks: list[asyncio.Task[None]] = []  # what a start leaves for later
 
     @classmethod
     async def start(cls, settings: RuntimeSettings, database: MetaDB, images: Images) -> RuntimeNode:
@@ -89,14 +89,17 @@ class RuntimeNode:
         )
         node = cls(core, reaper)
         lost = await recover(core, node.sandboxes, node.containers)
-        node.cleaning = asyncio.create_task(stop_lost(node.sandboxes, lost), name="stop-lost")
+        node.tasks.append(asyncio.create_task(stop_lost(node.sandboxes, lost), name="stop-lost"))
+        if broken:
+            later = start_later(working, broken, runtimes, settings, places, reaper)
+            node.tasks.append(asyncio.create_task(later, name="handlers"))
         return node
 
     async def close(self) -> None:
         """Stop watching. Pods keep running."""
-        if self.cleaning:
-            self.cleaning.cancel()
-            await ended(self.cleaning)
+        for task in self.tasks:
+            task.cancel()
+            await ended(task)
         await self.sandboxes.close()
         await self.containers.close()
         for runtime in set(self.core.runtimes.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -18,8 +19,8 @@ from imgsvc import config, kernel, preflight, procfs, removal
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.runtime import model, podfiles
 from tests.e2e.conftest import BUSYBOX
-from tests.runtime.harness import TIMEOUT_S
-from tests.runtime.test_life import MakeNode, assert_clean
+from tests.runtime.harness import TIMEOUT_S, Daemon, wait_for
+from tests.runtime.test_life import MakeNode
 from tests.support import cri, daemon
 from tests.support.registries import RealRegistry
 
@@ -383,4 +384,35 @@ def test_S12_pods_whose_state_was_wiped_are_stopped_beside_serving(make_node: Ma
         node.cri.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=pod.id), timeout=TIMEOUT_S)
     assert {node.status(container).state for container in running} == {pb.CONTAINER_EXITED}
     node.remove_all()
-    assert_clean(node)
+    assert node.leftovers() == []
+
+
+def runtime_ready(node: Daemon) -> bool:
+    conditions = node.cri.Status(pb.StatusRequest(), timeout=TIMEOUT_S).status.conditions
+    return next(condition.status for condition in conditions if condition.type == "RuntimeReady")
+
+
+def test_S10_a_full_state_directory_keeps_pods_stoppable_and_the_handler_comes_back(make_node: MakeNode, directory: Path) -> None:
+    state = directory / "s"
+    state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", state], check=True)
+    try:
+        node = make_node()
+        pod = node.run_pod()
+        container = node.run(pod, "sleep 300")
+        node.stop()
+        filler = state / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
+            while stream.write(bytes(4096)):
+                pass
+        node.start()
+        assert not runtime_ready(node)
+        node.cri.StopContainer(pb.StopContainerRequest(container_id=container), timeout=TIMEOUT_S)
+        node.cri.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=pod), timeout=TIMEOUT_S)
+        node.cri.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=pod), timeout=TIMEOUT_S)
+        filler.unlink()
+        wait_for(lambda: runtime_ready(node))
+        assert node.output(node.run_pod("next"), "echo here") == ["here"]
+        node.remove_all()
+    finally:
+        subprocess.run(["umount", "--lazy", state], check=True)
