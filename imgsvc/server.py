@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -61,17 +62,31 @@ from imgsvc.snapshot.unpacker import WorkerUnpacker
 log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 5.0  # how long running calls may go on after SIGTERM; systemd waits 90 s
+_DESCRIPTORS = 1024  # open files; every soft limit is as high unless somebody lowered it
 IO_THREADS = 8  # writes and hashes of chunks, metadata reads: two cores are busy with fewer, the rest waits on disk
 TRANSFORM = "imgsvc.decrypt.aesctr:open_transform"  # what an unpack worker decrypts with
 
 
 def run(load: Callable[[], Loaded]) -> int:
     """Serve until SIGTERM or SIGINT. `load` reads the configuration, now and at every SIGHUP. Returns the exit code."""
+    _require_descriptors()
     loaded = load()
     if hasattr(asyncio, "PidfdChildWatcher"):
         # Python 3.11 would spend a thread per child; later versions use pidfds by themselves.
         asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
     return asyncio.run(_serve(loaded, load))
+
+
+def _require_descriptors() -> None:
+    """Raise the limit of open files to what a node needs, not further: containers inherit it. Raises: FailedPrecondition."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != hard < _DESCRIPTORS:
+        raise FailedPrecondition(
+            f"this process may open {hard} files, and needs {_DESCRIPTORS}",
+            hint="raise the hard limit: LimitNOFILE= of the unit, ulimit -Hn",
+        )
+    if resource.RLIM_INFINITY != soft < _DESCRIPTORS:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, hard))
 
 
 async def _serve(loaded: Loaded, load: Callable[[], Loaded]) -> int:

@@ -416,3 +416,13 @@ def test_S10_a_full_state_directory_keeps_pods_stoppable_and_the_handler_comes_b
         node.remove_all()
     finally:
         subprocess.run(["umount", "--lazy", state], check=True)
+
+
+def test_S16_too_few_open_files_are_one_clear_error_at_the_start(make_daemon: Callable[..., daemon.Daemon]) -> None:
+    node = make_daemon()
+    command = ["prlimit", "--nofile=64", sys.executable, "-m", "imgsvc.cli", "serve", "--config", str(node.config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "imgsvc: this process may open 64 files, and needs 1024; raise the hard limit: LimitNOFILE= of the unit, ulimit -Hn"
+    ]
