@@ -28,6 +28,7 @@ from imgsvc.mirror import Mirror
 from imgsvc.mounts import ImageMounts
 from imgsvc.observe import Observer
 from imgsvc.prepull.service import Prepull
+from imgsvc.provenance import Provenance
 from imgsvc.pull import Puller
 from imgsvc.pullthrough import PullThrough
 from imgsvc.registry.interfaces import Registry
@@ -94,6 +95,7 @@ class Parts:
     content: Store
     images: ImageStore
     puller: Puller
+    provenance: Provenance
     leases: LeaseManager
     db: MetaDB
     threads: Threads
@@ -158,6 +160,8 @@ async def _start_mirror(settings: Config, parts: Parts, watch: Watch, stack: Asy
         keep=timedelta(seconds=mirror.keep),
         registry=parts.registry,
         blobs=parts.puller.blobs,
+        documents=parts.puller.documents,
+        provenance=parts.provenance,
         content=parts.content,
         leases=parts.leases,
         threads=parts.threads,
@@ -169,6 +173,7 @@ async def _start_mirror(settings: Config, parts: Parts, watch: Watch, stack: Asy
         parts.images,
         parts.content,
         parts.threads,
+        provenance=parts.provenance,
         check=parts.verification.check,
         private=mirror.private_images == "certificate",
         through=through,

@@ -68,6 +68,11 @@ class Image:
         return self.repo_tags + self.repo_digests
 
     @property
+    def repositories(self) -> set[str]:
+        """Repositories it has names in."""
+        return {name.partition("@")[0] for name in self.repo_digests} | {tag.rpartition(":")[0] for tag in self.repo_tags}
+
+    @property
     def top_snapshot(self) -> str | None:
         """Snapshot a container starts from; None for an image without layers."""
         return self.layers[-1].snapshot if self.layers else None
@@ -127,6 +132,7 @@ class ImageStore:
         self._changing = asyncio.Lock()
         self._images: dict[str, Image] = {}
         self._names: dict[str, str] = {}
+        self._repositories: dict[str, dict[str, None]] = {}  # IDs of images by the repositories they have names in
         self.unusable: dict[str, str] = {}
         with db.read() as txn:
             for image_id, record in txn.items(TABLE):
@@ -169,6 +175,10 @@ class ImageStore:
             if text.startswith("sha256:") or len(bare) == 64:
                 return None
         return self.named(Reference.parse(text))
+
+    def of_repository(self, repository: str) -> list[Image]:
+        """Images with a name in a repository (host/path). Costs what that repository has, not what the node has."""
+        return [self._images[image_id] for image_id in self._repositories.get(repository, ())]
 
     def named(self, reference: Reference) -> Image | None:
         """The image that has this name."""
@@ -285,12 +295,18 @@ class ImageStore:
         self._images[image_id] = image
         for name in image.names:
             self._names[name] = image_id
+        for repository in image.repositories:
+            self._repositories.setdefault(repository, {})[image_id] = None
 
     def _hide(self, image_id: str) -> Image | None:
         old = self._images.pop(image_id, None)
         for name in old.names if old else ():
             if self._names.get(name) == image_id:
                 del self._names[name]
+        for repository in old.repositories if old else ():
+            self._repositories[repository].pop(image_id, None)
+            if not self._repositories[repository]:
+                del self._repositories[repository]
         return old
 
 

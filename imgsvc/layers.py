@@ -77,7 +77,8 @@ class LayerPlan:
     """The layers of one image, and what bringing them takes. All sequences: one entry per layer, base first.
 
     names: of the snapshots, see layer_names. keys: None for plain layers. label: the image, for errors.
-    sources and timings are filled while the layers come: who served a blob, by digest; seconds by phase, added up.
+    sources and timings are filled while the layers come: who served a blob, by digest; seconds by phase, added up;
+    positions of the layers that this pull unpacked from their own blobs.
     """
 
     label: str
@@ -90,6 +91,7 @@ class LayerPlan:
     reporter: PullReporter
     sources: dict[str, BlobSource] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    unpacked: set[int] = field(default_factory=set)
 
     def report(self, layer: Descriptor, downloaded: int, state: str) -> None:
         """Tell the reporter."""
@@ -230,6 +232,7 @@ class Layers:
                 await both(self._sync(snapshotter, key), self._committed(plan, position - 1))
                 await afailpoint("layer.synced")
                 await self._threads.run(snapshotter.commit, name, key, parent=parent, usage=usage)
+                plan.unpacked.add(position)
                 await afailpoint("layer.committed")
             except BaseException:
                 stage.settled.clear()

@@ -48,7 +48,20 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Record = dict[str, Any]
 
-TABLES: Final = ("meta", "images", "content", "snapshots", "leases", "sandboxes", "containers", "prepull", "verdicts", "layers", "mirror")
+TABLES: Final = (
+    "meta",
+    "images",
+    "content",
+    "snapshots",
+    "leases",
+    "sandboxes",
+    "containers",
+    "prepull",
+    "verdicts",
+    "layers",
+    "mirror",
+    "provenance",
+)
 MAX_BATCH: Final = 256  # writes that share one commit; bounds how long the first of them waits
 MAX_KEY: Final = 511  # [bytes], LMDB's limit
 _MAP_SIZE: Final = 16 * GIB  # [bytes] of address space; 100 000 layers need about 0.1 GiB of it

@@ -19,6 +19,7 @@ Source: OCI distribution-spec 1.1; containerd docs/hosts.md (ns); needs.md A8.3,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ from imgsvc.errors import ImgsvcError, InvalidArgument, NotFound, printable
 from imgsvc.http1 import FileBody, Request, Response, StreamBody, parse_range
 from imgsvc.images import Image, ImageStore
 from imgsvc.oci import MAX_DOCUMENT, OCI_INDEX, Descriptor, Digest, Manifest, parse_document
+from imgsvc.provenance import Provenance
 from imgsvc.pullthrough import PullThrough
 from imgsvc.reference import DEFAULT_HOST, Reference
 from imgsvc.registry.interfaces import PullFailed
@@ -50,7 +52,9 @@ _STATUS: Final = {
     "DEADLINE_EXCEEDED": 504,
     "RESOURCE_EXHAUSTED": 503,
 }
-_CODES: Final = {404: "MANIFEST_UNKNOWN", 403: "DENIED", 400: "NAME_INVALID", 416: "RANGE_INVALID"}
+# What a registry behind this cache said. Its refusal of this node says nothing of the client.
+_UPSTREAM: Final = {**_STATUS, "PERMISSION_DENIED": 404, "RESOURCE_EXHAUSTED": 429}
+_CODES: Final = {429: "TOOMANYREQUESTS", 404: "MANIFEST_UNKNOWN", 403: "DENIED", 400: "NAME_INVALID", 416: "RANGE_INVALID"}
 _VERSION: Final = ("Docker-Distribution-Api-Version", "registry/2.0")
 
 
@@ -67,6 +71,7 @@ class Mirror:
         content: Provider,
         threads: Threads,
         *,
+        provenance: Provenance,
         check: Callable[[Image], Awaitable[None]],
         private: bool,
         through: PullThrough | None = None,
@@ -75,6 +80,7 @@ class Mirror:
         self._images = images
         self._content = content
         self._threads = threads
+        self._provenance = provenance
         self._check = check
         self._private = private
         self._through = through
@@ -95,9 +101,7 @@ class Mirror:
             name = repository(route["name"], request.query.get("ns", [""])[0])
             response = await self._serve(name, route["kind"], route["target"], request)
         except ImgsvcError as error:
-            status = _STATUS.get(error.code, 500)
-            if isinstance(error, PullFailed) and status == 403:
-                status = 404  # the registry's refusal of this node says nothing of the client
+            status = (_UPSTREAM if isinstance(error, PullFailed) else _STATUS).get(error.code, 500)
             if status == 500:
                 log.error("mirror: %s %s: %s", request.method, request.path, error)
             return _problem(status, str(error) if status != 500 else "the store cannot be read")
@@ -117,12 +121,18 @@ class Mirror:
             except PullFailed as error:
                 # The registry knows best where a tag stands; when it has no answer, an image that is here has to do.
                 log.info("mirror: %s", error)
+                with contextlib.suppress(NotFound):
+                    return await self._here(wanted, request)
+                raise
         try:
-            digest = await self._manifest_here(wanted, request)
+            return await self._here(wanted, request)
         except NotFound:
             if self._through is None or not self._through.covers(name) or not wanted.digest:
                 raise
             return _document(*await self._through.manifest(wanted, private=self._trusts(request)))
+
+    async def _here(self, wanted: Reference, request: Request) -> Response:
+        digest = await self._manifest_here(wanted, request)
         return _document(digest, await self._threads.run(_read, self._content, digest))
 
     async def _manifest_here(self, wanted: Reference, request: Request) -> Digest:
@@ -131,7 +141,7 @@ class Mirror:
             await self._check(self._owner(wanted, wanted.digest, request, blobs=False))
             return wanted.digest
         image = self._images.find(wanted.tagged)
-        if image is None or not self._may_have(image, request):
+        if image is None or not self._may_have(wanted, image.documents[0], request):
             raise NotFound(f"{wanted} is not on this node")
         await self._check(image)
         return image.documents[0]
@@ -143,13 +153,13 @@ class Mirror:
         except NotFound:
             if self._through is None or not self._through.covers(name):
                 raise
-        blob = self._through.blob(name, digest, private=self._trusts(request))
+        blob = await self._through.blob(name, digest, private=self._trusts(request))
         if await self._threads.run(self._content.info, digest) is not None:
             return await self._blob(digest, request)
         status, headers, offset, count = _part(digest, blob.size, request)
         if status == 416 or request.method == "HEAD":
             return Response(status, headers, StreamBody(_nothing(), count))
-        return Response(status, headers, await self._through.stream(name, blob, offset, count))
+        return Response(status, headers, await self._through.stream(name, blob, offset, count, private=self._trusts(request)))
 
     def _trusts(self, request: Request) -> bool:
         """Whether the client may have what takes credentials."""
@@ -159,15 +169,15 @@ class Mirror:
         """An image of that name that consists of the digest and that the client may have."""
         for image in self._named(name):
             parts = {*image.documents, *(layer.descriptor.digest for layer in image.layers)} if blobs else set(image.documents)
-            if digest in parts and self._may_have(image, request):
+            if digest in parts and self._may_have(name, digest, request):
                 return image
         raise NotFound(f"{name.name} has no {digest} on this node")
 
     def _named(self, name: Reference) -> list[Image]:
-        return [image for image in self._images.all() if any(Reference.parse(known).name == name.name for known in image.names)]
+        return self._images.of_repository(name.name)
 
-    def _may_have(self, image: Image, request: Request) -> bool:
-        return not image.provenance.get("credentials") or self._trusts(request)
+    def _may_have(self, name: Reference, digest: Digest, request: Request) -> bool:
+        return self._trusts(request) or self._provenance.may_hand_on(name.name, digest)
 
     async def _blob(self, digest: Digest, request: Request) -> Response:
         fd, size = await self._threads.run(_open, self._content, digest)
@@ -179,7 +189,7 @@ class Mirror:
         wanted = request.query.get("artifactType", [""])[0]
         found = []
         for image in self._named(name):
-            if not self._may_have(image, request):
+            if not self._may_have(name, image.manifest.digest, request):
                 continue
             entry = await self._threads.run(_referrer, self._content, image, digest)
             if entry is not None and (not wanted or entry.artifact_type == wanted):

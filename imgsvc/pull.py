@@ -23,25 +23,26 @@ from typing import Protocol
 
 from imgsvc.blobs import Blobs
 from imgsvc.choosing import Chosen, choose
-from imgsvc.concurrency import SingleFlight, Threads, all_of
+from imgsvc.concurrency import Threads, all_of, to_the_end
 from imgsvc.content.interfaces import Store
-from imgsvc.content.verify import read_verified, wrong_size
+from imgsvc.content.verify import wrong_size
 from imgsvc.decrypt.interfaces import Decryptor, LayerKey
+from imgsvc.documents import Documents
 from imgsvc.errors import DataLoss, NotFound
 from imgsvc.failpoints import afailpoint
 from imgsvc.images import Image, ImageStore, build_image
 from imgsvc.layers import LayerPlan, Layers, PullReporter, Silent, layer_names, layer_secrets, unwrap_layers
 from imgsvc.leases import LeaseManager
 from imgsvc.oci import (
-    MAX_DOCUMENT,
     Descriptor,
     Digest,
     ImageConfig,
     Manifest,
     Platform,
 )
+from imgsvc.provenance import Provenance, Witness
 from imgsvc.reference import Reference
-from imgsvc.registry.interfaces import Attempt, BlobSource, Credential, Fetcher, Registry, Resolved
+from imgsvc.registry.interfaces import Attempt, BlobSource, Credential, Registry, Resolved, identity
 from imgsvc.snapshot.interfaces import Key, Name, Snapshotter, Unpacker
 
 
@@ -114,6 +115,7 @@ class Puller:
         images: ImageStore,
         leases: LeaseManager,
         threads: Threads,
+        provenance: Provenance,
         verifier: Verifier | None = None,
         observer: PullObserver | None = None,
         durable: bool = True,
@@ -130,7 +132,8 @@ class Puller:
         self._threads = threads
         self.blobs = Blobs(content, threads)  # shared with whoever else downloads into the store
         self._layers = Layers(self.blobs, snapshotters, unpacker, decryptor, threads, durable=durable)
-        self._documents: SingleFlight[bytes] = SingleFlight()
+        self.documents = Documents(content, threads, provenance)  # likewise
+        self._provenance = provenance
 
     async def pull(self, request: PullRequest) -> Pulled:
         """Make the image complete and visible on this node. Cancelling the last caller cancels the work.
@@ -158,13 +161,14 @@ class Puller:
         timings = {"resolve": time.monotonic() - began}
         await self._verifier.verify(request.reference, resolved.descriptor, request.credential)
         timings["verify"] = time.monotonic() - began - timings["resolve"]
-        fetcher = registry.fetcher(request.reference, request.credential)
+        witness = Witness(registry.fetcher(request.reference, request.credential))
+        took_credentials = any(attempt.credential.taken for attempt in resolved.attempts)
         await afailpoint("pull.resolved")
         async with self._leases.held([("content", resolved.descriptor.digest)], purpose=f"pull {request.reference}") as lease:
-            chosen = await self._choose(request, fetcher, resolved)
+            chosen = await self._choose(request, witness, resolved, anonymous=not took_credentials)
             documents, manifest = chosen.documents, chosen.manifest
             config = chosen.config or ImageConfig(platform=request.platform, diff_ids=())
-            plan = await self._plan(request, fetcher, manifest, config, timings)
+            plan = await self._plan(request, witness, manifest, config, timings)
             await self._leases.add(lease, _resources(plan, documents))
             await self._store(documents)
             await afailpoint("pull.documents")
@@ -174,6 +178,7 @@ class Puller:
                 await self._layers.ensure_all(plan)
             await afailpoint("pull.layers")
             await self._threads.run(_check_sizes, self._content, [d for d, _ in documents] + list(manifest.layers), str(request.reference))
+            shown = await self._proven(plan, witness, is_unpacked=bool(config.diff_ids), anonymous=not took_credentials)
             attempts = (*resolved.attempts, *(a for source in plan.sources.values() for a in source.attempts))
             image = build_image(
                 documents[-2][0],
@@ -189,14 +194,20 @@ class Puller:
                 },
                 artifact=chosen.config is None,
             )
+            await self._provenance.record(
+                request.reference.name,
+                [descriptor.digest for descriptor, _ in documents] + list(shown),
+                anonymous=not (took_credentials or witness.took_credentials),
+                unpacked={name: layer.digest for name, layer in zip(plan.names, plan.layers, strict=True) if name in shown},
+            )
             reference = request.reference
-            shown = await self._images.add(
+            added = await self._images.add(
                 image,
                 "" if reference.digest else reference.tagged,
                 str(reference.with_digest(resolved.descriptor.digest)),
             )
             timings["total"] = time.monotonic() - began
-            return Pulled(shown, timings, attempts, _bytes_from(plan.sources.values()))
+            return Pulled(added, timings, attempts, _bytes_from(plan.sources.values()))
 
     async def bring_back(self, image: Image, blobs: Sequence[Digest]) -> None:
         """Have blobs of layers of a complete image in the store, from its own repository where the cache gave them up.
@@ -230,27 +241,62 @@ class Puller:
             reporter=Silent(),
         )
 
-    async def _choose(self, request: PullRequest, fetcher: Fetcher, resolved: Resolved) -> Chosen:
+    async def _proven(self, plan: LayerPlan, witness: Witness, *, is_unpacked: bool, anonymous: bool) -> list[str]:
+        """Digests of blobs and names of snapshots that the image's repository has shown, or that are public: all that is here.
+
+        What came another way (stored, unpacked or on its way in before) is used only after that. Source: provenance.py.
+        Raises: PullFailed, PermissionDenied when the repository has other bytes; DataLoss when a layer is not what the config says.
+        """
+        shown: list[list[str]] = await all_of(
+            *(
+                self._prove_layer(plan, position, witness, is_unpacked=is_unpacked, anonymous=anonymous)
+                for position in range(len(plan.layers))
+            )
+        )
+        return [part for layer in shown for part in layer]
+
+    async def _prove_layer(self, plan: LayerPlan, position: int, witness: Witness, *, is_unpacked: bool, anonymous: bool) -> list[str]:
+        layer, name, repository = plan.layers[position], plan.names[position], Reference.parse(plan.label).name
+        is_stored = await self._threads.run(self.blobs.has, layer.digest)
+        is_known = layer.digest in witness.shown or self._provenance.may_use(repository, layer.digest, anonymous=anonymous)
+        if is_stored and not is_known:
+            await witness.prove(layer, self._content, self._threads)
+            is_known = True
+        shown = [str(layer.digest)] if is_known else []
+        if not is_unpacked:
+            return shown
+        if position not in plan.unpacked and not self._provenance.may_use(repository, name, anonymous=anonymous):
+            if not is_known:
+                await self._layers.bring(plan, layer)
+                await witness.prove(layer, self._content, self._threads)
+                shown = [str(layer.digest)]
+            if not self._provenance.unpacks_to(layer.digest, name):
+                await self._unpack_to_compare(plan, position)
+        return [*shown, str(name)]
+
+    async def _unpack_to_compare(self, plan: LayerPlan, position: int) -> None:
+        """Unpack a layer that is here from other bytes, to see that these are the same. Raises: DataLoss when they are not."""
+        key = Key(f"compare-{uuid.uuid4().hex}")
+        try:
+            await self._layers.unpack_aside(plan, position, key)
+        finally:
+            await to_the_end(self._threads.run(plan.snapshotter.remove, key))
+
+    async def _choose(self, request: PullRequest, witness: Witness, resolved: Resolved, *, anonymous: bool) -> Chosen:
         """The image of what was resolved; its own document has come with the answer, if it has."""
 
         async def read(descriptor: Descriptor) -> bytes:
             if descriptor is resolved.descriptor and resolved.document is not None:
                 return resolved.document
-            return await self._document(fetcher, descriptor)
+            return await self.documents.get(request.reference.name, identity(request.credential), descriptor, witness, anonymous=anonymous)
 
         return await choose(resolved.descriptor, request.platform, read, str(request.reference))
 
-    async def _document(self, fetcher: Fetcher, descriptor: Descriptor) -> bytes:
-        if descriptor.data is not None:
-            return descriptor.data
-        stored = await self._threads.run(_read_small, self._content, descriptor)
-        return stored or await self._documents.run(descriptor.digest, lambda: fetcher.document(descriptor, limit=MAX_DOCUMENT))
-
     async def _store(self, documents: Sequence[tuple[Descriptor, bytes]]) -> None:
-        await all_of(*(self._threads.run(_store_small, self._content, d, data) for d, data in documents))
+        await all_of(*(self.documents.put(descriptor, data) for descriptor, data in documents))
 
     async def _plan(
-        self, request: PullRequest, fetcher: Fetcher, manifest: Manifest, config: ImageConfig, timings: dict[str, float]
+        self, request: PullRequest, witness: Witness, manifest: Manifest, config: ImageConfig, timings: dict[str, float]
     ) -> LayerPlan:
         snapshotter = self._snapshotters.get(request.snapshotter)
         if snapshotter is None:
@@ -262,7 +308,7 @@ class Puller:
         diff_ids = config.diff_ids or tuple(layer.digest for layer in manifest.layers)
         return LayerPlan(
             label=str(request.reference),
-            fetcher=fetcher,
+            fetcher=witness,
             layers=manifest.layers,
             diff_ids=diff_ids,
             names=tuple(layer_names(diff_ids, layer_secrets(manifest.layers, keys))),
@@ -292,29 +338,8 @@ def _credentials(attempts: Sequence[Attempt]) -> list[str]:
     return sorted({str(a.credential) for a in attempts if a.credential.taken})
 
 
-def _read_small(content: Store, descriptor: Descriptor) -> bytes | None:
-    """A document that is here already, verified again because it decides everything else; None when it is not."""
-    if content.info(descriptor.digest) is None:
-        return None
-    try:
-        return read_verified(content, descriptor.digest, MAX_DOCUMENT)
-    except (DataLoss, NotFound):
-        return None
-
-
 def _check_sizes(content: Store, blobs: Sequence[Descriptor], where: str) -> None:
     """Raises: DataLoss when a descriptor claims another size than its blob has, wherever the blob came from."""
     for blob in blobs:
         if problem := wrong_size(content, blob):
             raise DataLoss(problem, where=where, hint="the manifest is wrong; push the image again")
-
-
-def _store_small(content: Store, descriptor: Descriptor, data: bytes) -> None:
-    if content.info(descriptor.digest) is not None:
-        return
-    writer = content.writer(f"document-{descriptor.digest}-{uuid.uuid4().hex}", total=len(data), expected=descriptor.digest)
-    try:
-        writer.write(data)
-        writer.commit(len(data), descriptor.digest)
-    finally:
-        writer.close()

@@ -15,25 +15,27 @@ a digest stands for, every time; what it refers to is allowed with it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from imgsvc.blobs import Blobs
-from imgsvc.concurrency import Threads
+from imgsvc.concurrency import Shared, Threads, time_limit, to_the_end
 from imgsvc.content.interfaces import Store
-from imgsvc.content.verify import read_verified
+from imgsvc.documents import Documents
 from imgsvc.errors import NotFound
 from imgsvc.http1 import FileBody, StreamBody
 from imgsvc.leases import LeaseManager
 from imgsvc.metadb import MetaDB, Record
-from imgsvc.oci import KIB, MAX_DOCUMENT, Descriptor, Digest, Index, parse_document
+from imgsvc.oci import KIB, Descriptor, Digest, Index, parse_document
+from imgsvc.provenance import Provenance, Witness
 from imgsvc.pull import Verifier
 from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import PullFailed, Registry, Resolved
@@ -41,6 +43,7 @@ from imgsvc.registry.interfaces import PullFailed, Registry, Resolved
 log = logging.getLogger(__name__)
 
 TABLE: Final = "mirror"
+STALE_AFTER_S: Final = 1.0  # with an older answer at hand, a registry that asks to wait is not waited for
 MAX_KNOWN: Final = 100_000  # parts of manifests that were asked for here; some 300 bytes each
 HOLD_BACK: Final = 64 * KIB  # [bytes] sent only after the whole blob is verified
 
@@ -54,6 +57,12 @@ class Known:
     within: Descriptor
 
 
+class _Coming:
+    """A blob that streams of one repository wait for together. witness: of the first of them."""
+
+    witness: Witness | None = None
+
+
 class PullThrough:
     """Fetches on behalf of a Mirror. namespaces: registries this is done for; keep: how long things stay after use."""
 
@@ -64,6 +73,8 @@ class PullThrough:
         keep: timedelta,
         registry: Registry,
         blobs: Blobs,
+        documents: Documents,
+        provenance: Provenance,
         content: Store,
         leases: LeaseManager,
         threads: Threads,
@@ -73,11 +84,14 @@ class PullThrough:
         self.fetch_for(namespaces, keep)
         self._registry = registry
         self._blobs = blobs
+        self._documents = documents
+        self._provenance = provenance
         self._content = content
         self._leases = leases
         self._threads = threads
         self._verifier = verifier
         self._db = db
+        self._coming: Shared[_Coming] = Shared(_Coming)
         self._known: OrderedDict[tuple[str, Digest], Known] = OrderedDict()
         with db.read() as txn:
             self._kept = {name: _decode(record) for name, record in txn.items(TABLE)}  # by tag and by digest, what was served
@@ -110,7 +124,8 @@ class PullThrough:
         _allow(known, reference, private=private)
         judged = reference if known.within == known.descriptor else reference.with_digest(known.within.digest)
         await self._verifier.verify(judged, known.within, None)
-        data = await self._bring(reference, known)
+        known, data = await self._bring(reference, known)
+        _allow(known, reference, private=private)
         await self._keep_name(str(reference), known)
         return known.descriptor.digest, data
 
@@ -118,14 +133,18 @@ class PullThrough:
         """By digest as it is known here, by tag as the registry says, or as it said last when it does not answer."""
         if reference.digest and (known := self._known.get((reference.name, reference.digest)) or await self._still(reference)):
             return known
+        kept = await self._still(reference)
         try:
-            resolved = await self._registry.resolve(reference, None)
-        except PullFailed as error:
-            known = await self._still(reference) if error.retryable else None
-            if known is None:
+            async with time_limit(STALE_AFTER_S) if kept else contextlib.nullcontext():
+                resolved = await self._registry.resolve(reference, None)
+        except (PullFailed, TimeoutError) as error:
+            if kept is None or (isinstance(error, PullFailed) and not error.retryable):
                 raise
-            log.warning("mirror: what was fetched earlier answers: %s", error)
-            return known
+            log.warning(
+                "mirror: what was fetched earlier answers: %s",
+                error if isinstance(error, PullFailed) else f"no answer within {STALE_AFTER_S} s",
+            )
+            return kept
         return Known(resolved.descriptor, _took_credentials(resolved), resolved.descriptor)
 
     async def _still(self, reference: Reference) -> Known | None:
@@ -140,16 +159,16 @@ class PullThrough:
             self._kept[name] = known
             await self._db.awrite(lambda txn: txn.put(TABLE, name, _encode(known)))
 
-    async def _bring(self, reference: Reference, known: Known) -> bytes:
-        """The document itself; what it refers to becomes known, and all of it is leased before anything is stored."""
+    async def _bring(self, reference: Reference, known: Known) -> tuple[Known, bytes]:
+        """The document itself, and whether it is private; what it refers to becomes known, and all of it is leased before anything is stored."""
         digest = known.descriptor.digest
         lease = f"mirror {digest}"
         await self._leases.hold([("content", digest)], lease_id=lease, expires_in=self._keep, purpose=f"mirror {reference.name}")
-        if await self._threads.run(self._content.info, digest) is not None:
-            data = await self._threads.run(read_verified, self._content, digest, MAX_DOCUMENT)
-        else:
-            data = await self._registry.fetcher(reference, None).document(known.descriptor, limit=MAX_DOCUMENT)
-            await self._threads.run(_store, self._content, digest, data)
+        witness = Witness(self._registry.fetcher(reference, None))
+        data = await self._documents.get(reference.name, "", known.descriptor, witness, anonymous=not known.private)
+        await self._documents.put(known.descriptor, data)
+        known = replace(known, private=known.private or witness.took_credentials)
+        await self._provenance.record(reference.name, [digest], anonymous=not known.private)
         document = parse_document(data, known.descriptor.media_type, str(reference))
         parts = document.manifests if isinstance(document, Index) else (document.config, *document.layers)
         if not isinstance(document, Index):
@@ -157,7 +176,7 @@ class PullThrough:
         await self._leases.renew(lease, self._keep)
         for part in (known.descriptor, *parts):
             self._remember(reference, Known(part, known.private, known.within))
-        return data
+        return known, data
 
     def _remember(self, reference: Reference, known: Known) -> None:
         key = (reference.name, known.descriptor.digest)
@@ -166,17 +185,45 @@ class PullThrough:
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
 
-    def blob(self, name: Reference, digest: Digest, *, private: bool) -> Descriptor:
-        """The blob's descriptor. Raises: NotFound when no manifest with it was asked for here."""
+    async def blob(self, name: Reference, digest: Digest, *, private: bool) -> Descriptor:
+        """The descriptor of a blob, which is served if it is stored: then its repository has shown it, or it is public.
+
+        Raises: NotFound when no manifest with it was asked for here; PullFailed, PermissionDenied when the repository has not got it.
+        """
         known = self._known.get((name.name, digest))
         if known is None:
             raise NotFound(f"no manifest with {digest} was asked for here", hint="ask for the manifest first")
         _allow(known, name, private=private)
+        if await self._threads.run(self._content.info, digest) is not None:
+            await self._show(name, known.descriptor, Witness(self._registry.fetcher(name, None)), private=known.private, trusted=private)
         return known.descriptor
 
-    async def stream(self, name: Reference, blob: Descriptor, offset: int, count: int) -> StreamBody:
-        """Part of a blob that is not here, while it comes in. Raises: PullFailed when nobody has it."""
-        stream = _BlobStream(self._blobs, self._registry, self._threads, name, blob, offset, count)
+    async def _show(self, name: Reference, blob: Descriptor, witness: Witness, *, private: bool, trusted: bool) -> None:
+        """Have a repository show a stored blob, unless it has or the blob is public."""
+        if self._provenance.may_use(name.name, blob.digest, anonymous=not private):
+            return
+        await witness.prove(blob, self._content, self._threads)
+        await self._provenance.record(name.name, [blob.digest], anonymous=not (private or witness.took_credentials))
+        if witness.took_credentials and not trusted:
+            raise NotFound(f"{name} is not for everybody")
+
+    async def stream(self, name: Reference, blob: Descriptor, offset: int, count: int, *, private: bool) -> StreamBody:
+        """Part of a blob that is not here, while it comes in. private: whether the client may have what takes credentials.
+
+        Raises: PullFailed when nobody has it; NotFound.
+        """
+        known = self._known[name.name, blob.digest]
+        held = ExitStack()
+        sharing = held.enter_context(self._coming.use(f"{name.name}\0{blob.digest}"))
+        witness = sharing.witness = sharing.witness or Witness(self._registry.fetcher(name, None))
+
+        async def show() -> None:
+            await self._show(name, blob, witness, private=known.private, trusted=private)
+
+        def is_ours() -> bool:
+            return (blob.digest in witness.showing or blob.digest in witness.shown) and (private or not witness.took_credentials)
+
+        stream = _BlobStream(self._blobs, self._threads, witness, blob, offset, count, is_ours, show, held)
         try:
             await stream.open()
         except BaseException:
@@ -189,8 +236,24 @@ class _BlobStream:
     """The bytes of a growing blob, as an asynchronous iterator that gives its share of the download back when closed."""
 
     def __init__(
-        self, blobs: Blobs, registry: Registry, threads: Threads, name: Reference, blob: Descriptor, offset: int, count: int
+        self,
+        blobs: Blobs,
+        threads: Threads,
+        witness: Witness,
+        blob: Descriptor,
+        offset: int,
+        count: int,
+        is_ours: Callable[[], bool],
+        show: Callable[[], Coroutine[Any, Any, None]],
+        held: ExitStack,
     ) -> None:
+        """is_ours: whether the bytes that grow come whole from the repository; show: have it show them once they are stored.
+
+        held: closed with the stream.
+        """
+        self._is_ours = is_ours
+        self._show = show
+        self._shown = False
         self._blobs = blobs
         self._threads = threads
         self._blob = blob
@@ -198,16 +261,28 @@ class _BlobStream:
         self._available = 0
         self._news = asyncio.Event()
         self._fd = -1
-        self._held = ExitStack()
+        self._held = held
         self._growing = self._held.enter_context(blobs.growing.use(blob.digest))
-        self._fetch = asyncio.ensure_future(blobs.fetch(registry.fetcher(name, None), blob, lambda available: None))
+        self._fetch = asyncio.ensure_future(self._bring(witness))
         self._fetch.add_done_callback(lambda _: self._news.set())
+
+    async def _bring(self, witness: Witness) -> None:
+        try:
+            await self._blobs.fetch(witness, self._blob, lambda available: None)
+        finally:
+            # A client that has its last byte leaves while our copy is being put on disk.
+            if self._blob.digest in witness.shown and await to_the_end(self._threads.run(self._blobs.has, self._blob.digest)):
+                await to_the_end(self._show())
+        await self._show()
+        self._shown = True
 
     async def open(self) -> None:
         """Wait until there is something to read from. Raises: as Blobs.fetch."""
         opened = asyncio.ensure_future(self._growing.opened.wait())
         await asyncio.wait([opened, self._fetch], return_when=asyncio.FIRST_COMPLETED)
         opened.cancel()
+        if not self._is_ours():
+            await asyncio.wait([self._fetch])  # what somebody else brings is not for this client before it is proven
         if self._fetch.done():
             await self._fetch
             reopening = self._threads.holding(partial(self._blobs.stored_fd, self._blob.digest), os.close)
@@ -242,9 +317,11 @@ class _BlobStream:
 
     def _readable(self) -> int:
         """How much may be sent on by now."""
-        if self._growing.verified:
+        if self._shown:
             return self._blob.size
-        if self._fetch.done() and not self._fetch.cancelled() and self._fetch.exception() is None:
+        if not self._is_ours():
+            return 0
+        if self._growing.verified:
             return self._blob.size
         return min(self._available, self._blob.size - HOLD_BACK)
 
@@ -270,12 +347,3 @@ def _encode(known: Known) -> Record:
 
 def _decode(record: Record) -> Known:
     return Known(Descriptor.from_json(record["target"]), record["private"], Descriptor.from_json(record["within"]))
-
-
-def _store(content: Store, digest: Digest, data: bytes) -> None:
-    writer = content.writer(f"mirror-{digest}", total=len(data), expected=digest)
-    try:
-        writer.write(data)
-        writer.commit(len(data), digest)
-    finally:
-        writer.close()

@@ -33,7 +33,7 @@ from imgsvc.decrypt.decryptor import LayerDecryptor
 from imgsvc.errors import FailedPrecondition, ImgsvcError, Unavailable
 from imgsvc.fsck import recover
 from imgsvc.fsutil import free_space, private_dir
-from imgsvc.gc import Policy
+from imgsvc.gc import CollectionReport, Policy
 from imgsvc.image_service import ImageService
 from imgsvc.image_side import Parts, Watch, open_verification, start_image_side
 from imgsvc.image_tools import ImageTools
@@ -46,6 +46,7 @@ from imgsvc.ownership import PublicSocket, own_directories
 from imgsvc.places import socket_target
 from imgsvc.pods import start_pods
 from imgsvc.preflight import Standing
+from imgsvc.provenance import Provenance
 from imgsvc.pull import Puller
 from imgsvc.push import Pusher
 from imgsvc.registry.bulk import BulkTransport
@@ -173,6 +174,9 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
         warming = asyncio.ensure_future(companion.warm())  # beside everything else, so that the first layer need not wait
         stack.push_async_callback(_ended, warming)
     verification = open_verification(settings, registry, db, threads)
+    provenance = Provenance(db)
+    await provenance.adopt(images.all())
+    await provenance.tidy(images.all(), content, threads)
     puller = Puller(
         registry=registry,
         content=content,
@@ -182,6 +186,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
         images=images,
         leases=leases,
         threads=threads,
+        provenance=provenance,
         verifier=verification,
         observer=watch.observer,
         durable=sync,
@@ -208,6 +213,14 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
 
     pods = await start_pods(settings, state, root, db, roots, standing.notes, diagnosis, stack)
     keeper = ContainerKeeper(pods.container_ids, snapshotters)
+    tidying: set[asyncio.Future[None]] = set()
+
+    def collected(report: CollectionReport | None) -> None:
+        watch.observer.collected(report)
+        task = asyncio.ensure_future(provenance.tidy(images.all(), content, threads))
+        tidying.add(task)
+        task.add_done_callback(tidying.discard)
+
     care = StoreCare(
         images,
         content,
@@ -219,7 +232,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
         root,
         _policy(settings),
         [keeper],
-        watch.observer.collected,
+        collected,
     )
     await care.start(stack)
     expiry = asyncio.ensure_future(leases.expire_forever(lambda: care.trigger("lease expired")))
@@ -229,7 +242,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
         care.trigger("image removed")
 
     watch.page.add(*store_gauges(images, db, StoreSizes(care.sizes, watch.page)))
-    parts = Parts(root, registry, content, images, puller, leases, db, threads, verification, roots, default)
+    parts = Parts(root, registry, content, images, puller, provenance, leases, db, threads, verification, roots, default)
     tools, lives = await start_image_side(settings, parts, watch, stack)
 
     def pins(new: Loaded) -> Commit:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from imgsvc.content.interfaces import Store, Writer
+from imgsvc.content.verify import DigestMismatch
 from imgsvc.errors import DataLoss, InvalidArgument, ResourceExhausted, printable
 from imgsvc.oci import (
     DOCKER_CONFIG,
@@ -165,7 +166,13 @@ class ArchiveReader:
         self._on_blob(digest)
         known = self._content.info(digest)
         if known is not None:
-            return Blob(digest, known.size, _head(tar, len))
+            # The store has it already, but the archive has to have it too: its name alone proves nothing.
+            seen = hashlib.new(digest.algorithm)
+
+            head = _head(tar, seen.update)
+            if (actual := Digest.from_hash(digest.algorithm, seen.hexdigest())) != digest:
+                raise DigestMismatch(digest, actual, "archive")
+            return Blob(digest, known.size, head)
         writer = self._content.writer(f"import-{uuid.uuid4().hex}", total=size, expected=digest)
         with self._only_whole(writer):
             head = _head(tar, writer.write)

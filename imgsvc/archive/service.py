@@ -49,28 +49,32 @@ class Archives:
         Raises: InvalidArgument, DataLoss, ResourceExhausted, PermissionDenied (policy), NotFound (no such platform).
         """
         async with self._leases.held([], purpose=f"import {name}") as lease:
-            named = await self._read(chunks, name, lease)
+            named, included = await self._read(chunks, name, lease)
             references = [(entry.reference(target.base), entry) for entry in named]
-            return [(reference, await self._publish(reference, entry, name, target)) for reference, entry in references]
+            return [(reference, await self._publish(reference, entry, name, included, target)) for reference, entry in references]
 
-    async def _read(self, chunks: AsyncIterator[bytes], name: str, lease: str) -> list[Named]:
+    async def _read(self, chunks: AsyncIterator[bytes], name: str, lease: str) -> tuple[list[Named], frozenset[Digest]]:
+        """The images of an archive, and everything it contains."""
         loop = asyncio.get_running_loop()
         feed = _Feed(loop, chunks)
 
+        included: set[Digest] = set()
+
         def on_blob(digest: Digest) -> None:
+            included.add(digest)
             asyncio.run_coroutine_threadsafe(self._leases.add(lease, [("content", digest)]), loop).result()
 
         reader = ArchiveReader(self._content, self._open_tar, on_blob)
         work = asyncio.ensure_future(self._threads.run(reader.read, feed.next, name))
         try:
-            return await asyncio.shield(work)
+            return await asyncio.shield(work), frozenset(included)
         except asyncio.CancelledError:
             feed.cancel()
             await ended(work)
             raise
 
-    async def _publish(self, reference: Reference, entry: Named, name: str, target: Target) -> Image:
-        source = ArchiveSource(entry.target, f"archive {name}")
+    async def _publish(self, reference: Reference, entry: Named, name: str, included: frozenset[Digest], target: Target) -> Image:
+        source = ArchiveSource(entry.target, f"archive {name}", included, self._content, self._threads)
         request = PullRequest(reference, None, target.platform, target.snapshotter, source=source)
         return (await self._puller.pull(request)).image
 

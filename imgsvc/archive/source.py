@@ -1,19 +1,28 @@
-"""An archive's images as a Registry: everything is in the content store already, so nothing is ever downloaded."""
+"""An archive's images as a Registry: what it contains is in the content store already, so nothing is ever downloaded.
+
+Blobs that are stored but not in the archive are not the archive's to give.
+"""
 
 from __future__ import annotations
 
+from imgsvc.concurrency import Threads
+from imgsvc.content.interfaces import Provider
+from imgsvc.content.verify import read_verified
 from imgsvc.errors import FailedPrecondition, NotFound
-from imgsvc.oci import Descriptor
+from imgsvc.oci import Descriptor, Digest
 from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import BlobSink, BlobSource, Credential, Fetcher, Registry, Repository, Resolved
 
 
 class ArchiveSource:
-    """One image whose blobs were stored by an ArchiveReader. name: what the archive is called."""
+    """One image whose blobs were stored by an ArchiveReader. name: what the archive is called; included: what it contains."""
 
-    def __init__(self, target: Descriptor, name: str) -> None:
+    def __init__(self, target: Descriptor, name: str, included: frozenset[Digest], content: Provider, threads: Threads) -> None:
         self._target = target
         self._name = name
+        self._included = included
+        self._content = content
+        self._threads = threads
 
     async def resolve(self, reference: Reference, credential: Credential | None = None) -> Resolved:
         """See Registry: whatever is asked for is the image."""
@@ -29,12 +38,18 @@ class ArchiveSource:
         return False
 
     async def document(self, descriptor: Descriptor, *, limit: int) -> bytes:
-        """See Fetcher; asked only for what is not stored."""
-        raise self._missing(descriptor)
+        """See Fetcher."""
+        if descriptor.digest not in self._included:
+            raise self._missing(descriptor)
+        return await self._threads.run(read_verified, self._content, descriptor.digest, limit)
 
     async def download(self, descriptor: Descriptor, sink: BlobSink) -> BlobSource:
-        """See Fetcher; asked only for what is not stored."""
-        raise self._missing(descriptor)
+        """See Fetcher; asked for samples only."""
+        if descriptor.digest not in self._included:
+            raise self._missing(descriptor)
+        for offset, count in sink.missing():
+            await sink.write_at(offset, await self._threads.run(_read, self._content, descriptor.digest, offset, count))
+        return BlobSource()
 
     async def rejected(self, descriptor: Descriptor, source: BlobSource) -> bool:
         """See Fetcher: there is nobody else."""
@@ -50,6 +65,11 @@ class ArchiveSource:
     def _missing(self, descriptor: Descriptor) -> NotFound:
         hint = "write it again for this node's platform, with all layers"
         return NotFound(f"the archive does not contain {descriptor.digest} ({descriptor.media_type})", where=self._name, hint=hint)
+
+
+def _read(content: Provider, digest: Digest, offset: int, count: int) -> bytes:
+    with content.reader(digest) as reader:
+        return reader.read_at(offset, count)
 
 
 def as_registry(source: ArchiveSource) -> Registry:

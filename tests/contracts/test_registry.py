@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 
 from imgsvc.archive.source import ArchiveSource
+from imgsvc.concurrency import Threads
 from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound
 from imgsvc.oci import MAX_DOCUMENT, MIB, OCI_EMPTY, OCI_MANIFEST, Descriptor, Digest, Manifest, parse_document
 from imgsvc.prepull.throttle import Throttle, ThrottledRegistry
 from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import BlobSource, Fetcher, PullFailed, Registry, Repository
 from tests.fakes.registry import FakeRegistry
+from tests.fakes.store import MemoryStore
 from tests.registry.support import APART, MemorySink, blob, client_for, hosts_d, image_of, noise
 from tests.support.images import BuiltDocument
 from tests.support.registries import RealRegistry
@@ -316,8 +318,8 @@ def test_manifests_tags_referrers_and_their_end(repository_run: Callable[[Callab
 
 def test_an_archive_stands_for_its_image_and_has_nothing_to_download() -> None:
     async def main() -> None:
-        target = Descriptor(OCI_MANIFEST, IMAGE.digest, len(IMAGE.data))
-        source: Registry = ArchiveSource(target, "archive a.tar")
+        target, threads = Descriptor(OCI_MANIFEST, IMAGE.digest, len(IMAGE.data)), Threads(1, "test")
+        source: Registry = ArchiveSource(target, "archive a.tar", frozenset(), MemoryStore(), threads)
         found = await source.resolve(NAME)
         assert (found.descriptor, found.endpoint) == (target, "archive a.tar")
         fetcher = source.fetcher(NAME)
@@ -329,5 +331,6 @@ def test_an_archive_stands_for_its_image_and_has_nothing_to_download() -> None:
         with pytest.raises(FailedPrecondition):
             source.repository(NAME)
         await source.close()
+        threads.close()
 
     asyncio.run(main())

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
+import httpx
+import pytest
+
+from imgsvc.api import cri_pb2
 from imgsvc.concurrency import Threads
 from imgsvc.metadb import MetaDB
-from imgsvc.oci import Descriptor
+from imgsvc.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Digest
 from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import Credential, CredentialKind, CredentialUse
 from imgsvc.verification.policy import Rule, load_policy
 from imgsvc.verification.programs import Programs
 from imgsvc.verification.service import Verification
 from imgsvc.verification.signatures import Signatures
-from tests.fakes.registry import FakeRegistry
+from tests.fakes.registry import FakeRegistry, Reply, Request
 from tests.registry.support import client_for, hosts_d
-from tests.support.images import Entry, image, layer
+from tests.support.daemon import Daemon
+from tests.support.images import BuiltDocument, Entry, descriptor, image, layer
+from tests.support.registries import free_port
 from tests.verification.signing import Signer
 
 APP = image([layer([Entry("f", b"one")])])
@@ -90,3 +101,115 @@ def test_A4_a_verdict_is_shared_by_those_with_one_credential_only(tmp_path: Path
         return len(signatures.asked)
 
     assert asyncio.run(main()) == 2
+
+
+SECRET = image([layer([Entry("secret", b"one")]), layer([Entry("two", b"two" * 5000)])], Cmd=["secret"])
+RIGHT, WRONG = ("user", "right"), ("user", "wrong")
+
+
+@dataclass(slots=True)
+class Scene:
+    """A node with a mirror that pulls through, a registry that wants a password, and one that anybody may fill."""
+
+    daemon: Daemon
+    port: int
+    private: FakeRegistry
+    public: FakeRegistry
+
+    def pull(self, name: str, who: tuple[str, str] | None = None) -> grpc.StatusCode:
+        """By CRI."""
+        auth = cri_pb2.AuthConfig(username=who[0], password=who[1]) if who else None
+        request = cri_pb2.PullImageRequest(image=cri_pb2.ImageSpec(image=name), auth=auth)
+        try:
+            self.daemon.images().PullImage(request, timeout=60)
+        except grpc.RpcError as error:
+            code: grpc.StatusCode = error.code()
+            return code
+        return grpc.StatusCode.OK
+
+    def get(self, registry: FakeRegistry, repository: str, what: str) -> httpx.Response:
+        """From the mirror."""
+        url = f"http://127.0.0.1:{self.port}/v2/{repository}/{what}?ns={registry.address}"
+        return httpx.get(url, trust_env=False, timeout=60)
+
+    def obtainable(self, registry: FakeRegistry, repository: str, *, tag: str = "1") -> set[str]:
+        """Parts of SECRET that the mirror hands to anybody under that name, after asking for the tag."""
+        self.get(registry, repository, f"manifests/{tag}")
+        paths = [f"manifests/{SECRET.digest}", *(f"blobs/{digest}" for digest in (SECRET.digest, *SECRET.blobs))]
+        return {path for path in paths if self.get(registry, repository, path).status_code == 200}
+
+
+@pytest.fixture
+def scene(make_daemon: Callable[..., Daemon]) -> Iterator[Scene]:
+    with FakeRegistry() as private, FakeRegistry() as public:
+        private.add(SECRET, "secret", "1")
+        right = "Basic " + base64.b64encode(":".join(RIGHT).encode()).decode()
+
+        def door(request: Request) -> Reply | None:
+            if request.authorization == right:
+                return None
+            return Reply(401, {"WWW-Authenticate": 'Basic realm="private"'}, b"{}")
+
+        private.rule(door)
+        port = free_port()
+        namespaces = f'["{private.address}", "{public.address}"]'
+        daemon = make_daemon(settings=f'[mirror]\naddress = "127.0.0.1:{port}"\npull_through = {namespaces}\n')
+        for registry in (private, public):
+            directory = daemon.directory / "hosts.d" / registry.address
+            directory.mkdir()
+            (directory / "hosts.toml").write_text(f'server = "{registry.url}"\n')
+        daemon.start()
+        yield Scene(daemon, port, private, public)
+
+
+def sparse(media_type: str, **members: object) -> BuiltDocument:
+    """A document that names what it does not bring."""
+    data = json.dumps({"schemaVersion": 2, "mediaType": media_type, **members}).encode()
+    return BuiltDocument(media_type, data, {})
+
+
+def sparse_forms() -> dict[str, BuiltDocument]:
+    """What an attacker who knows digests can offer."""
+    secret = json.loads(SECRET.data)
+    entry = {**descriptor(OCI_MANIFEST, SECRET.data), "platform": {"os": "linux", "architecture": "amd64"}}
+    config = SECRET.blobs[SECRET.config_digest]
+    own = json.loads(config) | {"created": "2001-01-01T00:00:00Z"}
+    raw = json.dumps(own).encode()
+    bait = layer([Entry("bait", b"bait")])
+    baits = [descriptor(bait.media_type, bait.blob)] * len(secret["layers"])
+    config_type = secret["config"]["mediaType"]
+    layers = sparse(OCI_MANIFEST, config=descriptor(config_type, raw), layers=secret["layers"])
+    chain = sparse(OCI_MANIFEST, config=descriptor(config_type, raw), layers=baits)
+    return {
+        "index": sparse(OCI_INDEX, manifests=[entry]),
+        "config": sparse(OCI_MANIFEST, config=secret["config"], layers=baits),
+        "layers": BuiltDocument(layers.media_type, layers.data, {Digest.of(raw): raw}),
+        "chain": BuiltDocument(chain.media_type, chain.data, {Digest.of(raw): raw, bait.digest: bait.blob}),
+    }
+
+
+def test_S3_what_took_credentials_is_had_by_nobody_who_only_names_it(scene: Scene) -> None:
+    name = f"{scene.private.address}/secret:1"
+    assert [scene.pull(name, who) for who in (None, WRONG, RIGHT)] == [*[grpc.StatusCode.UNAUTHENTICATED] * 2, grpc.StatusCode.OK]
+    for form, document in sparse_forms().items():
+        scene.public.add(document, form, "1")
+        assert scene.pull(f"{scene.public.address}/{form}:1") is not grpc.StatusCode.OK, form
+        assert scene.obtainable(scene.public, form) == set(), form
+        assert scene.pull(f"{scene.public.address}/{form}:1", RIGHT) is not grpc.StatusCode.OK, (
+            f"{form}, with another registry's credentials"
+        )
+    assert scene.obtainable(scene.private, "secret") == set(), "private under its own name, whatever else was pulled"
+    assert [scene.pull(name, who) for who in (None, WRONG)] == [grpc.StatusCode.UNAUTHENTICATED] * 2
+
+
+def test_S3_who_shows_private_bytes_may_use_them_and_public_bytes_cost_no_request(scene: Scene) -> None:
+    name = f"{scene.private.address}/secret:1"
+    assert scene.pull(name, RIGHT) is grpc.StatusCode.OK
+    for copy in ("copy", "second"):
+        scene.public.add(SECRET, copy, "1")
+        assert scene.pull(f"{scene.public.address}/{copy}:1") is grpc.StatusCode.OK
+
+    assert len(scene.public.seen("/copy/blobs/")) == len(SECRET.blobs), "one sample of each layer, and the config"
+    assert scene.public.seen("/second/blobs/") == []
+    assert len(scene.obtainable(scene.public, "copy")) == 2 + len(SECRET.blobs)
+    assert scene.obtainable(scene.private, "secret") == set(), "another repository's pull loosens nothing"

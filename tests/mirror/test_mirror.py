@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from imgsvc.images import Image, ImageStore, build_image
 from imgsvc.metadb import MetaDB
 from imgsvc.mirror import Mirror, repository
 from imgsvc.oci import OCI_CONFIG, OCI_INDEX, Descriptor, Digest, Manifest, parse_config, parse_document
+from imgsvc.provenance import Provenance, parts
 from tests.fakes.store import MemoryStore
 from tests.support.images import BuiltDocument, Entry, image, index, layer
 from tests.verification.signing import Signer
@@ -33,8 +33,9 @@ class Node:
     def __init__(self, directory: Path, *, private: bool = False) -> None:
         self.db = MetaDB(directory / "db", sync=False)
         self.images, self.content, self.threads = ImageStore(self.db), MemoryStore(), Threads(2, "test")
+        self.provenance = Provenance(self.db)
         self.refused: set[Digest] = set()
-        self.mirror = Mirror(self.images, self.content, self.threads, check=self.check, private=private)
+        self.mirror = Mirror(self.images, self.content, self.threads, provenance=self.provenance, check=self.check, private=private)
 
     async def check(self, image: Image) -> None:
         if image.image_id in self.refused:
@@ -65,7 +66,7 @@ class Node:
             {},
             artifact=manifest.config.media_type != OCI_CONFIG,
         )
-        record = replace(record, provenance={"credentials": list(credentials)})
+        asyncio.run(self.provenance.record(name, parts(record), anonymous=not credentials))
         asyncio.run(self.images.add(record, f"{name}:1", f"{name}@{descriptors[0].digest}"))
 
     def get(self, path: str, *, client: str = "", query: dict[str, str] | None = None, headers: dict[str, str] | None = None) -> Response:
