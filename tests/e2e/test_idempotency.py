@@ -100,6 +100,7 @@ def test_what_cannot_work_is_refused_and_rolled_back(pod_daemon: Daemon) -> None
     code, text = cri.refusal(lambda: cri.start(runtime, cri.create(runtime, sandbox, missing, pod)))
     assert code == grpc.StatusCode.FAILED_PRECONDITION
     assert "/no/such/program" in text
-    assert not runtime.ListContainers(cri_pb2.ListContainersRequest(), timeout=RPC_TIMEOUT).containers
+    (left,) = runtime.ListContainers(cri_pb2.ListContainersRequest(), timeout=RPC_TIMEOUT).containers  # it failed at its start
+    assert (left.metadata.name, left.state) == ("missing", cri_pb2.CONTAINER_EXITED)
     cri.remove_pod(runtime, sandbox)
     assert pod_daemon.leftovers() == []
