@@ -426,3 +426,30 @@ def test_S16_too_few_open_files_are_one_clear_error_at_the_start(make_daemon: Ca
     assert done.stderr.splitlines() == [
         "imgsvc: this process may open 64 files, and needs 1024; raise the hard limit: LimitNOFILE= of the unit, ulimit -Hn"
     ]
+
+
+def test_P18_a_half_made_pod_whose_network_cannot_be_left_is_listed_not_ready(make_node: MakeNode, directory: Path) -> None:
+    node = make_node(bridge="rtp18")
+    plugins, broken = directory / "plugins", directory / "broken"
+    plugins.mkdir()
+    for name in ("bridge", "host-local"):
+        refuse = f'[ -e {broken} ] && [ "$CNI_COMMAND" = DEL ] && {{ echo "{{\\"code\\":11,\\"msg\\":\\"later\\"}}"; exit 1; }}'
+        (plugins / name).write_text(f"#!/bin/sh\n{refuse}\nexec /usr/lib/cni/{name}\n")
+        (plugins / name).chmod(0o755)
+    node.stop()
+    node.extra["cni"] = {"bin_dirs": [str(plugins)]}
+    node.start(failpoint="sandbox.network=kill")
+    with pytest.raises(grpc.RpcError):
+        node.run_pod("half")
+    node.wait_dead()
+    broken.touch()
+    node.start()
+    (pod,) = node.cri.ListPodSandbox(pb.ListPodSandboxRequest(), timeout=TIMEOUT_S).items
+    assert (pod.metadata.name, pod.state) == ("half", pb.SANDBOX_NOTREADY)
+    node.stop()
+    broken.unlink()
+    node.start()
+    node.cri.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=pod.id), timeout=TIMEOUT_S)
+    node.run_pod("half")
+    node.remove_all()
+    assert node.leftovers() == []
