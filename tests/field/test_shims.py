@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,9 +16,12 @@ from typing import Any, Final
 
 import grpc
 import pytest
+from google.protobuf import empty_pb2
 
 from imgsvc import procfs
 from imgsvc.api import cri_pb2 as pb
+from imgsvc.api import events_pb2, ttrpc_events_pb2
+from imgsvc.runtime.shim.ttrpc import Client
 from tests.runtime.harness import Daemon, assert_clean, wait_for
 from tests.runtime.podshim import CPU_US, MEMORY
 
@@ -188,5 +192,27 @@ def test_R7_a_pod_with_a_kernel_of_its_own_has_its_name_and_its_figures(make_nod
     container = node.run(pod, "sleep 100")
     stats = node.cri.ContainerStats(pb.ContainerStatsRequest(container_id=container)).stats
     assert (stats.memory.usage_bytes.value, stats.cpu.usage_core_nano_seconds.value) == (MEMORY, CPU_US * 1000)
+    node.remove_all()
+    assert_clean(node)
+
+
+def test_R7_a_shim_can_publish_while_the_daemon_is_away(make_node: MakeNode) -> None:
+    node = shim_node(make_node, SHIMS[0])
+    container = node.run(node.run_pod(), "sleep 100")
+    node.kill()
+
+    async def publish() -> None:
+        client = await Client.connect(str(node.directory / "s/shim-default.sock"), "imgsvc")
+        for topic, event in (("/tasks/exit", events_pb2.TaskExit()), ("/tasks/oom", events_pb2.TaskOOM(container_id=container))):
+            request = ttrpc_events_pb2.ForwardRequest()
+            request.envelope.topic = topic
+            request.envelope.event.value = event.SerializeToString()
+            await client.call("containerd.services.events.ttrpc.v1.Events", "Forward", request, empty_pb2.Empty)
+        await client.close()
+
+    asyncio.run(publish())
+    node.start()
+    node.cri.StopContainer(pb.StopContainerRequest(container_id=container))
+    assert node.status(container).reason == "OOMKilled"
     node.remove_all()
     assert_clean(node)

@@ -8,7 +8,9 @@
     connections  calls to shims by their endpoint
     figures      what a shim says has been used
     stuck        the end of a shim that does not answer
-    ttrpc        the RPC protocol: frames, a client, the server for events
+    events       what shims tell: the daemon's side
+    eventprocess ... and a process beside the daemon, so that they can always tell it
+    ttrpc        the RPC protocol: frames, a client
     sessions     exec and attach
     logs         a container's log, which a shim does not write itself
     logprocess   FIFO -> CRI log: a process for each container, beside the daemon

@@ -27,9 +27,11 @@ from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError
 
 from imgsvc.api import bootstrap_pb2, task_v2_pb2, types_pb2
+from imgsvc.concurrency import in_thread
 from imgsvc.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unimplemented, printable
 from imgsvc.fsutil import write_atomic
 from imgsvc.runtime.process import SAFE_PATH, run
+from imgsvc.runtime.shim.events import ShimEvents
 
 NAMESPACE: Final = "imgsvc"
 MAX_VERSION: Final = 3
@@ -93,8 +95,8 @@ def parse_answer(data: bytes) -> Endpoint:
 class Launcher:
     """Runs one shim program."""
 
-    def __init__(self, program: str, daemon: str, events: str) -> None:
-        """daemon: an address that is ours alone; events: the socket of our events server."""
+    def __init__(self, program: str, daemon: str, events: ShimEvents) -> None:
+        """daemon: an address that is ours alone; events: where it delivers what happens."""
         self.program = program
         self._daemon = daemon
         self._events = events
@@ -105,6 +107,7 @@ class Launcher:
 
         Raises: FailedPrecondition, DataLoss, Unimplemented.
         """
+        await in_thread(self._events.start)
         (bundle / "log").touch(mode=0o600)  # the shim opens it, and dies without it
         complaints = []
         for wants in (False, True) if self._wants_parameters is None else (self._wants_parameters,):
@@ -150,7 +153,7 @@ class Launcher:
             instance_id=container_id,
             namespace=NAMESPACE,
             containerd_grpc_address=self._daemon,
-            containerd_ttrpc_address=self._events,
+            containerd_ttrpc_address=str(self._events.socket_path),
             containerd_binary=_PUBLISHER,
         )
         if options is not None:
@@ -164,7 +167,7 @@ class Launcher:
     def _environment(self) -> dict[str, str]:
         return {
             "PATH": os.environ.get("PATH", SAFE_PATH),
-            "TTRPC_ADDRESS": self._events,
+            "TTRPC_ADDRESS": str(self._events.socket_path),
             "GRPC_ADDRESS": self._daemon,
             "NAMESPACE": NAMESPACE,
             "GOMAXPROCS": "2",

@@ -16,22 +16,22 @@ from typing import Any, Final, TypeVar
 from google.protobuf import any_pb2, empty_pb2
 
 from imgsvc import procfs
-from imgsvc.api import events_pb2, runc_options_pb2, runtime_options_pb2, ttrpc_events_pb2
+from imgsvc.api import runc_options_pb2, runtime_options_pb2
 from imgsvc.api import task_v2_pb2 as task
 from imgsvc.concurrency import Undo, in_thread, time_limit, to_the_end
-from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound, Unavailable, Unimplemented
+from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound, Unavailable
 from imgsvc.runtime import cgroups
 from imgsvc.runtime.exits import UNKNOWN_EXIT, now_ns
 from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask, OCIRuntime
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
 from imgsvc.runtime.shim.bootstrap import Endpoint, Launcher, find_program, save_endpoint, saved_endpoint
 from imgsvc.runtime.shim.connections import CALL_TIMEOUT_S, Connections
+from imgsvc.runtime.shim.events import ShimEvents
 from imgsvc.runtime.shim.figures import usage_of
 from imgsvc.runtime.shim.logs import ContainerLog
 from imgsvc.runtime.shim.pods import ShimPods, join_pod, made_by_shim
 from imgsvc.runtime.shim.sessions import ShimAttach, ShimExec
 from imgsvc.runtime.shim.stuck import kill_listener
-from imgsvc.runtime.shim.ttrpc import Server
 from imgsvc.runtime.streaming.interfaces import Streams
 from imgsvc.runtime.usage import Usage
 
@@ -54,12 +54,11 @@ class ShimRuntime:
         self._handler = handler
         self._settings = settings
         self._bundles = bundles
-        events = settings.state_dir / f"shim-{handler.name}.sock"
-        self._launcher = Launcher(find_program(handler.type, handler.path), str(settings.state_dir / "imgsvc.sock"), str(events))
-        self._events = Server(events, self._event)
+        place = settings.state_dir / f"shim-{handler.name}"
+        self._events = ShimEvents(place.with_name(f"{place.name}.sock"), place.with_name(f"{place.name}.oom"))
+        self._launcher = Launcher(find_program(handler.type, handler.path), str(settings.state_dir / "imgsvc.sock"), self._events)
         self._connections = Connections()
         self._pods = ShimPods(self._launcher, self._connections, bundles)
-        self._oom: set[str] = set()
         self._inits: dict[str, tuple[int, int]] = {}  # pid and start of those that are waited for
         self._fates: dict[str, int | None] = {}
         # Only the runc shim can do without a sandbox container: others build their sandbox from it.
@@ -88,7 +87,7 @@ class ShimRuntime:
         """See OCIRuntime."""
         if test:
             await self._find_features()
-        await self._events.start()
+        await in_thread(self._events.start, again=True)
 
     async def _find_features(self) -> None:
         found = await self._launcher.describe()
@@ -102,15 +101,6 @@ class ShimRuntime:
     async def close(self) -> None:
         """See OCIRuntime."""
         await self._connections.close()
-        await self._events.close()
-
-    async def _event(self, service: str, method: str, payload: bytes) -> bytes:
-        if method != "Forward":
-            raise Unimplemented(f"{service}/{method}")
-        envelope = ttrpc_events_pb2.ForwardRequest.FromString(payload).envelope
-        if envelope.topic == "/tasks/oom":
-            self._oom.add(events_pb2.TaskOOM.FromString(envelope.event.value).container_id)
-        return empty_pb2.Empty().SerializeToString()
 
     async def create(self, task_: NewTask) -> int:
         """See OCIRuntime."""
@@ -236,13 +226,13 @@ class ShimRuntime:
             if answer is None:
                 return await self._bury(container_id, self._fates[container_id] if container_id in self._fates else _fate(pid, pid_start))
         except NotFound:
-            return Exit(UNKNOWN_EXIT, now_ns(), container_id in self._oom, known=False)
+            return Exit(UNKNOWN_EXIT, now_ns(), self._events.out_of_memory(container_id), known=False)
         finally:
             keeper.cancel()
             del self._inits[container_id]
             self._fates.pop(container_id, None)
         await self._log(container_id).finish()
-        return Exit(answer.exit_status, answer.exited_at.ToNanoseconds() or now_ns(), container_id in self._oom)
+        return Exit(answer.exit_status, answer.exited_at.ToNanoseconds() or now_ns(), self._events.out_of_memory(container_id))
 
     async def _await_end(self, container_id: str) -> task.WaitResponse | None:
         """The shim's answer, None when the shim has died."""
@@ -295,7 +285,7 @@ class ShimRuntime:
                 Path(endpoint.address.removeprefix("unix://")).unlink(missing_ok=True)
         await self._log(container_id).finish()
         (bundle / "bootstrap.json").unlink(missing_ok=True)
-        self._oom.discard(container_id)
+        self._events.forget(container_id)
 
     async def _delete_task(self, endpoint: Endpoint, container_id: str) -> None:
         kill = task.KillRequest(id=container_id, signal=signal.SIGKILL, all=True)

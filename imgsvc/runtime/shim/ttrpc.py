@@ -1,4 +1,4 @@
-"""ttrpc: unary calls over a Unix socket. A frame is u32 length, u32 stream, u8 type, u8 flags (big-endian), then a message.
+"""ttrpc: unary calls to a shim over a Unix socket. A frame is u32 length, u32 stream, u8 type, u8 flags (big-endian), then a message.
 
 Source: containerd/ttrpc PROTOCOL.md.
 """
@@ -6,13 +6,9 @@ Source: containerd/ttrpc PROTOCOL.md.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from imgsvc.api import ttrpc_pb2
@@ -33,10 +29,8 @@ MAX_FRAME: Final = 4 * 1024 * 1024
 _REQUEST: Final = 1
 _RESPONSE: Final = 2
 _KINDS: Final[dict[int, type[ImgsvcError]]] = {5: NotFound, 9: FailedPrecondition, 12: Unimplemented, 14: Unavailable}
-_UNIMPLEMENTED: Final = 12
 
 R = TypeVar("R")
-Handle = Callable[[str, str, bytes], Awaitable[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,61 +136,3 @@ def _answer(payload: bytes, method: str, answer: Callable[[], R]) -> R:
 
 def _error(code: int, text: str) -> ImgsvcError:
     return _KINDS.get(code, FailedPrecondition)(f"the shim refused {text}")
-
-
-class Server:
-    """Serves unary calls on a Unix socket, to processes of the same user only."""
-
-    def __init__(self, path: Path, handle: Handle) -> None:
-        self._path = path
-        self._handle = handle
-        self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
-
-    async def start(self) -> None:
-        """Open the socket, in place of one that a killed daemon left."""
-        self._path.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(self._accept, self._path)
-        self._path.chmod(0o600)
-
-    async def close(self) -> None:
-        """Close the socket and all connections."""
-        if self._server:
-            self._server.close()
-        for task in self._connections:
-            task.cancel()
-        if self._connections:
-            await asyncio.wait(self._connections)
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task
-        self._connections.add(task)
-        try:
-            if _peer_uid(writer) == os.geteuid():
-                await self._serve(reader, writer)
-        except (DataLoss, ConnectionError, asyncio.CancelledError):
-            pass
-        finally:
-            self._connections.discard(task)
-            writer.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while (frame := await read_frame(reader)) is not None:
-            if frame.kind != _REQUEST:
-                continue
-            response = ttrpc_pb2.Response()
-            with contextlib.suppress(ValueError):
-                request = ttrpc_pb2.Request.FromString(frame.payload)
-                try:
-                    response.payload = await self._handle(request.service, request.method, request.payload)
-                except ImgsvcError as error:
-                    response.status.code, response.status.message = _UNIMPLEMENTED, str(error)
-            writer.write(encode(Frame(frame.stream, _RESPONSE, response.SerializeToString())))
-            await writer.drain()
-
-
-def _peer_uid(writer: asyncio.StreamWriter) -> int:
-    sock: socket.socket = writer.get_extra_info("socket")
-    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return int(uid)
