@@ -216,3 +216,18 @@ def test_R7_a_shim_can_publish_while_the_daemon_is_away(make_node: MakeNode) -> 
     assert node.status(container).reason == "OOMKilled"
     node.remove_all()
     assert_clean(node)
+
+
+def test_S10_a_pod_whose_shim_program_is_gone_can_be_stopped(make_node: MakeNode, directory: Path) -> None:
+    program = directory / "containerd-shim-runc-v2"
+    shutil.copy(str(shutil.which(SHIMS[0])), program)
+    node = shim_node(make_node, str(program))
+    pod = node.run_pod()
+    container = node.run(pod, "sleep 100")
+    node.kill()
+    program.unlink()
+    node.start()
+    node.cri.StopContainer(pb.StopContainerRequest(container_id=container))
+    assert node.status(container).exit_code == 137
+    node.cri.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=pod))
+    assert_clean(node)

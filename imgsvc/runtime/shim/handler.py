@@ -24,7 +24,7 @@ from imgsvc.runtime import cgroups
 from imgsvc.runtime.exits import UNKNOWN_EXIT, now_ns
 from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask, OCIRuntime
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
-from imgsvc.runtime.shim.bootstrap import Endpoint, Launcher, find_program, save_endpoint, saved_endpoint
+from imgsvc.runtime.shim.bootstrap import Endpoint, Launcher, find_program, program_name, save_endpoint, saved_endpoint
 from imgsvc.runtime.shim.connections import CALL_TIMEOUT_S, Connections
 from imgsvc.runtime.shim.events import ShimEvents
 from imgsvc.runtime.shim.figures import usage_of
@@ -56,7 +56,7 @@ class ShimRuntime:
         self._bundles = bundles
         place = settings.state_dir / f"shim-{handler.name}"
         self._events = ShimEvents(place.with_name(f"{place.name}.sock"), place.with_name(f"{place.name}.oom"))
-        self._launcher = Launcher(find_program(handler.type, handler.path), str(settings.state_dir / "imgsvc.sock"), self._events)
+        self._launcher = Launcher(handler.path or program_name(handler.type), str(settings.state_dir / "imgsvc.sock"), self._events)
         self._connections = Connections()
         self._pods = ShimPods(self._launcher, self._connections, bundles)
         self._inits: dict[str, tuple[int, int]] = {}  # pid and start of those that are waited for
@@ -86,6 +86,7 @@ class ShimRuntime:
     async def start(self, *, test: bool = True) -> None:
         """See OCIRuntime."""
         if test:
+            self._launcher.program = find_program(self._handler.type, self._handler.path)
             await self._find_features()
         await in_thread(self._events.start, again=True)
 
