@@ -227,12 +227,12 @@ def test_S5_shared_mounts_with_names_outside_ascii_are_recognised(make_node: Mak
 
 def test_S5_a_process_of_any_name_is_reaped_and_an_interface_of_any_name_is_told() -> None:
     odd = subprocess.Popen(
-        [sys.executable, "-c", "import ctypes; ctypes.CDLL(None).prctl(15, b') Z \xff\\n'); print(flush=True); input()"],
+        [sys.executable, "-c", "import ctypes; ctypes.CDLL(None).prctl(15, b') Z \\xff\\n'); print(flush=True); input()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
     assert odd.stdout
-    odd.stdout.readline()
+    assert odd.stdout.readline() == b"\n"
     found = procfs.process(odd.pid)
     assert found
     assert not found.ended
