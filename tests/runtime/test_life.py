@@ -369,7 +369,8 @@ def test_lists_filter_and_stream_each_item_once(node: Daemon) -> None:
 
 def test_statistics(node: Daemon) -> None:
     pod = node.run_pod("stats")
-    container = node.run(pod, "dd if=/dev/zero of=/file bs=1k count=64 2>/dev/null; i=0; while :; do i=$((i+1)); done")
+    container = node.run(pod, "dd if=/dev/zero of=/file bs=1k count=64 2>/dev/null; echo written; i=0; while :; do i=$((i+1)); done")
+    node.wait_line(container, "written")  # the size of a layer is measured once, and then for a while no more
 
     def statistics() -> pb.ContainerStats:
         return node.cri.ContainerStats(pb.ContainerStatsRequest(container_id=container)).stats
