@@ -70,9 +70,9 @@ class Provenance:
 
     async def adopt(self, images: Iterable[Image]) -> None:
         """Give images of a daemon without records some, once: as if all of them had taken credentials."""
-        if self._get(_ADOPTED):
-            return
         known = list(images)
+        if not known or self._get(_ADOPTED):
+            return
 
         def write(txn: WriteTxn) -> None:
             for image in known:
