@@ -303,36 +303,43 @@ class Download:
             note = f" with Content-Encoding {encoding[:40]!r}" if encoding else ""
             raise lied(response, f"{length[:20]} bytes announced, {end - start} expected{note}")
 
+    async def _take(self, endpoint: Endpoint, span: Span, part: memoryview, received: int) -> None:
+        """Store the span's next bytes. received: of this answer so far, with these [bytes]."""
+        offset = span.position
+        span.position += len(part)
+        self.received += len(part)
+        self.by_endpoint[endpoint.base] += len(part)
+        if not span.is_sure and received >= PROOF:
+            span.is_sure = True
+            ranges = self._book.of(endpoint).ranges
+            ranges.served()
+            ranges.end(span)
+        span.is_writing = True
+        await self._sink.write_at(offset, part)
+        span.is_writing = False
+
     async def _copy(self, endpoint: Endpoint, response: Response, span: Span, at: int, announced_end: int) -> None:
         """Move a body that starts at byte `at` of the blob into the sink until the span ends, which may have become shorter since.
 
         What others gave back and still lies ahead of this stream is taken from it too.
         """
         clock = _Clock(self._pace, shown_url(response.url))
-        ranges, start = self._book.of(endpoint).ranges, at
+        start = at
         async with contextlib.aclosing(response.chunks()) as chunks:
             while (chunk := await clock.next(chunks)) is not None:
-                while chunk:
-                    if not span.left:
-                        raise lied(response, "more bytes than were asked for")
-                    skipped = min(span.position - at, len(chunk))
-                    part = chunk[skipped : skipped + span.left]
-                    chunk = chunk[skipped + len(part) :]
-                    at += skipped + len(part)
-                    if part:
-                        offset = span.position
-                        span.position += len(part)
-                        self.received += len(part)
-                        self.by_endpoint[endpoint.base] += len(part)
-                        if not span.is_sure and at - start >= PROOF:
-                            span.is_sure = True
-                            ranges.served()
-                            ranges.end(span)
-                        span.is_writing = True
-                        await self._sink.write_at(offset, part)
-                        span.is_writing = False
-                    if not span.left and span.end != announced_end and not self._goes_on(endpoint, span, announced_end):
-                        return  # the rest is another connection's now
+                with memoryview(chunk) as rest:  # views are given back at once: a failure's traceback would keep the body's memory
+                    taken = 0
+                    while taken < len(rest):
+                        if not span.left:
+                            raise lied(response, "more bytes than were asked for")
+                        skipped = min(span.position - at, len(rest) - taken)
+                        with rest[taken + skipped : taken + skipped + span.left] as part:
+                            taken += skipped + len(part)
+                            at += skipped + len(part)
+                            if part:
+                                await self._take(endpoint, span, part, at - start)
+                        if not span.left and span.end != announced_end and not self._goes_on(endpoint, span, announced_end):
+                            return  # the rest is another connection's now
         if span.left:
             raise RequestFailed(
                 "the body ended early",
