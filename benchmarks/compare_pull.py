@@ -42,7 +42,7 @@ import grpc
 
 from benchmarks.latency import Clients
 from imgsvc.api import cri_pb2, cri_pb2_grpc
-from imgsvc.oci import KIB, MIB
+from imgsvc.base.oci import KIB, MIB
 from tests.support.images import BuiltDocument, Layer, image, layer
 from tests.support.registries import RealRegistry, real_registry
 

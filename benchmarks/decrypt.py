@@ -18,12 +18,12 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from imgsvc.base.oci import MIB
 from imgsvc.decrypt.aesctr import AesCtrHmac
 from imgsvc.decrypt.decryptor import LayerDecryptor, Settings
 from imgsvc.decrypt.jwe import JweWrapper
 from imgsvc.decrypt.keys import KeyRing, PrivateKey
 from imgsvc.decrypt.packets import LayerOptions
-from imgsvc.oci import MIB
 from tests.decrypt.vectors import jwe, seal
 
 ROUNDS = 5

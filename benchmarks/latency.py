@@ -28,7 +28,7 @@ import grpc
 from isal import igzip
 
 from imgsvc.api import cri_pb2, cri_pb2_grpc
-from imgsvc.oci import MIB, Digest
+from imgsvc.base.oci import MIB, Digest
 from tests.support import cri
 from tests.support.daemon import Daemon, new_daemon
 from tests.support.images import Layer, image, layer

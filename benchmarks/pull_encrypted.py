@@ -23,7 +23,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from benchmarks.compare_pull import HOST, Cost, Peer, imgsvc, tree_layer
-from imgsvc.oci import MIB
+from imgsvc.base.oci import MIB
 from tests.support.encrypted import encrypted, pem, wrap_jwe
 from tests.support.images import BuiltDocument, Entry, image, layer, tar
 from tests.support.registries import RealRegistry, real_registry

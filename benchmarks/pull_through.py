@@ -25,7 +25,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.registry import make_blob, nginx
-from imgsvc.oci import OCI_CONFIG, OCI_MANIFEST, Descriptor, Digest
+from imgsvc.base.oci import OCI_CONFIG, OCI_MANIFEST, Descriptor, Digest
 from tests.support.daemon import new_daemon
 from tests.support.registries import free_port
 

@@ -19,11 +19,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import MIB, OCI_MANIFEST, Descriptor, Digest
+from imgsvc.base.reference import Reference
 from imgsvc.content.interfaces import Writer
 from imgsvc.content.local import LocalStore
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import MIB, OCI_MANIFEST, Descriptor, Digest
-from imgsvc.reference import Reference
 from imgsvc.registry.bulk import BulkTransport
 from imgsvc.registry.client import RegistryClient, RegistrySettings
 from tests.registry.support import hosts_d

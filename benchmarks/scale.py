@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from imgsvc.api import cri_pb2, cri_pb2_grpc
-from imgsvc.concurrency import in_thread
+from imgsvc.base.concurrency import in_thread
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import OCI_MANIFEST, Descriptor, Digest, config_from_json
 from imgsvc.content.local import LocalStore
 from imgsvc.images import Image, ImageStore, Layer
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import OCI_MANIFEST, Descriptor, Digest, config_from_json
 from imgsvc.snapshot.interfaces import Key, Name, Usage
 from imgsvc.snapshot.overlay import OverlaySnapshotter
 from tests.support.daemon import Daemon

@@ -18,14 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from imgsvc.concurrency import Threads
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.metadb.database import MetaDB, WriteTxn
+from imgsvc.base.oci import KIB, MIB, OCI_MANIFEST, Descriptor, Digest, ImageConfig, Platform
 from imgsvc.content.local import LocalStore
 from imgsvc.gc import Collector, Policy
 from imgsvc.gc_sources import Blobs, Images, Ingests
 from imgsvc.images import Image, ImageStore, Layer, _encode
 from imgsvc.leases import LeaseBook
-from imgsvc.metadb import MetaDB, WriteTxn
-from imgsvc.oci import KIB, MIB, OCI_MANIFEST, Descriptor, Digest, ImageConfig, Platform
 from tests.support.stored import put_blob
 
 ROUNDS = 5

@@ -23,8 +23,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import MIB, Digest
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import MIB, Digest
 from imgsvc.snapshot.interfaces import Key, LayerInput, Limits
 from imgsvc.snapshot.overlay import OverlaySnapshotter
 from imgsvc.snapshot.unpacker import WorkerUnpacker

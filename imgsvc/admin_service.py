@@ -14,14 +14,14 @@ import grpc.aio
 
 from imgsvc import config
 from imgsvc.api import admin_pb2, admin_pb2_grpc
+from imgsvc.base.errors import InvalidArgument, NotFound, printable
+from imgsvc.base.oci import Digest, Platform
+from imgsvc.base.reference import Reference
 from imgsvc.config import Loaded
-from imgsvc.errors import InvalidArgument, NotFound, printable
 from imgsvc.image_service import describe
 from imgsvc.images import ImageStore
-from imgsvc.oci import Digest, Platform
 from imgsvc.pull import Puller, PullRequest
 from imgsvc.push import Pusher, PushRequest
-from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import Credential
 
 Context = grpc.aio.ServicerContext[Any, Any]

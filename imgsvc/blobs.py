@@ -11,12 +11,12 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from imgsvc.concurrency import Shared, SingleFlight, Threads
+from imgsvc.base.concurrency import Shared, SingleFlight, Threads
+from imgsvc.base.errors import DataLoss, Unavailable
+from imgsvc.base.failpoints import afailpoint
+from imgsvc.base.oci import MIB, Descriptor, Digest
 from imgsvc.content.interfaces import Store, Writer
 from imgsvc.content.verify import DigestMismatch, SizeMismatch
-from imgsvc.errors import DataLoss, Unavailable
-from imgsvc.failpoints import afailpoint
-from imgsvc.oci import MIB, Descriptor, Digest
 from imgsvc.registry.interfaces import BlobSource, Fetcher, PullFailed
 
 log = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from imgsvc import gc_sources
-from imgsvc.concurrency import CancelToken, Threads
+from imgsvc.base.concurrency import CancelToken, Threads
+from imgsvc.base.errors import DataLoss, NotFound
 from imgsvc.content.interfaces import Scrubber, Store
 from imgsvc.df import disk_usage
-from imgsvc.errors import DataLoss, NotFound
 from imgsvc.fsck import Checker, ContentChecker, ImageChecker, LayerChecker, Metadata, MetadataChecker, fsck
 from imgsvc.gc import CollectionReport, Collector, Keeper, Policy, Root
 from imgsvc.images import Image, ImageStore

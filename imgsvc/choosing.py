@@ -12,17 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
-from imgsvc.errors import InvalidArgument, NotFound, ResourceExhausted
-from imgsvc.oci import (
-    MAX_INDEX_DEPTH,
-    Descriptor,
-    ImageConfig,
-    Manifest,
-    Platform,
-    no_platform,
-    parse_document,
-    platform_rank,
-)
+from imgsvc.base.errors import InvalidArgument, NotFound, ResourceExhausted
+from imgsvc.base.oci import MAX_INDEX_DEPTH, Descriptor, ImageConfig, Manifest, Platform, no_platform, parse_document, platform_rank
 
 MAX_DOCUMENTS: Final = 128  # read for one choice; an index of thirty entries without a platform takes 61
 Read = Callable[[Descriptor], Awaitable[bytes]]

@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from imgsvc.errors import InvalidArgument, printable
-from imgsvc.oci import MIB, Digest, load_json_object
+from imgsvc.base.errors import InvalidArgument, printable
+from imgsvc.base.oci import MIB, Digest, load_json_object
 
 SIMPLE_SIGNING: Final = "application/vnd.dev.cosign.simplesigning.v1+json"
 SIGNATURE_ANNOTATION: Final = "dev.cosignproject.cosign/signature"

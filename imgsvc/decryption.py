@@ -6,12 +6,12 @@ import logging
 import os
 from pathlib import Path
 
+from imgsvc.base.errors import ImgsvcError, InvalidArgument, from_os_error
 from imgsvc.config import Config, Loaded
 from imgsvc.decrypt.authorise import load_salt
 from imgsvc.decrypt.decryptor import Settings
 from imgsvc.decrypt.keyprovider import load_providers
 from imgsvc.decrypt.processors import BadProcessor, Processor, check_processors
-from imgsvc.errors import ImgsvcError, InvalidArgument, from_os_error
 
 log = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import uuid
 
-from imgsvc.concurrency import SingleFlight, Threads
+from imgsvc.base.concurrency import SingleFlight, Threads
+from imgsvc.base.errors import DataLoss, NotFound
+from imgsvc.base.oci import MAX_DOCUMENT, Descriptor
 from imgsvc.content.interfaces import Store
 from imgsvc.content.verify import read_verified
-from imgsvc.errors import DataLoss, NotFound
-from imgsvc.oci import MAX_DOCUMENT, Descriptor
 from imgsvc.provenance import Provenance, Witness
 
 

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Protocol
 
-from imgsvc.concurrency import CancelToken
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.errors import Cancelled, FailedPrecondition, ImgsvcError
+from imgsvc.base.failpoints import failpoint
+from imgsvc.base.metadb.database import LastEnd
+from imgsvc.base.oci import Digest
 from imgsvc.content.interfaces import Fault, Manager, Provider, Scrubber
 from imgsvc.content.verify import wrong_size
-from imgsvc.errors import Cancelled, FailedPrecondition, ImgsvcError
-from imgsvc.failpoints import failpoint
 from imgsvc.images import Image
-from imgsvc.metadb import LastEnd
-from imgsvc.oci import Digest
 from imgsvc.snapshot.interfaces import Kind, LayerCare, Name, SnapshotInfo, Snapshotter
 
 RECOVERY_BUDGET: Final = 10.0  # [s] of hashing before the socket answers; what is left waits for `imgsvc fsck --repair`

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from imgsvc.concurrency import Threads, time_limit
-from imgsvc.errors import ImgsvcError
-from imgsvc.failpoints import afailpoint, failpoint
-from imgsvc.fsutil import free_space
+from imgsvc.base.concurrency import Threads, time_limit
+from imgsvc.base.errors import ImgsvcError
+from imgsvc.base.failpoints import afailpoint, failpoint
+from imgsvc.base.fsutil import free_space
 from imgsvc.leases import Lease, LeaseManager, Node
 
 log = logging.getLogger(__name__)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final, Protocol
 
+from imgsvc.base.errors import NotFound
+from imgsvc.base.oci import Digest
 from imgsvc.content.interfaces import IngestManager, Manager, Provider
-from imgsvc.errors import NotFound
 from imgsvc.gc import Cache, Cached, Collectable, Keeper, Root
 from imgsvc.images import Image, ImageStore
 from imgsvc.leases import Node
-from imgsvc.oci import Digest
 from imgsvc.snapshot.interfaces import Kind, Snapshotter
 
 CONTENT: Final = "content"

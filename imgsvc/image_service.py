@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import grpc.aio
 
 from imgsvc.api import cri_pb2, cri_pb2_grpc
+from imgsvc.base.errors import InvalidArgument, printable
+from imgsvc.base.oci import Platform
+from imgsvc.base.reference import Reference
 from imgsvc.decrypt.decryptor import recipients
-from imgsvc.errors import InvalidArgument, printable
 from imgsvc.images import Image, ImageStore
-from imgsvc.oci import Platform
 from imgsvc.pull import Puller, PullRequest
-from imgsvc.reference import Reference
 from imgsvc.registry.dockerconfig import credential_from_cri
 from imgsvc.registry.interfaces import Credential
 from imgsvc.runtime.users import announced_user

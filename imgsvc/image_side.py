@@ -12,17 +12,17 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from imgsvc import kernel
 from imgsvc.archive.service import Archives
-from imgsvc.concurrency import Threads
+from imgsvc.base import kernel
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.http1 import Handler, HttpServer, server_tls
+from imgsvc.base.metadb.database import MetaDB
 from imgsvc.config import Config, Loaded
 from imgsvc.content.interfaces import Store
 from imgsvc.events import EventBus
-from imgsvc.http1 import Handler, HttpServer, server_tls
 from imgsvc.image_tools import ImageTools
 from imgsvc.images import ImageStore
 from imgsvc.leases import LeaseManager
-from imgsvc.metadb import MetaDB
 from imgsvc.metrics import Gauge, Page
 from imgsvc.mirror import Mirror
 from imgsvc.mounts import ImageMounts

@@ -10,10 +10,10 @@ import grpc.aio
 
 from imgsvc.api import imagetools_pb2, imagetools_pb2_grpc
 from imgsvc.archive.service import Archives, Target
-from imgsvc.errors import InvalidArgument
+from imgsvc.base.errors import InvalidArgument
+from imgsvc.base.oci import Platform
 from imgsvc.events import EventBus
 from imgsvc.mounts import ImageMounts
-from imgsvc.oci import Platform
 from imgsvc.prepull.service import Prepull
 
 Context = grpc.aio.ServicerContext[Any, Any]

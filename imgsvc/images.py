@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from imgsvc.concurrency import to_the_end
-from imgsvc.errors import ImgsvcError, InvalidArgument, NotFound, printable
-from imgsvc.failpoints import afailpoint
-from imgsvc.metadb import MetaDB, Record, WriteTxn
-from imgsvc.oci import MAX_DOCUMENT, MAX_INDEX_DEPTH, MAX_SIZE, Descriptor, Digest, ImageConfig, Manifest, config_from_json
-from imgsvc.reference import Reference, is_id, may_be_id
+from imgsvc.base.concurrency import to_the_end
+from imgsvc.base.errors import ImgsvcError, InvalidArgument, NotFound, printable
+from imgsvc.base.failpoints import afailpoint
+from imgsvc.base.metadb.database import MetaDB, Record, WriteTxn
+from imgsvc.base.oci import MAX_DOCUMENT, MAX_INDEX_DEPTH, MAX_SIZE, Descriptor, Digest, ImageConfig, Manifest, config_from_json
+from imgsvc.base.reference import Reference, is_id, may_be_id
 
 log = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Protocol
 
+from imgsvc.base.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both, ended, to_the_end, trickles
+from imgsvc.base.errors import Aborted, DataLoss, FailedPrecondition, ImgsvcError, InvalidArgument, ResourceExhausted
+from imgsvc.base.failpoints import afailpoint
+from imgsvc.base.oci import Descriptor, Digest
 from imgsvc.blobs import Blobs, Feed, GrowingBlob
-from imgsvc.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both, ended, to_the_end, trickles
 from imgsvc.decrypt.interfaces import ChainRun, Decryptor, LayerKey
-from imgsvc.errors import Aborted, DataLoss, FailedPrecondition, ImgsvcError, InvalidArgument, ResourceExhausted
-from imgsvc.failpoints import afailpoint
-from imgsvc.oci import Descriptor, Digest
 from imgsvc.registry.interfaces import BlobSource, Fetcher
 from imgsvc.snapshot.interfaces import (
     Applied,

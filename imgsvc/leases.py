@@ -26,10 +26,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple, Protocol
 
-from imgsvc.concurrency import KeyedLock, time_limit, to_the_end
-from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, printable
-from imgsvc.failpoints import afailpoint
-from imgsvc.metadb import MetaDB, Record
+from imgsvc.base.concurrency import KeyedLock, time_limit, to_the_end
+from imgsvc.base.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, printable
+from imgsvc.base.failpoints import afailpoint
+from imgsvc.base.metadb.database import MetaDB, Record
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from imgsvc.http1 import Request, Response
+from imgsvc.base.http1 import Request, Response
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 MAX_SERIES: Final = 200  # label combinations of one metric; beyond it, all is counted under "other"

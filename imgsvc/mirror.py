@@ -27,15 +27,15 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final
 
-from imgsvc.concurrency import Threads
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.errors import ImgsvcError, InvalidArgument, NotFound, printable
+from imgsvc.base.http1 import FileBody, Request, Response, StreamBody, parse_range
+from imgsvc.base.oci import MAX_DOCUMENT, OCI_INDEX, Descriptor, Digest, Manifest, parse_document
+from imgsvc.base.reference import DEFAULT_HOST, Reference
 from imgsvc.content.interfaces import Provider
-from imgsvc.errors import ImgsvcError, InvalidArgument, NotFound, printable
-from imgsvc.http1 import FileBody, Request, Response, StreamBody, parse_range
 from imgsvc.images import Image, ImageStore
-from imgsvc.oci import MAX_DOCUMENT, OCI_INDEX, Descriptor, Digest, Manifest, parse_document
 from imgsvc.provenance import Provenance
 from imgsvc.pullthrough import PullThrough
-from imgsvc.reference import DEFAULT_HOST, Reference
 from imgsvc.registry.interfaces import PullFailed
 
 log = logging.getLogger(__name__)

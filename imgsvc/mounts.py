@@ -10,9 +10,9 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 
-from imgsvc import procfs
-from imgsvc.concurrency import KeyedLock, Threads, Undo
-from imgsvc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, from_os_error, printable
+from imgsvc.base import procfs
+from imgsvc.base.concurrency import KeyedLock, Threads, Undo
+from imgsvc.base.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, from_os_error, printable
 from imgsvc.images import ImageStore
 from imgsvc.leases import LeaseManager
 from imgsvc.roots import KEY_PREFIX, ContainerRoots

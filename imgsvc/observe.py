@@ -12,13 +12,13 @@ from collections import Counter as Count
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
-from imgsvc.errors import ImgsvcError
+from imgsvc.base.errors import ImgsvcError
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import MIB
 from imgsvc.events import EventBus
 from imgsvc.gc import CollectionReport
 from imgsvc.images import Image, ImageStore
-from imgsvc.metadb import MetaDB
 from imgsvc.metrics import MIB_PER_SECOND, Bounded, Counter, Gauge, Histogram, Page
-from imgsvc.oci import MIB
 from imgsvc.pull import Pulled, PullObserver, PullRequest
 from imgsvc.registry.interfaces import RegistryObserver
 

@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from imgsvc.concurrency import CancelToken
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.errors import DataLoss, NotFound, Unimplemented
+from imgsvc.base.metadb.database import MetaDB, set_aside
 from imgsvc.content.local import LocalStore
-from imgsvc.errors import DataLoss, NotFound, Unimplemented
 from imgsvc.fsck import Checker, ContentChecker, Finding, FsckReport, ImageChecker, LayerChecker, MetadataChecker, fsck, recover
 from imgsvc.images import ImageStore
-from imgsvc.metadb import MetaDB, set_aside
 from imgsvc.snapshot import native, overlay
 from imgsvc.snapshot.interfaces import CheckedSnapshotter, Name
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from imgsvc.base.errors import FailedPrecondition, Unavailable, from_os_error, printable
+from imgsvc.base.fsutil import lock_exclusive, private_dir, resolved, write_atomic
 from imgsvc.config import Config
-from imgsvc.errors import FailedPrecondition, Unavailable, from_os_error, printable
-from imgsvc.fsutil import lock_exclusive, private_dir, resolved, write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from imgsvc import __version__
 from imgsvc.api import cri_pb2, cri_pb2_grpc
+from imgsvc.base.metadb.database import MetaDB
 from imgsvc.config import Config
-from imgsvc.metadb import MetaDB
 from imgsvc.runtime.interfaces import Images
 from imgsvc.runtime.node import RuntimeNode
 from imgsvc.runtime.service import API_VERSION, RUNTIME_NAME, RuntimeService

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgsvc import decryption, registries
+from imgsvc.base.errors import ImgsvcError, InvalidArgument
+from imgsvc.base.fsutil import resolved
+from imgsvc.base.http1 import is_loopback, server_tls, split_address
 from imgsvc.config import Config, Loaded
-from imgsvc.errors import ImgsvcError, InvalidArgument
-from imgsvc.fsutil import resolved
-from imgsvc.http1 import is_loopback, server_tls, split_address
 from imgsvc.images import pin_patterns
 from imgsvc.prepull.plan import load_plan
 from imgsvc.verification.policy import load_policy

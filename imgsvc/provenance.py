@@ -19,12 +19,12 @@ import secrets
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from imgsvc.concurrency import Threads
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.errors import PermissionDenied
+from imgsvc.base.metadb.database import MetaDB, Record, WriteTxn
+from imgsvc.base.oci import Descriptor, Digest
 from imgsvc.content.interfaces import Provider
-from imgsvc.errors import PermissionDenied
 from imgsvc.images import Image
-from imgsvc.metadb import MetaDB, Record, WriteTxn
-from imgsvc.oci import Descriptor, Digest
 from imgsvc.registry.interfaces import BlobSink, BlobSource, Fetcher
 
 TABLE: Final = "provenance"

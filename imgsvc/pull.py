@@ -21,27 +21,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from imgsvc.base.concurrency import Threads, all_of, to_the_end
+from imgsvc.base.errors import DataLoss, NotFound
+from imgsvc.base.failpoints import afailpoint
+from imgsvc.base.oci import Descriptor, Digest, ImageConfig, Manifest, Platform
+from imgsvc.base.reference import Reference
 from imgsvc.blobs import Blobs
 from imgsvc.choosing import Chosen, choose
-from imgsvc.concurrency import Threads, all_of, to_the_end
 from imgsvc.content.interfaces import Store
 from imgsvc.content.verify import wrong_size
 from imgsvc.decrypt.interfaces import Decryptor, LayerKey
 from imgsvc.documents import Documents
-from imgsvc.errors import DataLoss, NotFound
-from imgsvc.failpoints import afailpoint
 from imgsvc.images import Image, ImageStore, build_image
 from imgsvc.layers import LayerPlan, Layers, PullReporter, Silent, layer_names, layer_secrets, unwrap_layers
 from imgsvc.leases import LeaseManager
-from imgsvc.oci import (
-    Descriptor,
-    Digest,
-    ImageConfig,
-    Manifest,
-    Platform,
-)
 from imgsvc.provenance import Provenance, Witness
-from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import Attempt, BlobSource, Credential, Registry, Resolved, identity
 from imgsvc.snapshot.interfaces import Key, Name, Snapshotter, Unpacker
 

@@ -26,18 +26,18 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Final
 
+from imgsvc.base.concurrency import Shared, Threads, time_limit, to_the_end
+from imgsvc.base.errors import NotFound
+from imgsvc.base.http1 import FileBody, StreamBody
+from imgsvc.base.metadb.database import MetaDB, Record
+from imgsvc.base.oci import KIB, Descriptor, Digest, Index, parse_document
+from imgsvc.base.reference import Reference
 from imgsvc.blobs import Blobs
-from imgsvc.concurrency import Shared, Threads, time_limit, to_the_end
 from imgsvc.content.interfaces import Store
 from imgsvc.documents import Documents
-from imgsvc.errors import NotFound
-from imgsvc.http1 import FileBody, StreamBody
 from imgsvc.leases import LeaseManager
-from imgsvc.metadb import MetaDB, Record
-from imgsvc.oci import KIB, Descriptor, Digest, Index, parse_document
 from imgsvc.provenance import Provenance, Witness
 from imgsvc.pull import Verifier
-from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import PullFailed, Registry, Resolved
 
 log = logging.getLogger(__name__)

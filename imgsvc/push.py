@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from imgsvc.concurrency import Threads, all_of
+from imgsvc.base.concurrency import Threads, all_of
+from imgsvc.base.errors import DataLoss, FailedPrecondition, ImgsvcError, NotFound
+from imgsvc.base.oci import MAX_DOCUMENT, Descriptor, Digest, Index, Manifest, parse_document
+from imgsvc.base.reference import Reference
 from imgsvc.content.interfaces import ContentReader, Store
 from imgsvc.content.verify import read_verified
-from imgsvc.errors import DataLoss, FailedPrecondition, ImgsvcError, NotFound
 from imgsvc.images import Image, ImageStore
 from imgsvc.layers import PullReporter, Silent
 from imgsvc.leases import LeaseManager
-from imgsvc.oci import MAX_DOCUMENT, Descriptor, Digest, Index, Manifest, parse_document
-from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import Credential, Registry, Repository
 
 UPLOADS: Final = 3  # blobs of one push at a time; more make registries answer 429 and one link no faster

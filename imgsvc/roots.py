@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from imgsvc.concurrency import Threads
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.errors import FailedPrecondition, NotFound, PermissionDenied
+from imgsvc.base.oci import Digest
 from imgsvc.decrypt.interfaces import Decryptor
-from imgsvc.errors import FailedPrecondition, NotFound, PermissionDenied
 from imgsvc.images import Image, ImageStore
 from imgsvc.layers import layer_names, layer_secrets, unwrap_layers
-from imgsvc.oci import Digest
 from imgsvc.runtime.interfaces import RootMount, RunnableImage, UserNamespace
 from imgsvc.snapshot.interfaces import IDMapping, Key, Mount, Name, Snapshotter
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import grpc
 import grpc.aio
 
-from imgsvc import tracing
-from imgsvc.errors import ImgsvcError, NotFound
+from imgsvc.base import tracing
+from imgsvc.base.errors import ImgsvcError, NotFound
 
 log = logging.getLogger(__name__)
 

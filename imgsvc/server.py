@@ -25,25 +25,25 @@ import grpc.aio
 from imgsvc import __version__, decryption, logs, registries
 from imgsvc.admin_service import AdminService
 from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
+from imgsvc.base.concurrency import Threads, in_thread
+from imgsvc.base.errors import FailedPrecondition, ImgsvcError, Unavailable
+from imgsvc.base.fsutil import free_space, private_dir
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.places import socket_target
 from imgsvc.care import ContainerKeeper, StoreCare
-from imgsvc.concurrency import Threads, in_thread
 from imgsvc.config import Config, Loaded, to_json
 from imgsvc.content.local import LocalStore
 from imgsvc.decrypt.decryptor import LayerDecryptor
-from imgsvc.errors import FailedPrecondition, ImgsvcError, Unavailable
 from imgsvc.fsck import recover
-from imgsvc.fsutil import free_space, private_dir
 from imgsvc.gc import CollectionReport, Policy
 from imgsvc.image_service import ImageService
 from imgsvc.image_side import Parts, Watch, open_verification, start_image_side
 from imgsvc.image_tools import ImageTools
 from imgsvc.images import ImageStore, pin_patterns
 from imgsvc.leases import LeaseBook
-from imgsvc.metadb import MetaDB
 from imgsvc.notify import Notifier
 from imgsvc.observe import StoreSizes, store_gauges
 from imgsvc.ownership import PublicSocket, own_directories
-from imgsvc.places import socket_target
 from imgsvc.pods import start_pods
 from imgsvc.preflight import Standing
 from imgsvc.provenance import Provenance

@@ -6,11 +6,11 @@ import asyncio
 import threading
 from pathlib import Path
 
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.oci import Descriptor, Digest
 from imgsvc.blobs import Blobs
-from imgsvc.concurrency import Threads
 from imgsvc.content.interfaces import Info
 from imgsvc.content.local import LocalStore
-from imgsvc.oci import Descriptor, Digest
 from imgsvc.registry.interfaces import BlobSink, BlobSource
 from tests.support.stored import LAYER_TYPE, Stored
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from imgsvc import config
-from imgsvc.errors import InvalidArgument, NotFound
+from imgsvc.base.errors import InvalidArgument, NotFound
 
 
 def write(directory: Path, text: str, name: str = "config.toml") -> Path:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.concurrency import CancelToken
-from imgsvc.errors import Cancelled
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.errors import Cancelled
 from imgsvc.fsck import Checker, ContentChecker, FsckReport, ImageChecker, fsck
 from tests.support.stored import Stored
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgsvc.concurrency import Threads
-from imgsvc.errors import FailedPrecondition, NotFound
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.errors import FailedPrecondition, NotFound
 from imgsvc.gc import SLICE, Cached, Collector, Policy, Root, SweepReport, evict, mark, removal_order, sweep, why
 from imgsvc.leases import Node
 from tests.fakes.clock import FakeClock

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.concurrency import Threads
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.oci import Digest
 from imgsvc.gc import CollectionReport, Collector, Policy, Verdict
 from imgsvc.gc_sources import INGEST_AGE, Blobs, Images, Ingests, Snapshots, content_node, snapshot_node, stored_sizes
 from imgsvc.leases import LeaseBook, Node
-from imgsvc.oci import Digest
 from imgsvc.snapshot.interfaces import Key
 from tests.support.stored import Stored
 

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 import pytest
 
-from imgsvc import failpoints
-from imgsvc.errors import InvalidArgument, NotFound
+from imgsvc.base import failpoints
+from imgsvc.base.errors import InvalidArgument, NotFound
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import OCI_MANIFEST, Descriptor, Digest, ImageConfig, Platform, parse_config
+from imgsvc.base.reference import Reference
 from imgsvc.images import Image, ImageStore, Layer
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import OCI_MANIFEST, Descriptor, Digest, ImageConfig, Platform, parse_config
-from imgsvc.reference import Reference
 
 NAME = "docker.io/library/app"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc import failpoints
-from imgsvc.errors import ImgsvcError, ResourceExhausted
+from imgsvc.base import failpoints
+from imgsvc.base.errors import ImgsvcError, ResourceExhausted
+from imgsvc.base.metadb.database import MetaDB
 from imgsvc.leases import RESTART_GRACE, LeaseBook, Node
-from imgsvc.metadb import MetaDB
 from tests.fakes.clock import FakeClock
 
 A, B = Node("content", "a"), Node("snapshot", "overlayfs/b")

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from imgsvc import config
+from imgsvc.base.errors import InvalidArgument
 from imgsvc.config import Loaded
-from imgsvc.errors import InvalidArgument
 from imgsvc.reload import Live, Reloader
 
 

@@ -19,15 +19,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from imgsvc import failpoints
-from imgsvc.concurrency import Threads
+from imgsvc.base import failpoints
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import Digest
 from imgsvc.content.local import LocalStore
 from imgsvc.fsck import recover
 from imgsvc.gc import Cached, Collector, Policy, Root
 from imgsvc.gc_sources import Blobs, Ingests, content_node
 from imgsvc.leases import RESTART_GRACE, LeaseBook, Node
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import Digest
 from tests.fakes.clock import FakeClock
 
 T = TypeVar("T")

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.concurrency import Threads
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.oci import MIB
 from imgsvc.gc import Collector, Policy
 from imgsvc.gc_sources import Blobs, Images, Ingests, Snapshots, content_node
 from imgsvc.leases import LeaseBook
-from imgsvc.oci import MIB
 from tests.support.stored import Stored, put_blob
 
 CYCLES = int(os.environ.get("SOAK", "1500"))

@@ -14,10 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from imgsvc.content.interfaces import Store, Writer
-from imgsvc.content.verify import DigestMismatch
-from imgsvc.errors import DataLoss, InvalidArgument, ResourceExhausted, printable
-from imgsvc.oci import (
+from imgsvc.base.errors import DataLoss, InvalidArgument, ResourceExhausted, printable
+from imgsvc.base.oci import (
     DOCKER_CONFIG,
     DOCKER_MANIFEST,
     MAX_DOCUMENT,
@@ -29,7 +27,9 @@ from imgsvc.oci import (
     load_json_object,
     parse_document,
 )
-from imgsvc.reference import Reference
+from imgsvc.base.reference import Reference
+from imgsvc.content.interfaces import Store, Writer
+from imgsvc.content.verify import DigestMismatch
 
 MAX_JSON: Final = 20 * MIB  # [bytes] of index.json or manifest.json; as containerd since GHSA-259w-8hf6-59c2
 MAX_ENTRIES: Final = 100_000  # members of one archive; thirty images of a hundred layers have some 10 000

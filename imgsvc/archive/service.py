@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from imgsvc.archive.reading import ArchiveReader, Named, OpenTar
 from imgsvc.archive.source import ArchiveSource
 from imgsvc.archive.writing import Exported, blobs_of, write_archive
-from imgsvc.concurrency import Threads, ended
+from imgsvc.base.concurrency import Threads, ended
+from imgsvc.base.errors import Cancelled, FailedPrecondition, NotFound, printable
+from imgsvc.base.oci import Digest, Platform
+from imgsvc.base.reference import Reference
 from imgsvc.content.interfaces import Store
-from imgsvc.errors import Cancelled, FailedPrecondition, NotFound, printable
 from imgsvc.images import Image, ImageStore
 from imgsvc.leases import LeaseManager
-from imgsvc.oci import Digest, Platform
 from imgsvc.pull import Puller, PullRequest
-from imgsvc.reference import Reference
 
 
 @dataclass(frozen=True, slots=True)

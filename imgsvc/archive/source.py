@@ -5,12 +5,12 @@ Blobs that are stored but not in the archive are not the archive's to give.
 
 from __future__ import annotations
 
-from imgsvc.concurrency import Threads
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.errors import FailedPrecondition, NotFound
+from imgsvc.base.oci import Descriptor, Digest
+from imgsvc.base.reference import Reference
 from imgsvc.content.interfaces import Provider
 from imgsvc.content.verify import read_verified
-from imgsvc.errors import FailedPrecondition, NotFound
-from imgsvc.oci import Descriptor, Digest
-from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import BlobSink, BlobSource, Credential, Fetcher, Registry, Repository, Resolved
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from imgsvc.archive.reading import IMAGE_NAME, REF_NAME
+from imgsvc.base.oci import MIB, OCI_INDEX, Digest
+from imgsvc.base.reference import Reference
 from imgsvc.content.interfaces import Provider
 from imgsvc.images import Image
-from imgsvc.oci import MIB, OCI_INDEX, Digest
-from imgsvc.reference import Reference
 
 CHUNK: Final = MIB  # [bytes] per read and per message
 

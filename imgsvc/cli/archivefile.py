@@ -20,8 +20,8 @@ from typing import IO, Final, cast
 
 import zstandard
 
-from imgsvc.errors import DataLoss, InvalidArgument
-from imgsvc.oci import MIB
+from imgsvc.base.errors import DataLoss, InvalidArgument
+from imgsvc.base.oci import MIB
 
 _MARKERS: Final = ("oci-layout", "index.json", "manifest.json")  # what makes a directory a layout or an unpacked archive
 _BLOCK: Final = 512

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from imgsvc.base.errors import from_os_error
 from imgsvc.cli import usage
 from imgsvc.cli.client import Daemon, add_address, connect
 from imgsvc.cli.output import print_json
-from imgsvc.errors import from_os_error
 
 if TYPE_CHECKING:
     from imgsvc.api import imagetools_pb2

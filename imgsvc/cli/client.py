@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, cast
 
-from imgsvc import errors, places
+from imgsvc.base import errors, places
 from imgsvc.cli.usage import WrongUsage
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from imgsvc import config
+from imgsvc.base.errors import from_os_error
+from imgsvc.base.fsutil import write_atomic
 from imgsvc.cli.client import add_address, connect
 from imgsvc.cli.output import print_json, warn
 from imgsvc.cli.usage import WrongUsage
-from imgsvc.errors import from_os_error
-from imgsvc.fsutil import write_atomic
 
 
 def config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,14 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from imgsvc.base.errors import ImgsvcError, NotFound
 from imgsvc.cli import usage
 from imgsvc.cli.client import Daemon, add_address, connect
 from imgsvc.cli.output import human_size, plural, print_json, print_table, print_timings, warn
 from imgsvc.cli.progress import PullDisplay
-from imgsvc.errors import ImgsvcError, NotFound
 
 if TYPE_CHECKING:
-    from imgsvc.reference import Reference
+    from imgsvc.base.reference import Reference
 
 T = TypeVar("T")
 

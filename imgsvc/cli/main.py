@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from imgsvc import __version__
+from imgsvc.base.errors import ImgsvcError, from_os_error
 from imgsvc.cli.usage import Parser, WrongUsage
-from imgsvc.errors import ImgsvcError, from_os_error
 
 
 class Command(NamedTuple):

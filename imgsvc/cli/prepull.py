@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from imgsvc.base.oci import Platform
 from imgsvc.cli import usage
 from imgsvc.cli.client import Daemon, add_address, connect
 from imgsvc.cli.output import print_json, print_table
-from imgsvc.oci import Platform
 
 RETRY_PAUSE_S: Final = 2.0  # before the first retry; doubled with every further one
 _FINAL: Final = ("INVALID_ARGUMENT", "PERMISSION_DENIED", "UNIMPLEMENTED")  # trying again changes nothing

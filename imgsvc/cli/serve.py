@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from imgsvc import config, failpoints
+from imgsvc import config
+from imgsvc.base import failpoints
 from imgsvc.cli.usage import add_config
 
 

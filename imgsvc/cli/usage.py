@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
-from imgsvc import places
-from imgsvc.errors import InvalidArgument, printable
-from imgsvc.numerals import whole_number
+from imgsvc.base import places
+from imgsvc.base.errors import InvalidArgument, printable
+from imgsvc.base.numerals import whole_number
 
 if TYPE_CHECKING:
-    from imgsvc.reference import Reference
+    from imgsvc.base.reference import Reference
 
 T = TypeVar("T")
 _MAX_COUNT: Final = 10**6
@@ -72,13 +72,13 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 # The parsers of names are imported when something is parsed: most commands are asked for without one.
 def _reference(text: str) -> Reference:
-    from imgsvc.reference import Reference
+    from imgsvc.base.reference import Reference
 
     return Reference.parse(text)
 
 
 def _image(text: str) -> str:
-    from imgsvc.reference import Reference, may_be_id
+    from imgsvc.base.reference import Reference, may_be_id
 
     if not may_be_id(text):
         Reference.parse(text)
@@ -87,14 +87,14 @@ def _image(text: str) -> str:
 
 def _repository(text: str) -> str:
     """Normalised, and without the tag that nobody typed."""
-    from imgsvc.reference import Reference
+    from imgsvc.base.reference import Reference
 
     reference = Reference.parse(text)
     return str(reference) if reference.digest or text.rpartition("/")[2].count(":") else reference.name
 
 
 def _platform(text: str) -> str:
-    from imgsvc.oci import Platform
+    from imgsvc.base.oci import Platform
 
     return str(Platform.parse(text)) if text else ""  # the default
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from imgsvc import places, tomlfile
+from imgsvc.base import places, tomlfile
+from imgsvc.base.errors import InvalidArgument, NotFound, printable
 from imgsvc.config.schema import LOG_LEVELS, REFUSED, SNAPSHOTTERS, VERSION, Config, Duration, Raw
-from imgsvc.errors import InvalidArgument, NotFound, printable
 
 
 @dataclass(frozen=True, slots=True)

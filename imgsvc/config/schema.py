@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final
 
-from imgsvc import places
-from imgsvc.oci import GIB, MIB
+from imgsvc.base import places
+from imgsvc.base.oci import GIB, MIB
 
 VERSION: Final = 1
 SNAPSHOTTERS: Final = ("overlayfs", "erofs", "native")

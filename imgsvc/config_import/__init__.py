@@ -23,10 +23,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc import config, tomlfile
+from imgsvc import config
+from imgsvc.base import tomlfile
+from imgsvc.base.errors import InvalidArgument
 from imgsvc.config_import.merging import merged
 from imgsvc.config_import.rules import CheckTables, Outcome, Verdict, judge
-from imgsvc.errors import InvalidArgument
 
 __all__ = ["Finding", "Imported", "Outcome", "import_file"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from imgsvc import tomlfile
+from imgsvc.base import tomlfile
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from imgsvc.tomlfile import Document, dotted
+from imgsvc.base.tomlfile import Document, dotted
 
 Path = tuple[str, ...]
 _CRI_SECTIONS: Final = ("io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime")

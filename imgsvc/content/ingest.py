@@ -26,14 +26,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from imgsvc.base.errors import FailedPrecondition, ImgsvcError, InvalidArgument, OutOfRange, Unavailable, from_os_error, printable
+from imgsvc.base.failpoints import failpoint
+from imgsvc.base.fsutil import boot_id, private_dir, require_space, write_atomic
+from imgsvc.base.oci import MAX_SIZE, MIB, Digest
+from imgsvc.base.removal import discard, remove_tree
 from imgsvc.content.interfaces import Info, IngestStatus, Writer
 from imgsvc.content.ranges import RangeSet
 from imgsvc.content.verify import DigestMismatch, PrefixHash, SizeMismatch, digest_of
-from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, OutOfRange, Unavailable, from_os_error, printable
-from imgsvc.failpoints import failpoint
-from imgsvc.fsutil import boot_id, private_dir, require_space, write_atomic
-from imgsvc.oci import MAX_SIZE, MIB, Digest
-from imgsvc.removal import discard, remove_tree
 
 log = logging.getLogger(__name__)
 

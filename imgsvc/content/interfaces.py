@@ -12,8 +12,8 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Protocol, Self
 
-from imgsvc.concurrency import CancelToken
-from imgsvc.oci import Digest
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.oci import Digest
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,16 +25,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from imgsvc.concurrency import CancelToken
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.errors import DataLoss, InvalidArgument, NotFound, OutOfRange, from_os_error
+from imgsvc.base.failpoints import failpoint
+from imgsvc.base.fsutil import private_dir, sync_dir
+from imgsvc.base.metadb.database import MetaDB, Record, WriteTxn
+from imgsvc.base.oci import MIB, Digest
+from imgsvc.base.removal import remove_tree
 from imgsvc.content.ingest import Finished, Ingests
 from imgsvc.content.interfaces import ContentReader, Fault, Info, IngestStatus, Scrubber, Store, Writer
 from imgsvc.content.verify import digest_of
-from imgsvc.errors import DataLoss, InvalidArgument, NotFound, OutOfRange, from_os_error
-from imgsvc.failpoints import failpoint
-from imgsvc.fsutil import private_dir, sync_dir
-from imgsvc.metadb import MetaDB, Record, WriteTxn
-from imgsvc.oci import MIB, Digest
-from imgsvc.removal import remove_tree
 
 TABLE: Final = "content"
 ALGORITHMS: Final = ("sha256", "sha512")

@@ -9,10 +9,10 @@ import hashlib
 import os
 from typing import Final
 
-from imgsvc.concurrency import CancelToken
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.errors import DataLoss, ResourceExhausted
+from imgsvc.base.oci import MIB, Descriptor, Digest
 from imgsvc.content.interfaces import Provider
-from imgsvc.errors import DataLoss, ResourceExhausted
-from imgsvc.oci import MIB, Descriptor, Digest
 
 CHUNK: Final = MIB  # [bytes] per read: large enough for full hashing speed, small enough to stop quickly
 

@@ -16,9 +16,9 @@ from typing import Final
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from imgsvc.base.errors import DataLoss, InvalidArgument
 from imgsvc.decrypt.interfaces import StreamTransform
 from imgsvc.decrypt.packets import LayerOptions
-from imgsvc.errors import DataLoss, InvalidArgument
 
 _VERSION: Final = b"\x01"
 _SECRET_SIZE: Final = 1 + 32 + 16 + 32

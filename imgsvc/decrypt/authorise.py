@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from imgsvc.base.errors import from_os_error
+from imgsvc.base.fsutil import write_atomic
+from imgsvc.base.oci import Descriptor
 from imgsvc.decrypt.interfaces import KeyMissing, LayerKey
 from imgsvc.decrypt.packets import PREFIX, LayerOptions
-from imgsvc.errors import from_os_error
-from imgsvc.fsutil import write_atomic
-from imgsvc.oci import Descriptor
 
 OUTSIDE_TTL_S: Final = 60.0  # how long a token or key provider that withdraws a key may go unnoticed
 MAX_VERDICTS: Final = 4096  # layers; about 1 KiB each

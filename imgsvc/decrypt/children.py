@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Final
 
-from imgsvc import children
-from imgsvc.concurrency import CancelToken
-from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted
+from imgsvc.base import children
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted
 
 MAX_STDERR: Final = 4096  # [bytes] kept for error texts, the last ones; the rest is read and dropped
 POLL_S: Final = 0.1  # [seconds] how soon a cancelled run is noticed

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from imgsvc.base.errors import ImgsvcError, InvalidArgument, from_os_error
 from imgsvc.decrypt import payload
 from imgsvc.decrypt.aesctr import AesCtrHmac
 from imgsvc.decrypt.decryptor import build_wrappers, key_hint
@@ -26,7 +27,6 @@ from imgsvc.decrypt.keydir import KeyDirectory
 from imgsvc.decrypt.keys import KeyFileError, KeyRing, parse_key_file
 from imgsvc.decrypt.packets import LayerOptions
 from imgsvc.decrypt.unwrap import unwrap_layer
-from imgsvc.errors import ImgsvcError, InvalidArgument, from_os_error
 
 CHUNK: Final = 256 * 1024  # [bytes] per step; also what is held back
 _HELPER_TIMEOUT_S: Final = 30.0

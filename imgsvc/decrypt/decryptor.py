@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from imgsvc.concurrency import CancelToken, SingleFlight, Threads, in_thread
+from imgsvc.base.concurrency import CancelToken, SingleFlight, Threads, in_thread
+from imgsvc.base.errors import FailedPrecondition, ImgsvcError, Unimplemented
+from imgsvc.base.oci import Descriptor
 from imgsvc.decrypt import jwe, keyprovider, pgp, pkcs7, pkcs11
 from imgsvc.decrypt.aesctr import pack_secret
 from imgsvc.decrypt.authorise import Verdicts, chain_fingerprint, key_fingerprint, question
@@ -20,8 +22,6 @@ from imgsvc.decrypt.keys import KeyRing
 from imgsvc.decrypt.packets import is_encrypted, plain_type
 from imgsvc.decrypt.processors import Chain, Processor, check_processors, plan_chain
 from imgsvc.decrypt.unwrap import layer_recipients, unwrap_layer
-from imgsvc.errors import FailedPrecondition, ImgsvcError, Unimplemented
-from imgsvc.oci import Descriptor
 
 NODE: Final = "node"  # the key model: keys belong to the node
 _OUTSIDE: Final = ("pkcs11", keyprovider.SCHEME_PREFIX)  # schemes whose keys this node does not hold

@@ -16,11 +16,11 @@ import signal
 from collections.abc import Mapping
 from typing import Final
 
+from imgsvc.base.errors import DeadlineExceeded, FailedPrecondition, printable
+from imgsvc.base.oci import KIB, MIB, Descriptor
 from imgsvc.decrypt import payload
 from imgsvc.decrypt.interfaces import ChainRun
 from imgsvc.decrypt.processors import Chain, Step, child_environment
-from imgsvc.errors import DeadlineExceeded, FailedPrecondition, printable
-from imgsvc.oci import KIB, MIB, Descriptor
 
 MAX_STDERR: Final = 4 * KIB  # [bytes] kept of each processor, the last ones
 EXIT_GRACE_S: Final = 30.0  # for a processor to exit once its output ended

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from imgsvc.errors import PermissionDenied
-from imgsvc.oci import Descriptor, Digest
+from imgsvc.base.errors import PermissionDenied
+from imgsvc.base.oci import Descriptor, Digest
 
 _SHOWN: Final = 8  # recipients of a packet, and packets of a layer, named in an error
 

@@ -22,11 +22,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.concatkdf import ConcatKDFHash
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap
 
+from imgsvc.base.errors import ImgsvcError, printable
+from imgsvc.base.oci import load_json_object
 from imgsvc.decrypt.interfaces import KeyWrapper, NotOpened
 from imgsvc.decrypt.keys import KeyRing, PrivateKey
 from imgsvc.decrypt.packets import MAX_OPTIONS
-from imgsvc.errors import ImgsvcError, printable
-from imgsvc.oci import load_json_object
 
 MAX_RECIPIENTS: Final = 256  # per packet; each costs a private key operation per key
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from imgsvc.base.errors import ImgsvcError, from_os_error, printable
 from imgsvc.decrypt.keys import KeyFileError, KeyRing, parse_key_file
-from imgsvc.errors import ImgsvcError, from_os_error, printable
 
 PASSWORD_SUFFIX: Final = ".password"  # noqa: S105 - a file name
 MAX_FILES: Final = 10_000  # per key directory; beyond it somebody pointed keys_path at the wrong place

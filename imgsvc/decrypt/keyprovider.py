@@ -17,13 +17,13 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.protobuf.wrappers_pb2 import BytesValue
 
-from imgsvc.concurrency import CancelToken
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.errors import Cancelled, ImgsvcError, InvalidArgument, printable
+from imgsvc.base.oci import MIB, load_json_object
 from imgsvc.decrypt.children import run_bounded
 from imgsvc.decrypt.interfaces import KeyWrapper, NotOpened
 from imgsvc.decrypt.keydir import read_bounded
 from imgsvc.decrypt.keys import KeyFileError
-from imgsvc.errors import Cancelled, ImgsvcError, InvalidArgument, printable
-from imgsvc.oci import MIB, load_json_object
 
 SCHEME_PREFIX: Final = "provider."
 MAX_ANSWER: Final = MIB  # [bytes]; an answer is the base64 of about 200

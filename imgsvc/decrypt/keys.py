@@ -17,9 +17,9 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_der_private_key, load_pem_private_key
 
+from imgsvc.base.errors import ImgsvcError
+from imgsvc.base.oci import load_json_object
 from imgsvc.decrypt.pgp_packets import Malformed, PgpKey, WrongPassphrase, dearmor, secret_keys
-from imgsvc.errors import ImgsvcError
-from imgsvc.oci import load_json_object
 
 _PEM_BLOCK: Final = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.DOTALL)
 _CURVES: Final[dict[str, ec.EllipticCurve]] = {"P-256": ec.SECP256R1(), "P-384": ec.SECP384R1(), "P-521": ec.SECP521R1()}

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from imgsvc.errors import ImgsvcError, InvalidArgument, printable
-from imgsvc.oci import KIB, Descriptor, load_json_object
+from imgsvc.base.errors import ImgsvcError, InvalidArgument, printable
+from imgsvc.base.oci import KIB, Descriptor, load_json_object
 
 SUFFIX: Final = "+encrypted"
 PREFIX: Final = "org.opencontainers.image.enc."

@@ -15,8 +15,8 @@ from typing import Final
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import DecodeError
 
-from imgsvc.errors import InvalidArgument, printable
-from imgsvc.oci import MAX_DOCUMENT, Descriptor, load_json_object
+from imgsvc.base.errors import InvalidArgument, printable
+from imgsvc.base.oci import MAX_DOCUMENT, Descriptor, load_json_object
 
 TYPE_URL: Final = "io.containerd.ocicrypt.v1.Payload"
 FD: Final = 3

@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, unquote_to_bytes
 
-from imgsvc import yamlfile
-from imgsvc.concurrency import CancelToken
+from imgsvc.base import yamlfile
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.errors import Cancelled, ImgsvcError, InvalidArgument, PermissionDenied, printable
+from imgsvc.base.oci import MIB, load_json_object
 from imgsvc.decrypt.children import POLL_S, run_bounded
 from imgsvc.decrypt.interfaces import KeyWrapper, NotOpened
 from imgsvc.decrypt.keydir import read_bounded
 from imgsvc.decrypt.keys import KeyFileError, KeyRing, TokenFile
 from imgsvc.decrypt.packets import MAX_OPTIONS
-from imgsvc.errors import Cancelled, ImgsvcError, InvalidArgument, PermissionDenied, printable
-from imgsvc.oci import MIB, load_json_object
 
 INTERNAL: Final = "internal"  # the configuration's name for the built-in directories
 MAX_RECIPIENTS: Final = 64  # per packet; each is an operation of a token, which may be slow

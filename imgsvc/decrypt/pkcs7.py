@@ -20,9 +20,9 @@ from cryptography.hazmat.primitives.asymmetric.padding import MGF1, OAEP, Asymme
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from imgsvc.base.errors import printable
 from imgsvc.decrypt.interfaces import KeyWrapper, NotOpened
 from imgsvc.decrypt.keys import KeyRing, PrivateKey
-from imgsvc.errors import printable
 
 MAX_RECIPIENTS: Final = 256  # per packet; each costs a private key operation per key
 

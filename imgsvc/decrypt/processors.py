@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from imgsvc.base.errors import InvalidArgument, printable
 from imgsvc.decrypt.packets import is_encrypted
-from imgsvc.errors import InvalidArgument, printable
 
 PLAIN_TAR: Final = "application/vnd.oci.image.layer.v1.tar"
 

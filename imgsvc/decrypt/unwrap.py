@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from imgsvc.base.errors import DeadlineExceeded, InvalidArgument
+from imgsvc.base.oci import Descriptor
 from imgsvc.decrypt.interfaces import KeyMissing, KeyWrapper, NotOpened, Recipient, Trial
 from imgsvc.decrypt.packets import LayerOptions, WrappedKey, layer_options, public_options, wrapped_keys
-from imgsvc.errors import DeadlineExceeded, InvalidArgument
-from imgsvc.oci import Descriptor
 
 TIME_LIMIT_S: Final = 120.0  # for all trials of one layer, looked at between packets; bounds hostile manifests and many helpers
 

@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from imgsvc import tomlfile
-from imgsvc.errors import InvalidArgument, from_os_error
-from imgsvc.oci import GIB, KIB, MIB, Platform
+from imgsvc.base import tomlfile
+from imgsvc.base.errors import InvalidArgument, from_os_error
+from imgsvc.base.oci import GIB, KIB, MIB, Platform
+from imgsvc.base.reference import Reference
 from imgsvc.prepull.windows import Windows
-from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import Credential
 
 VERSION: Final = 1

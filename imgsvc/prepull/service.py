@@ -13,12 +13,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.concurrency import Threads, time_limit
-from imgsvc.errors import ImgsvcError
-from imgsvc.failpoints import afailpoint
+from imgsvc.base.concurrency import Threads, time_limit
+from imgsvc.base.errors import ImgsvcError
+from imgsvc.base.failpoints import afailpoint
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import Platform
 from imgsvc.images import ImageStore
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import Platform
 from imgsvc.prepull.plan import Plan, Wanted, load_plan
 from imgsvc.prepull.throttle import Throttle, ThrottledRegistry
 from imgsvc.pull import Pulled, PullRequest

@@ -7,8 +7,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from imgsvc.oci import Descriptor
-from imgsvc.reference import Reference
+from imgsvc.base.oci import Descriptor
+from imgsvc.base.reference import Reference
 from imgsvc.registry.interfaces import BlobSink, BlobSource, Credential, Fetcher, Registry, Repository, Resolved
 
 _BURST_S: Final = 1.0  # how much may come at once after a pause, as time at full speed

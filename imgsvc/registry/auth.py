@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from typing import Final, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from imgsvc.concurrency import SingleFlight
-from imgsvc.errors import ImgsvcError, printable
+from imgsvc.base.concurrency import SingleFlight
+from imgsvc.base.errors import ImgsvcError, printable
 from imgsvc.registry.challenge import (
     MAX_TOKEN_BODY,
     Challenge,

@@ -17,10 +17,10 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Final
 
-from imgsvc import kernel
-from imgsvc.children import Companion
-from imgsvc.concurrency import time_limit
-from imgsvc.errors import Unavailable
+from imgsvc.base import kernel
+from imgsvc.base.children import Companion
+from imgsvc.base.concurrency import time_limit
+from imgsvc.base.errors import Unavailable
 from imgsvc.registry.bulk_messages import COUNT, LOT, MAX_END, MAX_MESSAGE, MEMORY, SLOTS, Head, Order, pack_order, unpack_end, unpack_head
 from imgsvc.registry.exchange import Chunk, Headers, RequestFailed, Response, Route, Sender, Timeouts, log_exchange
 from imgsvc.registry.netguard import Reach

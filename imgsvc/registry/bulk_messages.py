@@ -18,8 +18,8 @@ import json
 from dataclasses import asdict, astuple, dataclass
 from typing import Any, Final
 
-from imgsvc.errors import ImgsvcError, Internal, InvalidArgument
-from imgsvc.oci import KIB, MIB
+from imgsvc.base.errors import ImgsvcError, Internal, InvalidArgument
+from imgsvc.base.oci import KIB, MIB
 from imgsvc.registry.exchange import RequestFailed, Route, Timeouts
 from imgsvc.registry.hosts import Tls
 from imgsvc.registry.netguard import Reach

@@ -22,8 +22,8 @@ import traceback
 from pathlib import Path
 from typing import Final
 
-from imgsvc import confinement, kernel
-from imgsvc.errors import ImgsvcError, Internal
+from imgsvc.base import confinement, kernel
+from imgsvc.base.errors import ImgsvcError, Internal
 from imgsvc.registry.bulk_messages import COUNT, LOT, MAX_FILES, MAX_MESSAGE, MEMORY, SLOTS, Head, Order, pack_end, pack_head, unpack_order
 from imgsvc.registry.exchange import Chunk, Timeouts
 from imgsvc.registry.redact import shown_url

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
-from imgsvc.errors import InvalidArgument, printable
-from imgsvc.oci import load_json_object
+from imgsvc.base.errors import InvalidArgument, printable
+from imgsvc.base.oci import load_json_object
 from imgsvc.registry.netguard import is_host_name
 
 MAX_TOKEN_BODY: Final = 1024**2  # [bytes] of a token server's answer; real ones stay below 20 KiB

@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
-from imgsvc.errors import ImgsvcError
-from imgsvc.oci import MAX_DOCUMENT, MIB, Descriptor, Index, Platform, parse_document
-from imgsvc.reference import Reference
+from imgsvc.base.errors import ImgsvcError
+from imgsvc.base.oci import MAX_DOCUMENT, MIB, Descriptor, Index, Platform, parse_document
+from imgsvc.base.reference import Reference
 from imgsvc.registry.documents import ACCEPT_HEADER, check_is_manifest, read_document
 from imgsvc.registry.endpoint import Ask, Endpoint
 from imgsvc.registry.exchange import Response

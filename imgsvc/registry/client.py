@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
-from imgsvc.concurrency import SingleFlight, in_thread
-from imgsvc.errors import ResourceExhausted
-from imgsvc.oci import Descriptor
-from imgsvc.reference import Reference
+from imgsvc.base.concurrency import SingleFlight, in_thread
+from imgsvc.base.errors import ResourceExhausted
+from imgsvc.base.oci import Descriptor
+from imgsvc.base.reference import Reference
 from imgsvc.registry.auth import Authorizer
 from imgsvc.registry.documents import ACCEPT_HEADER, MANIFESTS, read_document, verify
 from imgsvc.registry.download import ConnectionBudget, Download, Pace, Source

@@ -19,13 +19,13 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from imgsvc.concurrency import SingleFlight, in_thread
-from imgsvc.errors import ImgsvcError, InvalidArgument, NotFound, PermissionDenied, Unavailable, from_os_error
+from imgsvc.base.concurrency import SingleFlight, in_thread
+from imgsvc.base.errors import ImgsvcError, InvalidArgument, NotFound, PermissionDenied, Unavailable, from_os_error
+from imgsvc.base.tomlfile import Document, load
 from imgsvc.registry.dockerconfig import MAX_FILE, DockerConfig, entry_for, helper_for, parse_docker_config
 from imgsvc.registry.endpoint import CredentialSource
 from imgsvc.registry.helpers import Provider, ask_docker_helper, ask_provider, image_matches, parse_providers
 from imgsvc.registry.interfaces import Credential
-from imgsvc.tomlfile import Document, load
 
 FILE_NAME: Final = "credentials.toml"
 _OF_NAMESPACE: Final = "namespace"

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from imgsvc.errors import InvalidArgument
-from imgsvc.oci import MIB, load_json_object
+from imgsvc.base.errors import InvalidArgument
+from imgsvc.base.oci import MIB, load_json_object
 from imgsvc.registry.hosts import DOCKER_NAMESPACE, canonical_name
 from imgsvc.registry.interfaces import Credential
 

@@ -7,8 +7,8 @@ from typing import Final
 
 import zstandard
 
-from imgsvc.errors import InvalidArgument, ResourceExhausted, printable
-from imgsvc.oci import ACCEPT, INDEX_TYPES, MANIFEST_TYPES, MIB, Descriptor, Digest
+from imgsvc.base.errors import InvalidArgument, ResourceExhausted, printable
+from imgsvc.base.oci import ACCEPT, INDEX_TYPES, MANIFEST_TYPES, MIB, Descriptor, Digest
 from imgsvc.registry.exchange import RequestFailed, Response
 from imgsvc.registry.redact import shown_url
 from imgsvc.registry.retry import Failure

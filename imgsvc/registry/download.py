@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from imgsvc.numerals import whole_number
-from imgsvc.oci import KIB, MIB, Descriptor
+from imgsvc.base.numerals import whole_number
+from imgsvc.base.oci import KIB, MIB, Descriptor
 from imgsvc.registry.documents import lied
 from imgsvc.registry.endpoint import Ask, Endpoint
 from imgsvc.registry.exchange import Chunk, RequestFailed, Response

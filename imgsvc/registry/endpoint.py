@@ -18,9 +18,10 @@ from datetime import UTC, datetime
 from typing import Final, Protocol
 from urllib.parse import urlsplit
 
-from imgsvc import __version__, tracing
-from imgsvc.concurrency import time_limit
-from imgsvc.errors import ImgsvcError, InvalidArgument, Unavailable, printable
+from imgsvc import __version__
+from imgsvc.base import tracing
+from imgsvc.base.concurrency import time_limit
+from imgsvc.base.errors import ImgsvcError, InvalidArgument, Unavailable, printable
 from imgsvc.registry.auth import Answer, Authorizer, Peer, secrets_of
 from imgsvc.registry.exchange import Body, RequestFailed, Response, Route, Sender
 from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, OWN, Capability, Host, Tls, canonical_name

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol, Self
 
-from imgsvc.concurrency import time_limit
-from imgsvc.errors import ImgsvcError, ResourceExhausted, printable
-from imgsvc.numerals import whole_number
+from imgsvc.base.concurrency import time_limit
+from imgsvc.base.errors import ImgsvcError, ResourceExhausted, printable
+from imgsvc.base.numerals import whole_number
 from imgsvc.registry.hosts import Tls
 from imgsvc.registry.netguard import ANYWHERE, Reach
 from imgsvc.registry.redact import shown_url

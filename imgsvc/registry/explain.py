@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from imgsvc.errors import ImgsvcError, Unavailable
-from imgsvc.reference import Reference
+from imgsvc.base.errors import ImgsvcError, Unavailable
+from imgsvc.base.reference import Reference
 from imgsvc.registry.credentials import NodeCredentials, named_credential
 from imgsvc.registry.hostdirs import HostDirectories, Searched
 from imgsvc.registry.hosts import (

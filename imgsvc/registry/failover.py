@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
-from imgsvc.errors import printable
+from imgsvc.base.errors import printable
 from imgsvc.registry.endpoint import Endpoint
 from imgsvc.registry.exchange import RequestFailed
 from imgsvc.registry.interfaces import Attempt, PullFailed, RegistryObserver

@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from imgsvc import yamlfile
-from imgsvc.concurrency import time_limit
-from imgsvc.errors import ImgsvcError, InvalidArgument, Unavailable
-from imgsvc.oci import MIB, load_json_object
+from imgsvc.base import yamlfile
+from imgsvc.base.concurrency import time_limit
+from imgsvc.base.errors import ImgsvcError, InvalidArgument, Unavailable
+from imgsvc.base.oci import MIB, load_json_object
+from imgsvc.base.tomlfile import parse_duration
 from imgsvc.registry.dockerconfig import helper_server, parse_helper_answer
 from imgsvc.registry.interfaces import Credential
-from imgsvc.tomlfile import parse_duration
 
 _MAX_OUTPUT: Final = MIB  # [bytes]
 _LAST_WAIT_S: Final = 2.0  # for a killed program to be gone

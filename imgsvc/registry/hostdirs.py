@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, from_os_error
-from imgsvc.reference import is_repository
+from imgsvc.base.errors import FailedPrecondition, ImgsvcError, InvalidArgument, from_os_error
+from imgsvc.base.reference import is_repository
+from imgsvc.base.tomlfile import load
 from imgsvc.registry.hosts import (
     HostsConfig,
     default_host,
@@ -30,7 +31,6 @@ from imgsvc.registry.hosts import (
     repository_prefixes,
 )
 from imgsvc.registry.legacy import for_namespace
-from imgsvc.tomlfile import load
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from pathlib import PurePosixPath
 from typing import Final
 from urllib.parse import urlsplit
 
-from imgsvc.errors import InvalidArgument, printable
-from imgsvc.reference import is_repository
-from imgsvc.tomlfile import Document, dotted, suggestion
+from imgsvc.base.errors import InvalidArgument, printable
+from imgsvc.base.reference import is_repository
+from imgsvc.base.tomlfile import Document, dotted, suggestion
 
 DOCKER_NAMESPACE: Final = "docker.io"
 DOCKER_REGISTRY: Final = "registry-1.docker.io"

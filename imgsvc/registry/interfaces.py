@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
 
-from imgsvc.errors import ImgsvcError
-from imgsvc.oci import Descriptor, Digest
-from imgsvc.reference import Reference
+from imgsvc.base.errors import ImgsvcError
+from imgsvc.base.oci import Descriptor, Digest
+from imgsvc.base.reference import Reference
 
 _SALT: Final = secrets.token_bytes(16)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from imgsvc.errors import InvalidArgument, printable
+from imgsvc.base.errors import InvalidArgument, printable
 from imgsvc.registry.credentials import StoredCredential
 from imgsvc.registry.dockerconfig import credential_from_cri, normalised_key
 from imgsvc.registry.hosts import Capability, Host, HostsConfig, Tls, default_host, parse_url

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import httpcore
 
-from imgsvc.concurrency import time_limit
+from imgsvc.base.concurrency import time_limit
 from imgsvc.registry.netguard import Reach, reach_of
 from imgsvc.registry.tls import reason_of
 

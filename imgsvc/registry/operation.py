@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from imgsvc.reference import Reference
+from imgsvc.base.reference import Reference
 from imgsvc.registry.endpoint import Endpoint, Session
 from imgsvc.registry.failover import Failover, HealthBook
 from imgsvc.registry.hosts import Capability, HostsConfig

@@ -10,7 +10,7 @@ import ipaddress
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from imgsvc.numerals import whole_number
+from imgsvc.base.numerals import whole_number
 from imgsvc.registry.hosts import DIRECT, is_local
 
 

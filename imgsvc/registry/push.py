@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Final, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from imgsvc.errors import ImgsvcError, InvalidArgument, printable
-from imgsvc.oci import MAX_DOCUMENT, MIB, Descriptor, Digest, Index, load_json_object, parse_document
-from imgsvc.reference import Reference
+from imgsvc.base.errors import ImgsvcError, InvalidArgument, printable
+from imgsvc.base.oci import MAX_DOCUMENT, MIB, Descriptor, Digest, Index, load_json_object, parse_document
+from imgsvc.base.reference import Reference
 from imgsvc.registry.documents import ACCEPT_HEADER, announced_digest, lied, media_type_of, read_document
 from imgsvc.registry.endpoint import Ask, Endpoint
 from imgsvc.registry.exchange import RequestFailed, Response

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from imgsvc.oci import KIB, MIB
+from imgsvc.base.oci import KIB, MIB
 
 MIN_SPAN: Final = 4 * MIB  # [bytes] below which another connection costs more than it brings
 MAX_CONNECTIONS: Final = 8  # per blob; beyond, registries start to answer 429

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from typing import Final
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from imgsvc.errors import ImgsvcError, printable
-from imgsvc.oci import load_json_object
+from imgsvc.base.errors import ImgsvcError, printable
+from imgsvc.base.oci import load_json_object
 
 MAX_ERROR_BODY: Final = 64 * 1024  # [bytes]
 _SHOWN_QUERY: Final = frozenset({"ns"})

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from imgsvc.errors import ImgsvcError
-from imgsvc.numerals import whole_number
-from imgsvc.oci import MAX_DOCUMENT, Descriptor, Digest, parse_document
-from imgsvc.reference import Reference
+from imgsvc.base.errors import ImgsvcError
+from imgsvc.base.numerals import whole_number
+from imgsvc.base.oci import MAX_DOCUMENT, Descriptor, Digest, parse_document
+from imgsvc.base.reference import Reference
 from imgsvc.registry.documents import ACCEPT_HEADER, MANIFESTS, announced_digest, check_is_manifest, lied, media_type_of, read_document
 from imgsvc.registry.endpoint import Ask, Endpoint
 from imgsvc.registry.exchange import RequestFailed, Response

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Final
 
-from imgsvc.numerals import whole_number
+from imgsvc.base.numerals import whole_number
 from imgsvc.registry.ranges import RangeSupport
 
 _TRIES: Final = 4  # on the last host: the first and three more

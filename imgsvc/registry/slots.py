@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
-from imgsvc.concurrency import trickles
+from imgsvc.base.concurrency import trickles
 
 _KEPT: Final = 2  # places beyond the node's limit, for registries that hold none
 _BEYOND: Final = 2  # times the node's limit, that one registry may have under way with those that lost their places

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final
 
-from imgsvc.errors import InvalidArgument, printable
+from imgsvc.base.errors import InvalidArgument, printable
 from imgsvc.registry.hosts import Tls
 
 _FRAME: Final = re.compile(r"^\[\w+(?:: \w+)?\] | ?\(_ssl\.c:\d+\)$", re.ASCII)

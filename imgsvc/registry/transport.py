@@ -20,8 +20,8 @@ from urllib.parse import unquote, urlsplit
 import httpcore
 from h2.exceptions import H2Error
 
-from imgsvc.concurrency import in_thread, time_limit
-from imgsvc.errors import printable
+from imgsvc.base.concurrency import in_thread, time_limit
+from imgsvc.base.errors import printable
 from imgsvc.registry.exchange import Body, Chunk, Headers, RequestFailed, Response, Route, Timeouts, log_exchange
 from imgsvc.registry.hosts import Tls
 from imgsvc.registry.netguard import ANYWHERE, Reach, reach_of

@@ -9,7 +9,7 @@ import logging
 import shutil
 from typing import Final
 
-from imgsvc.errors import ImgsvcError
+from imgsvc.base.errors import ImgsvcError
 from imgsvc.runtime.host import Host
 from imgsvc.runtime.process import run
 

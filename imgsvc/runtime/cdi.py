@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc import yamlfile
-from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, printable
+from imgsvc.base import yamlfile
+from imgsvc.base.errors import FailedPrecondition, InvalidArgument, NotFound, printable
 from imgsvc.runtime.volumes import clean
 
 _QUALIFIED = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*=[A-Za-z0-9][A-Za-z0-9_.:-]*", re.ASCII)

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from imgsvc import procfs
-from imgsvc.errors import FailedPrecondition, InvalidArgument, printable
+from imgsvc.base import procfs
+from imgsvc.base.errors import FailedPrecondition, InvalidArgument, printable
 from imgsvc.runtime.host import Host
 
 ROOT: Final = Path("/sys/fs/cgroup")

@@ -28,10 +28,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from imgsvc.concurrency import in_thread
-from imgsvc.errors import AlreadyExists, InvalidArgument, NotFound
-from imgsvc.fsutil import private_dir, sync_dir
-from imgsvc.removal import discard
+from imgsvc.base.concurrency import in_thread
+from imgsvc.base.errors import AlreadyExists, InvalidArgument, NotFound
+from imgsvc.base.fsutil import private_dir, sync_dir
+from imgsvc.base.removal import discard
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.exits import now_ns
 from imgsvc.runtime.records import ContainerRecord

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.errors import DataLoss, InvalidArgument, NotFound, Unavailable, printable
-from imgsvc.fsutil import private_dir, write_atomic
+from imgsvc.base.errors import DataLoss, InvalidArgument, NotFound, Unavailable, printable
+from imgsvc.base.fsutil import private_dir, write_atomic
 from imgsvc.runtime.process import SAFE_PATH, Finished, run
 
 PLUGIN_TIMEOUT_S: Final = 110.0  # below the kubelet's two minutes for one CRI call

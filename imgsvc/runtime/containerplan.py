@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from imgsvc import kernel
-from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, printable
-from imgsvc.oci import Digest
+from imgsvc.base import kernel
+from imgsvc.base.errors import FailedPrecondition, InvalidArgument, NotFound, printable
+from imgsvc.base.oci import Digest
 from imgsvc.runtime import cdi, cgroups, devices, podfiles, security, selinux, spec, volumes
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.interfaces import RootMount, RunnableImage

@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from imgsvc.concurrency import Undo, in_thread, time_limit
-from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, printable
-from imgsvc.failpoints import afailpoint
+from imgsvc.base.concurrency import Undo, in_thread, time_limit
+from imgsvc.base.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, printable
+from imgsvc.base.failpoints import afailpoint
 from imgsvc.runtime import cgroups, spec, validate
 from imgsvc.runtime.containerplan import BuiltContainer, ContainerBuilder, volume_key
 from imgsvc.runtime.core import Core, os_errors

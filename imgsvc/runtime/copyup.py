@@ -12,8 +12,8 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from imgsvc.errors import InvalidArgument
-from imgsvc.fsutil import copy_data
+from imgsvc.base.errors import InvalidArgument
+from imgsvc.base.fsutil import copy_data
 
 MAX_DEPTH: Final = 128  # directories in each other; each holds two descriptors while it is copied
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

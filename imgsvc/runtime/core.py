@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from imgsvc.concurrency import KeyedLock
-from imgsvc.errors import FailedPrecondition, InvalidArgument, from_os_error, printable
+from imgsvc.base.concurrency import KeyedLock
+from imgsvc.base.errors import FailedPrecondition, InvalidArgument, from_os_error, printable
 from imgsvc.runtime.events import Events
 from imgsvc.runtime.host import Host
 from imgsvc.runtime.interfaces import Images, NetworkPlugin, OCIRuntime

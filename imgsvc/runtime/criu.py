@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from imgsvc.errors import FailedPrecondition, printable
+from imgsvc.base.errors import FailedPrecondition, printable
 from imgsvc.runtime.process import run
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from imgsvc.errors import InvalidArgument, NotFound, printable
+from imgsvc.base.errors import InvalidArgument, NotFound, printable
 from imgsvc.runtime.model import Device, User
 
 # Directories below /dev that every container gets its own of, and links that its runtime makes.

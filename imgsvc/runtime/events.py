@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from imgsvc.errors import ResourceExhausted
+from imgsvc.base.errors import ResourceExhausted
 from imgsvc.runtime.exits import now_ns
 from imgsvc.runtime.records import ContainerRecord, Records, SandboxRecord
 

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
-from imgsvc import procfs
-from imgsvc.errors import ImgsvcError
+from imgsvc.base import procfs
+from imgsvc.base.errors import ImgsvcError
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from imgsvc.errors import InvalidArgument, printable
+from imgsvc.base.errors import InvalidArgument, printable
 
 Value = str | int | Sequence[str]
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from imgsvc.errors import ImgsvcError, InvalidArgument, from_os_error, printable
+from imgsvc.base.errors import ImgsvcError, InvalidArgument, from_os_error, printable
 from imgsvc.runtime.interfaces import OCIRuntime
 from imgsvc.runtime.monitor import MonitorPaths
 from imgsvc.runtime.oci_runtime import OCICommand, sweep_self_tests

@@ -18,9 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.concurrency import in_thread
-from imgsvc.errors import Unimplemented
-from imgsvc.failpoints import afailpoint
+from imgsvc.base.concurrency import in_thread
+from imgsvc.base.errors import Unimplemented
+from imgsvc.base.failpoints import afailpoint
 from imgsvc.runtime import cgroups, spec
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.exits import alive, persistently, process_gone, start_time

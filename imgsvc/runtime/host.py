@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from imgsvc import kernel
+from imgsvc.base import kernel
 from imgsvc.runtime.selinux import Contexts, read_contexts
 
 # Capability names in the order of their numbers. Source: capabilities(7), linux/capability.h.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from imgsvc.errors import ImgsvcError
-from imgsvc.oci import Digest, ImageConfig
+from imgsvc.base.errors import ImgsvcError
+from imgsvc.base.oci import Digest, ImageConfig
 from imgsvc.runtime.model import PodSandboxConfig
 from imgsvc.runtime.model import UserNamespace as UserNamespace  # noqa: PLC0414  # shown again: part of the contract with the image side
 from imgsvc.runtime.streaming.interfaces import CommandTarget

@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from imgsvc.errors import InvalidArgument
+from imgsvc.base.errors import InvalidArgument
 
 
 def check_log_directory(directory: str, log_path: str) -> None:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Final
 
 from imgsvc.api import cri_pb2 as pb
-from imgsvc.concurrency import in_thread
+from imgsvc.base.concurrency import in_thread
 from imgsvc.runtime import cgroups, usage
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.exits import now_ns

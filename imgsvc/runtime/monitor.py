@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.concurrency import in_thread, time_limit, to_the_end
-from imgsvc.errors import DeadlineExceeded, FailedPrecondition, NotFound, from_os_error, printable
+from imgsvc.base.concurrency import in_thread, time_limit, to_the_end
+from imgsvc.base.errors import DeadlineExceeded, FailedPrecondition, NotFound, from_os_error, printable
 from imgsvc.runtime.exits import UNKNOWN_EXIT, now_ns, process_gone, read_exit_file, settle, start_time
 from imgsvc.runtime.interfaces import Exit, NewTask
 from imgsvc.runtime.process import SAFE_PATH, kill_group

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imgsvc import kernel
-from imgsvc.errors import FailedPrecondition, Internal
-from imgsvc.removal import discard, unmount_below
+from imgsvc.base import kernel
+from imgsvc.base.errors import FailedPrecondition, Internal
+from imgsvc.base.removal import discard, unmount_below
 from imgsvc.runtime import sysctls
 from imgsvc.runtime.model import IDMapping, UserNamespace
 

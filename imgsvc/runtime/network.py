@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.concurrency import all_of
-from imgsvc.errors import ImgsvcError, InvalidArgument, printable
-from imgsvc.fsutil import write_atomic
+from imgsvc.base.concurrency import all_of
+from imgsvc.base.errors import ImgsvcError, InvalidArgument, printable
+from imgsvc.base.fsutil import write_atomic
 from imgsvc.runtime.cni import CNI, Attachment, NetworkList, config_files, load_networks, parse_network, pod_addresses
 from imgsvc.runtime.gotemplate import render
 from imgsvc.runtime.interfaces import NetworkPlugin

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from imgsvc.concurrency import KeyedLock, ended, in_thread
-from imgsvc.fsutil import boot_id, private_dir
-from imgsvc.metadb import MetaDB
-from imgsvc.removal import discard
+from imgsvc.base.concurrency import KeyedLock, ended, in_thread
+from imgsvc.base.fsutil import boot_id, private_dir
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.removal import discard
 from imgsvc.runtime import host
 from imgsvc.runtime.apparmor import load_default
 from imgsvc.runtime.codec import to_json

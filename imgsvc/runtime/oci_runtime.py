@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
-from imgsvc.concurrency import Undo, in_thread, time_limit, to_the_end
-from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound
-from imgsvc.fsutil import private_dir
-from imgsvc.removal import scratch_directory
+from imgsvc.base.concurrency import Undo, in_thread, time_limit, to_the_end
+from imgsvc.base.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound
+from imgsvc.base.fsutil import private_dir
+from imgsvc.base.removal import scratch_directory
 from imgsvc.runtime.criu import dump_failed, require_criu
 from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask, OCIRuntime
 from imgsvc.runtime.monitor import CREATE_TIMEOUT_S, Conmon, MonitorPaths, runtime_message

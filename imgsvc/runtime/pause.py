@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from imgsvc.errors import Unimplemented
+from imgsvc.base.errors import Unimplemented
 
 # struct kernel_sigaction: handler SIG_IGN (1), no flags, no restorer, empty mask
 _SIGACTION: Final = struct.pack("<QQQQ", 1, 0, 0, 0)

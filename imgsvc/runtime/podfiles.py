@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from imgsvc import kernel
+from imgsvc.base import kernel
 from imgsvc.runtime.model import DNSConfig, NamespaceMode, PodSandboxConfig
 from imgsvc.runtime.selinux import mount_option, relabel
 from imgsvc.runtime.validate import hostname_of

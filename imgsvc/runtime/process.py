@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.concurrency import ended, time_limit, to_the_end
-from imgsvc.errors import DeadlineExceeded, NotFound, from_os_error, printable
-from imgsvc.oci import MIB
+from imgsvc.base.concurrency import ended, time_limit, to_the_end
+from imgsvc.base.errors import DeadlineExceeded, NotFound, from_os_error, printable
+from imgsvc.base.oci import MIB
 
 MAX_OUTPUT: Final = 4 * MIB  # [bytes] per stream; a CNI result or a runtime's state is some KiB
 SAFE_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

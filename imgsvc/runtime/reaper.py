@@ -8,7 +8,7 @@ ourselves are left to whoever started them: their wait status is not ours to tak
 * what lives in another PID namespace, where we never start anything;
 * a member of a process group that is neither its own nor ours: what we start is either a leader or in our group;
 * what has been a zombie for three sweeps: whoever starts a child here waits for it at once, or has said in
-  imgsvc.children that it will later.
+  imgsvc.base.children that it will later.
 
 Every note is on a process, never on a number alone, which may be given to a child of ours anew.
 
@@ -24,7 +24,7 @@ import os
 import signal
 from typing import Final, NamedTuple
 
-from imgsvc import children, kernel, procfs
+from imgsvc.base import children, kernel, procfs
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from imgsvc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, printable
-from imgsvc.fsutil import write_atomic
-from imgsvc.metadb import MetaDB, WriteTxn
+from imgsvc.base.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, printable
+from imgsvc.base.fsutil import write_atomic
+from imgsvc.base.metadb.database import MetaDB, WriteTxn
 from imgsvc.runtime.codec import from_json, to_json
 from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, PodSandboxConfig, User
 

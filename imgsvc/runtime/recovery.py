@@ -18,8 +18,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Final
 
-from imgsvc.concurrency import all_of, in_thread
-from imgsvc.errors import ImgsvcError
+from imgsvc.base.concurrency import all_of, in_thread
+from imgsvc.base.errors import ImgsvcError
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.exits import UNKNOWN_EXIT, alive, now_ns

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from imgsvc import kernel
-from imgsvc.errors import FailedPrecondition
-from imgsvc.removal import discard, unmount_below
+from imgsvc.base import kernel
+from imgsvc.base.errors import FailedPrecondition
+from imgsvc.base.removal import discard, unmount_below
 from imgsvc.runtime import selinux
 from imgsvc.runtime.interfaces import RootMount
 from imgsvc.runtime.model import UserNamespace

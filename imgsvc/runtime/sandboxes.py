@@ -11,9 +11,9 @@ import logging
 import os
 from dataclasses import replace
 
-from imgsvc.concurrency import Undo, in_thread
-from imgsvc.errors import FailedPrecondition, ImgsvcError, NotFound
-from imgsvc.failpoints import afailpoint
+from imgsvc.base.concurrency import Undo, in_thread
+from imgsvc.base.errors import FailedPrecondition, ImgsvcError, NotFound
+from imgsvc.base.failpoints import afailpoint
 from imgsvc.runtime import cgroups, podfiles, podlimits, selinux, sysctls, validate
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, os_errors

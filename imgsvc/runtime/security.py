@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, printable
-from imgsvc.oci import MIB
+from imgsvc.base.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, printable
+from imgsvc.base.oci import MIB
 from imgsvc.runtime import selinux
 from imgsvc.runtime.host import CAPABILITIES, Host
 from imgsvc.runtime.model import Capability, LinuxContainerSecurityContext, ProfileType, SecurityProfile

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imgsvc.errors import InvalidArgument, ResourceExhausted, printable
+from imgsvc.base.errors import InvalidArgument, ResourceExhausted, printable
 from imgsvc.runtime.model import SELinuxOption
 
 ATTRIBUTE: Final = "security.selinux"

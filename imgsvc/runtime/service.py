@@ -1,6 +1,6 @@
 """The CRI RuntimeService: protobuf <-> dataclasses, and nothing else.
 
-Errors are raised as imgsvc.errors; the edge's interceptor turns them into gRPC status.
+Errors are raised as imgsvc.base.errors; the edge's interceptor turns them into gRPC status.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Final
 from imgsvc import __version__
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.api.cri_pb2_grpc import RuntimeServiceServicer
-from imgsvc.errors import InvalidArgument, Unimplemented
+from imgsvc.base.errors import InvalidArgument, Unimplemented
 from imgsvc.runtime import convert
 from imgsvc.runtime.checkpoint import checkpoint
 from imgsvc.runtime.codec import from_proto

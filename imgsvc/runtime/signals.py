@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from typing import Final
 
-from imgsvc.numerals import whole_number
+from imgsvc.base.numerals import whole_number
 
 _CRI_NAMES: Final = (
     "",

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.errors import FailedPrecondition, InvalidArgument, printable
-from imgsvc.oci import ImageConfig
+from imgsvc.base.errors import FailedPrecondition, InvalidArgument, printable
+from imgsvc.base.oci import ImageConfig
 from imgsvc.runtime.devices import DeviceNode
 from imgsvc.runtime.host import Host
 from imgsvc.runtime.model import (

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from imgsvc.errors import FailedPrecondition
+from imgsvc.base.errors import FailedPrecondition
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord
 
 

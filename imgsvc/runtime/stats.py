@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imgsvc import kernel, procfs
 from imgsvc.api import cri_pb2 as pb
-from imgsvc.concurrency import in_thread
-from imgsvc.errors import ImgsvcError
+from imgsvc.base import kernel, procfs
+from imgsvc.base.concurrency import in_thread
+from imgsvc.base.errors import ImgsvcError
 from imgsvc.runtime import cgroups, usage
 from imgsvc.runtime.codec import fill_proto
 from imgsvc.runtime.core import Core

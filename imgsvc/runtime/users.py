@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imgsvc import kernel
-from imgsvc.errors import InvalidArgument, NotFound, ResourceExhausted, from_os_error, printable
-from imgsvc.numerals import whole_number
-from imgsvc.oci import MIB
+from imgsvc.base import kernel
+from imgsvc.base.errors import InvalidArgument, NotFound, ResourceExhausted, from_os_error, printable
+from imgsvc.base.numerals import whole_number
+from imgsvc.base.oci import MIB
 from imgsvc.runtime.model import LinuxContainerSecurityContext, SupplementalGroupsPolicy, User
 
 MAX_FILE: Final = 10 * MIB  # [bytes] of /etc/passwd and of /etc/group

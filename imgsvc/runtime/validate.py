@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from imgsvc.errors import InvalidArgument, printable
+from imgsvc.base.errors import InvalidArgument, printable
 from imgsvc.runtime.model import ContainerConfig, DNSConfig, IDMapping, NamespaceMode, PodSandboxConfig
 from imgsvc.runtime.sysctls import canonical
 

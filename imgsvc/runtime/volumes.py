@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc import kernel, procfs
-from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound, from_os_error, printable
+from imgsvc.base import kernel, procfs
+from imgsvc.base.errors import FailedPrecondition, InvalidArgument, NotFound, from_os_error, printable
 from imgsvc.runtime.copyup import copy_directory
 from imgsvc.runtime.model import Mount, Propagation
 

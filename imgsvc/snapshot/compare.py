@@ -11,9 +11,9 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from imgsvc.concurrency import CancelToken
-from imgsvc.errors import printable
-from imgsvc.oci import MIB
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.errors import printable
+from imgsvc.base.oci import MIB
 from imgsvc.snapshot.tree import is_whiteout
 
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -9,8 +9,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from imgsvc.errors import Internal, InvalidArgument, ResourceExhausted, printable
-from imgsvc.kernel import open_on_mount, without_links
+from imgsvc.base.errors import Internal, InvalidArgument, ResourceExhausted, printable
+from imgsvc.base.kernel import open_on_mount, without_links
 from imgsvc.snapshot.interfaces import IDMapping
 
 _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

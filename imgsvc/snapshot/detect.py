@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from imgsvc import kernel
-from imgsvc.errors import ImgsvcError
-from imgsvc.fsutil import private_dir
-from imgsvc.oci import MIB
-from imgsvc.removal import remove_tree, scratch_directory
+from imgsvc.base import kernel
+from imgsvc.base.errors import ImgsvcError
+from imgsvc.base.fsutil import private_dir
+from imgsvc.base.oci import MIB
+from imgsvc.base.removal import remove_tree, scratch_directory
 from imgsvc.snapshot import native, overlay
 from imgsvc.snapshot.erofs.build import OpenLayer, build_image
 from imgsvc.snapshot.erofs.index import record

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from imgsvc import kernel
-from imgsvc.errors import from_os_error
-from imgsvc.failpoints import failpoint
-from imgsvc.fsutil import private_dir
-from imgsvc.removal import discard, remove_at
+from imgsvc.base import kernel
+from imgsvc.base.errors import from_os_error
+from imgsvc.base.failpoints import failpoint
+from imgsvc.base.fsutil import private_dir
+from imgsvc.base.removal import discard, remove_at
 from imgsvc.snapshot.interfaces import Usage
 from imgsvc.snapshot.laying import IMPLIED_MODE, IMPLIED_TIMES
 from imgsvc.snapshot.tree import Tree

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.concurrency import CancelToken
-from imgsvc.errors import FailedPrecondition, NotFound, from_os_error
-from imgsvc.failpoints import failpoint
-from imgsvc.metadb import MetaDB
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.errors import FailedPrecondition, NotFound, from_os_error
+from imgsvc.base.failpoints import failpoint
+from imgsvc.base.metadb.database import MetaDB
 from imgsvc.snapshot.compare import difference
 from imgsvc.snapshot.directories import Directories, disk_usage
 from imgsvc.snapshot.interfaces import Key, Kind, LayerFault, Mount, Name, SnapshotInfo, Usage

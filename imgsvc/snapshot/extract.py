@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from imgsvc.errors import FailedPrecondition, ImgsvcError, ResourceExhausted, from_os_error
-from imgsvc.failpoints import armed, failpoint
-from imgsvc.removal import remove_at
+from imgsvc.base.errors import FailedPrecondition, ImgsvcError, ResourceExhausted, from_os_error
+from imgsvc.base.failpoints import armed, failpoint
+from imgsvc.base.removal import remove_at
 from imgsvc.snapshot import tarheader as tar
 from imgsvc.snapshot.tarheader import BadLayer, Header
 from imgsvc.snapshot.tarstream import TarStream

@@ -19,8 +19,8 @@ from typing import IO, Final, Protocol, cast
 import zstandard
 from isal import igzip_lib
 
-from imgsvc.errors import DataLoss, InvalidArgument, ResourceExhausted, printable
-from imgsvc.oci import MIB
+from imgsvc.base.errors import DataLoss, InvalidArgument, ResourceExhausted, printable
+from imgsvc.base.oci import MIB
 from imgsvc.snapshot.tarheader import BLOCK, ZERO_BLOCK, checksum_fits
 
 READ_SIZE: Final = 256 * 1024  # [bytes] of compressed input per read

@@ -11,8 +11,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Final, NewType, Protocol, runtime_checkable
 
-from imgsvc.concurrency import CancelToken
-from imgsvc.oci import Digest
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.oci import Digest
 
 Key = NewType("Key", str)  # an active snapshot or a view: work in progress, a container's root
 Name = NewType("Name", str)  # a committed snapshot: for image layers the chain ID

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from imgsvc.errors import ResourceExhausted
-from imgsvc.oci import MIB
-from imgsvc.removal import remove_at
+from imgsvc.base.errors import ResourceExhausted
+from imgsvc.base.oci import MIB
+from imgsvc.base.removal import remove_at
 from imgsvc.snapshot.tarheader import BadLayer
 
 MAX_JOURNAL: Final = 64 * MIB  # [bytes]; real ones stay below 1 MiB

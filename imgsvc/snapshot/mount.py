@@ -13,9 +13,9 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 
-from imgsvc import kernel
-from imgsvc.errors import ImgsvcError, from_os_error
-from imgsvc.removal import scratch_directory
+from imgsvc.base import kernel
+from imgsvc.base.errors import ImgsvcError, from_os_error
+from imgsvc.base.removal import scratch_directory
 from imgsvc.snapshot.interfaces import Mount
 
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from imgsvc.errors import InvalidArgument
-from imgsvc.metadb import MetaDB
+from imgsvc.base.errors import InvalidArgument
+from imgsvc.base.metadb.database import MetaDB
 from imgsvc.snapshot.copying import copy_tree, shift_tree
 from imgsvc.snapshot.driver import DirectoryDriver, bind
 from imgsvc.snapshot.interfaces import IDMapping, Key, Kind, Mount, Name, Snapshotter

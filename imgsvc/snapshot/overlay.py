@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imgsvc.errors import FailedPrecondition, InvalidArgument, Unimplemented
-from imgsvc.fsutil import copy_metadata
-from imgsvc.metadb import MetaDB
+from imgsvc.base.errors import FailedPrecondition, InvalidArgument, Unimplemented
+from imgsvc.base.fsutil import copy_metadata
+from imgsvc.base.metadb.database import MetaDB
 from imgsvc.snapshot.copying import copy_tree, shift, shift_tree
 from imgsvc.snapshot.driver import DirectoryDriver, bind
 from imgsvc.snapshot.interfaces import IDMapping, Key, Kind, Mount, Name, SnapshotInfo, Snapshotter

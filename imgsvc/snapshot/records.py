@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from imgsvc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, printable
-from imgsvc.metadb import MetaDB, ReadTxn, WriteTxn
+from imgsvc.base.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, printable
+from imgsvc.base.metadb.database import MetaDB, ReadTxn, WriteTxn
 from imgsvc.snapshot.interfaces import IDMapping, Key, Kind, Name, SnapshotInfo, Usage
 
 _TABLE: Final = "snapshots"

@@ -20,9 +20,9 @@ import os
 import stat
 from typing import Final
 
-from imgsvc import kernel
-from imgsvc.errors import Aborted
-from imgsvc.fsutil import copy_data, copy_metadata
+from imgsvc.base import kernel
+from imgsvc.base.errors import Aborted
+from imgsvc.base.fsutil import copy_data, copy_metadata
 from imgsvc.snapshot.laying import IMPLIED_MODE, IMPLIED_TIMES, Journal
 from imgsvc.snapshot.tarheader import BadLayer
 from imgsvc.snapshot.tree import MissingDirectory, Tree, rounded

@@ -13,7 +13,7 @@ from struct import Struct
 from typing import Final
 from zlib import adler32
 
-from imgsvc.errors import InvalidArgument, ResourceExhausted, printable
+from imgsvc.base.errors import InvalidArgument, ResourceExhausted, printable
 
 BLOCK: Final = 512  # [bytes]
 ZERO_BLOCK: Final = bytes(BLOCK)

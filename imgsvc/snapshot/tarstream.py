@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from imgsvc.errors import DataLoss, ResourceExhausted
+from imgsvc.base.errors import DataLoss, ResourceExhausted
 from imgsvc.snapshot import tarheader as tar
 from imgsvc.snapshot.tarheader import BLOCK, BadLayer, Header
 

@@ -14,8 +14,8 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
-from imgsvc import kernel
-from imgsvc.removal import enter
+from imgsvc.base import kernel
+from imgsvc.base.removal import enter
 from imgsvc.snapshot.tarheader import BadLayer
 
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -37,11 +37,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from imgsvc import confinement, failpoints, kernel
-from imgsvc.errors import DataLoss, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error
-from imgsvc.failpoints import failpoint
-from imgsvc.fsutil import copy_metadata
-from imgsvc.removal import remove_at
+from imgsvc.base import confinement, failpoints, kernel
+from imgsvc.base.errors import DataLoss, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error
+from imgsvc.base.failpoints import failpoint
+from imgsvc.base.fsutil import copy_metadata
+from imgsvc.base.removal import remove_at
 from imgsvc.snapshot.erofs.build import OpenLayer, build_image, write_all
 from imgsvc.snapshot.erofs.index import record
 from imgsvc.snapshot.extract import Extractor

@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from imgsvc import errors, failpoints, kernel
-from imgsvc.children import Companion
-from imgsvc.concurrency import Slots
-from imgsvc.errors import Cancelled, DataLoss, ImgsvcError, Unavailable
-from imgsvc.oci import MIB, Digest
+from imgsvc.base import errors, failpoints, kernel
+from imgsvc.base.children import Companion
+from imgsvc.base.concurrency import Slots
+from imgsvc.base.errors import Cancelled, DataLoss, ImgsvcError, Unavailable
+from imgsvc.base.oci import MIB, Digest
 from imgsvc.snapshot.interfaces import COUNT, STREAM, Applied, LayerInput, Limits, Mount, Unpacker, UnpackJob, Usage
 
 log = logging.getLogger(__name__)

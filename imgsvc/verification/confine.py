@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imgsvc.oci import MIB
+from imgsvc.base.oci import MIB
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from imgsvc import cosign, tomlfile
-from imgsvc.errors import InvalidArgument, from_os_error
-from imgsvc.reference import DEFAULT_HOST
+from imgsvc import cosign
+from imgsvc.base import tomlfile
+from imgsvc.base.errors import InvalidArgument, from_os_error
+from imgsvc.base.reference import DEFAULT_HOST
 
 VERSION: Final = 1
 _ROOT_KEYS: Final = ("version", "default", "rule")

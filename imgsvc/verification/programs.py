@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imgsvc.concurrency import Threads, time_limit
-from imgsvc.errors import from_os_error, printable
-from imgsvc.oci import Descriptor
+from imgsvc.base.concurrency import Threads, time_limit
+from imgsvc.base.errors import from_os_error, printable
+from imgsvc.base.oci import Descriptor
 from imgsvc.verification.confine import confined
 
 log = logging.getLogger(__name__)

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from imgsvc.concurrency import SingleFlight, Threads
-from imgsvc.errors import ImgsvcError, PermissionDenied
+from imgsvc.base.concurrency import SingleFlight, Threads
+from imgsvc.base.errors import ImgsvcError, PermissionDenied
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import Descriptor
+from imgsvc.base.reference import Reference
 from imgsvc.images import Image
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import Descriptor
 from imgsvc.pull import Verifier
-from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import Credential, identity
 from imgsvc.verification.policy import Decision, Policy
 from imgsvc.verification.programs import Programs

@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator
 from typing import Final
 
 from imgsvc import cosign
+from imgsvc.base.errors import DataLoss, ImgsvcError, InvalidArgument, ResourceExhausted
+from imgsvc.base.oci import MAX_DOCUMENT, Descriptor, Manifest, parse_document
+from imgsvc.base.reference import Reference
 from imgsvc.cosign import Claim
-from imgsvc.errors import DataLoss, ImgsvcError, InvalidArgument, ResourceExhausted
-from imgsvc.oci import MAX_DOCUMENT, Descriptor, Manifest, parse_document
-from imgsvc.reference import Reference
 from imgsvc.registry.interfaces import Credential, Fetcher, PullFailed, Registry
 from imgsvc.verification.policy import Rule
 

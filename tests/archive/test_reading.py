@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from imgsvc import oci
 from imgsvc.archive import reading
 from imgsvc.archive.reading import ArchiveReader, Named
-from imgsvc.errors import DataLoss, ImgsvcError, InvalidArgument, ResourceExhausted
-from imgsvc.oci import Digest, Manifest, parse_document
+from imgsvc.base import oci
+from imgsvc.base.errors import DataLoss, ImgsvcError, InvalidArgument, ResourceExhausted
+from imgsvc.base.oci import Digest, Manifest, parse_document
 from imgsvc.snapshot.tarstream import TarStream
 from tests.fakes.store import MemoryStore
 from tests.support.images import BuiltDocument, Entry, descriptor, image, layer, tar

@@ -156,4 +156,4 @@ def test_an_option_that_a_command_does_not_have_is_refused_before_it_too(
 def test_a_command_imports_no_more_than_it_needs() -> None:
     program = "import sys; from imgsvc.cli.main import main; sys.argv[1:] = ['images']; main(); print(*sys.modules)"
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert not {"asyncio", "grpc", "imgsvc.config", "imgsvc.oci"} & set(shown.stdout.split())
+    assert not {"asyncio", "grpc", "imgsvc.config", "imgsvc.base.oci"} & set(shown.stdout.split())

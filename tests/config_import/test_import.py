@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from imgsvc import config
+from imgsvc.base.errors import InvalidArgument
+from imgsvc.base.tomlfile import dotted
 from imgsvc.config_import import Finding, Imported, Outcome, import_file
-from imgsvc.errors import InvalidArgument
 from imgsvc.registry.legacy import parse_legacy
-from imgsvc.tomlfile import dotted
 
 DEFAULTS = Path(__file__).with_name("containerd-2.3-keys.toml")
 CRI = 'plugins."io.containerd.grpc.v1.cri"'

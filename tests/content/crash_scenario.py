@@ -13,15 +13,15 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from imgsvc import failpoints
-from imgsvc.concurrency import Threads
+from imgsvc.base import failpoints
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.metadb.database import MetaDB, Schema, WriteTxn
+from imgsvc.base.oci import KIB, Digest
 from imgsvc.content.local import LocalStore
 from imgsvc.fsck import recover
 from imgsvc.gc import Cached, Collector, Policy, Root
 from imgsvc.gc_sources import Blobs, Ingests, content_node
 from imgsvc.leases import LeaseBook, Node
-from imgsvc.metadb import MetaDB, Schema, WriteTxn
-from imgsvc.oci import KIB, Digest
 from tests.fakes.clock import FakeClock
 
 CHUNK = 64 * KIB

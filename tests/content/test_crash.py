@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc import failpoints
+from imgsvc.base import failpoints
+from imgsvc.base.errors import FailedPrecondition
+from imgsvc.base.metadb.database import LastEnd, MetaDB
 from imgsvc.content.local import LocalStore
-from imgsvc.errors import FailedPrecondition
 from imgsvc.fsck import recover
-from imgsvc.metadb import LastEnd, MetaDB
 from tests.content.crash_scenario import BLOBS, DIGESTS, NEXT
 
 PREFIXES = ("content.", "metadb.", "lease.", "gc.")
@@ -95,7 +95,7 @@ def test_c_d1_killed_at_sixty_percent_resumes_there(tmp_path: Path) -> None:
     data = BLOBS["kept"]
     code = (
         "import os, sys; from pathlib import Path; from imgsvc import failpoints\n"
-        "from imgsvc.content.local import LocalStore; from imgsvc.metadb import MetaDB\n"
+        "from imgsvc.content.local import LocalStore; from imgsvc.base.metadb.database import MetaDB\n"
         "from tests.content.crash_scenario import *\n"
         "root = Path(sys.argv[1]); failpoints.arm(os.environ[failpoints.ENV])\n"
         "store = LocalStore(root, MetaDB(root / 'meta'), sync=True)\n"

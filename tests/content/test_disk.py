@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc import failpoints
+from imgsvc.base import failpoints
+from imgsvc.base.errors import DataLoss, ImgsvcError, ResourceExhausted
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import MIB, Digest
 from imgsvc.content.local import LocalStore
-from imgsvc.errors import DataLoss, ImgsvcError, ResourceExhausted
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import MIB, Digest
 from tests.support.faults import no_descriptors, tmpfs
 
 DATA = os.urandom(100_000)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.concurrency import CancelToken
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.errors import DataLoss, FailedPrecondition, ResourceExhausted
+from imgsvc.base.metadb.database import LastEnd, MetaDB, WriteTxn
+from imgsvc.base.oci import MIB, Digest
 from imgsvc.content.interfaces import Fault, Writer
 from imgsvc.content.local import LocalStore
 from imgsvc.content.verify import DigestMismatch, SizeMismatch
-from imgsvc.errors import DataLoss, FailedPrecondition, ResourceExhausted
 from imgsvc.fsck import ContentChecker, fsck, recover
-from imgsvc.metadb import LastEnd, MetaDB, WriteTxn
-from imgsvc.oci import MIB, Digest
 
 DATA = os.urandom(300_000)
 DIGEST = Digest.of(DATA)

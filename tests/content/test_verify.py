@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.concurrency import CancelToken
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.errors import Cancelled, NotFound, ResourceExhausted
+from imgsvc.base.oci import Digest
 from imgsvc.content.verify import CHUNK, DigestMismatch, PrefixHash, digest_of, read_verified
-from imgsvc.errors import Cancelled, NotFound, ResourceExhausted
-from imgsvc.oci import Digest
 from tests.fakes.store import MemoryStore
 
 DATA = os.urandom(3 * CHUNK + 17)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound
+from imgsvc.base.errors import FailedPrecondition, InvalidArgument, NotFound
+from imgsvc.base.metadb.database import MetaDB
 from imgsvc.leases import LeaseBook, LeaseManager, Node
-from imgsvc.metadb import MetaDB
 from tests.fakes.clock import FakeClock
 from tests.fakes.leases import MemoryLeases
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc import kernel
-from imgsvc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
-from imgsvc.metadb import MetaDB
-from imgsvc.removal import unmount_below
+from imgsvc.base import kernel
+from imgsvc.base.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.removal import unmount_below
 from imgsvc.snapshot.detect import detect
 from imgsvc.snapshot.erofs.driver import ErofsSnapshotter
 from imgsvc.snapshot.interfaces import IDMapping, Key, Kind, Mount, Name, Snapshotter, Usage

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from imgsvc.base.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, OutOfRange, Unavailable
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import Digest
 from imgsvc.content.interfaces import Store
 from imgsvc.content.local import LocalStore
-from imgsvc.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, OutOfRange, Unavailable
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import Digest
 from tests.fakes.store import MemoryStore
 
 DATA = bytes(range(256)) * 40

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import zstandard
 
-from imgsvc.oci import Descriptor, Digest, Manifest, parse_config, parse_document
+from imgsvc.base.oci import Descriptor, Digest, Manifest, parse_config, parse_document
 
 LAYER = "application/vnd.oci.image.layer.v1.tar"
 # How a layer is packed before skopeo sees it. skopeo gzips what is not compressed.

@@ -7,9 +7,9 @@ import os
 
 import pytest
 
+from imgsvc.base.errors import DataLoss, InvalidArgument
 from imgsvc.decrypt.aesctr import AuthenticationFailed, open_transform, pack_secret
 from imgsvc.decrypt.packets import LayerOptions
-from imgsvc.errors import DataLoss, InvalidArgument
 from tests.decrypt.vectors import Sealed, seal
 
 CHUNKS = (1, 15, 16, 17, 4096, 65_537, 1 << 20)

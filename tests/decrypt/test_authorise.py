@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from imgsvc.base.oci import Digest
 from imgsvc.decrypt.authorise import MAX_VERDICTS, OUTSIDE_TTL_S, Verdicts, key_fingerprint, load_salt, question
 from imgsvc.decrypt.interfaces import KeyMissing, LayerKey
 from imgsvc.decrypt.packets import LayerOptions
-from imgsvc.oci import Digest
 from tests.decrypt.vectors import seal
 
 YES = LayerKey(b"secret", "print", "jwe", "type")

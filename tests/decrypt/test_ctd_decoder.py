@@ -13,13 +13,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google.protobuf.any_pb2 import Any
 
+from imgsvc.base.errors import InvalidArgument
+from imgsvc.base.oci import Descriptor
 from imgsvc.decrypt import payload
 from imgsvc.decrypt.ctd_decoder import CHUNK
 from imgsvc.decrypt.decryptor import LayerDecryptor, Settings
 from imgsvc.decrypt.external import ProcessorFailed
 from imgsvc.decrypt.processors import Processor
-from imgsvc.errors import InvalidArgument
-from imgsvc.oci import Descriptor
 from tests.decrypt.test_decryptor import through_chain, wrapped, write_key
 from tests.decrypt.test_keys import dump
 from tests.decrypt.vectors import GZIP, Sealed, b64, seal

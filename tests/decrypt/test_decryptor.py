@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from imgsvc.base.errors import Cancelled, DataLoss, FailedPrecondition, InvalidArgument, Unimplemented
+from imgsvc.base.oci import Descriptor
 from imgsvc.decrypt.aesctr import AuthenticationFailed, open_transform
 from imgsvc.decrypt.decryptor import LayerDecryptor, Settings, layer_decryptor, recipients
 from imgsvc.decrypt.interfaces import Decryptor, KeyMissing, LayerKey, Recipient
 from imgsvc.decrypt.processors import Processor
-from imgsvc.errors import Cancelled, DataLoss, FailedPrecondition, InvalidArgument, Unimplemented
-from imgsvc.oci import Descriptor
 from tests.decrypt.test_keyprovider import wait_gone, wait_written
 from tests.decrypt.test_keys import dump
 from tests.decrypt.vectors import ENC, GZIP, TAR, Sealed, b64, jwe, seal

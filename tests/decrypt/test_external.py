@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import pytest
 
+from imgsvc.base.errors import FailedPrecondition
 from imgsvc.decrypt import payload
 from imgsvc.decrypt.external import MAX_STDERR, ProcessorFailed, start_chain
 from imgsvc.decrypt.interfaces import ChainRun
 from imgsvc.decrypt.processors import Processor, plan_chain
-from imgsvc.errors import FailedPrecondition
 from tests.decrypt.vectors import GZIP, TAR, seal
 
 SEALED = seal(b"plain text")

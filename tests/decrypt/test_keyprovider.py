@@ -16,10 +16,10 @@ import grpc
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
 
-from imgsvc.concurrency import CancelToken
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.errors import Cancelled, InvalidArgument
 from imgsvc.decrypt.interfaces import NotOpened
 from imgsvc.decrypt.keyprovider import GrpcTls, Provider, ProviderWrapper, load_providers
-from imgsvc.errors import Cancelled, InvalidArgument
 from tests.decrypt.providers import COMMAND, Server, reverse
 
 OPTIONS = b'{"symkey":"AAAA"}'

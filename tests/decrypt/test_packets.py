@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from imgsvc.base.errors import InvalidArgument
 from imgsvc.decrypt.packets import MAX_ITEMS, is_encrypted, layer_options, plain_type, public_options, wrapped_keys
-from imgsvc.errors import InvalidArgument
 from tests.decrypt.vectors import ENC, b64, seal
 
 OCI = "application/vnd.oci.image.layer."

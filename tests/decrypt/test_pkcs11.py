@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from imgsvc.concurrency import CancelToken
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.errors import Cancelled, ImgsvcError, InvalidArgument, PermissionDenied
 from imgsvc.decrypt.interfaces import NotOpened
 from imgsvc.decrypt.keys import KeyFileError, KeyRing, TokenFile
 from imgsvc.decrypt.pkcs11 import ModulePolicy, Pkcs11Wrapper, TokenKey, _turn, load_policy, parse_token_file
-from imgsvc.errors import Cancelled, ImgsvcError, InvalidArgument, PermissionDenied
 from tests.decrypt.softhsm import MODULE, PIN, make_token, uri
 from tests.decrypt.vectors import pkcs11
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from imgsvc.base.errors import InvalidArgument
 from imgsvc.decrypt.processors import PLAIN_TAR, Processor, check_processors, child_environment, plan_chain
-from imgsvc.errors import InvalidArgument
 
 GZIP = PLAIN_TAR + "+gzip"
 SECRET = GZIP + "+encrypted"

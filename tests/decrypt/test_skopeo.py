@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from imgsvc.base.oci import Descriptor, Digest
 from imgsvc.decrypt.aesctr import open_transform
 from imgsvc.decrypt.decryptor import LayerDecryptor, Settings, recipients
 from imgsvc.decrypt.interfaces import KeyMissing, LayerKey
-from imgsvc.oci import Descriptor, Digest
 from tests.decrypt.foreign import PACKINGS, EncryptedImage, Foreign, unpack
 
 pytestmark = pytest.mark.compat

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.concatkdf import ConcatKDFHash
 from cryptography.hazmat.primitives.keywrap import aes_key_wrap
 
-from imgsvc.oci import Descriptor, Digest
+from imgsvc.base.oci import Descriptor, Digest
 
 TAR = "application/vnd.oci.image.layer.v1.tar"
 GZIP = TAR + "+gzip"

@@ -14,7 +14,7 @@ from typing import Any, Final
 import grpc
 
 from imgsvc.api import cri_pb2
-from imgsvc.oci import MIB, Digest
+from imgsvc.base.oci import MIB, Digest
 from tests.snapshot.layers import Entry, tar
 from tests.support import images
 from tests.support.daemon import RPC_TIMEOUT, Daemon

@@ -12,7 +12,7 @@ from typing import Final
 import grpc
 import pytest
 
-from imgsvc.oci import MIB
+from imgsvc.base.oci import MIB
 from tests.e2e.attack import SETTINGS, Node
 from tests.fakes.registry import FakeRegistry
 from tests.snapshot.layers import Entry, tar

@@ -20,9 +20,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from imgsvc import failpoints
 from imgsvc.api import admin_pb2, cri_pb2
-from imgsvc.oci import Digest
+from imgsvc.base import failpoints
+from imgsvc.base.oci import Digest
 from tests.e2e.twoimages import APP, BASE, LAYERS, admin, check, collect, offer, pull, remove
 from tests.fakes.registry import FakeRegistry
 from tests.support import cri

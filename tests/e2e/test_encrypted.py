@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from imgsvc.api import cri_pb2
-from imgsvc.oci import MIB
+from imgsvc.base.oci import MIB
 from tests.decrypt.foreign import Foreign
 from tests.decrypt.providers import COMMAND, Server, reverse
 from tests.decrypt.softhsm import PIN, make_token, uri

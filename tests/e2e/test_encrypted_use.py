@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 
 from imgsvc.api import cri_pb2
-from imgsvc.oci import Digest, Platform
+from imgsvc.base.oci import Digest, Platform
 from tests.decrypt.vectors import Sealed, b64, seal
 from tests.e2e.conftest import BUSYBOX, Node
 from tests.e2e.test_encrypted import diff_ids, two_layers, unpacked

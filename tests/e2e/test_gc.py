@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc import failpoints
 from imgsvc.api import cri_pb2
-from imgsvc.oci import MIB
+from imgsvc.base import failpoints
+from imgsvc.base.oci import MIB
 from tests.e2e.twoimages import APP, BASE, LAYERS, check, collect, offer, pull, remove
 from tests.fakes.registry import FakeRegistry
 from tests.snapshot.layers import Entry, tar

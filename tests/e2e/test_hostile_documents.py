@@ -11,9 +11,9 @@ from typing import Any
 import grpc
 import pytest
 
-from imgsvc import oci
 from imgsvc.api import cri_pb2
-from imgsvc.oci import GIB, MIB, Digest, Platform
+from imgsvc.base import oci
+from imgsvc.base.oci import GIB, MIB, Digest, Platform
 from tests.fakes.registry import FakeRegistry, Reply
 from tests.registry.support import hosts_d
 from tests.support import cri, images

@@ -21,7 +21,7 @@ import grpc
 import pytest
 import zstandard
 
-from imgsvc.oci import GIB, MIB, Digest
+from imgsvc.base.oci import GIB, MIB, Digest
 from tests.e2e.attack import ENTRIES, SETTINGS, UNPACKED, Node, Outcome, layer, make_sentinel, resized
 from tests.fakes.registry import FakeRegistry, Reply, Request
 from tests.snapshot.layers import END, Entry, directory, gz, link, pax_block, raw_header, record, symlink, tar

@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from imgsvc.api import cri_pb2
-from imgsvc.oci import Digest, Platform
+from imgsvc.base.oci import Digest, Platform
 from tests.e2e.conftest import BUSYBOX
 from tests.support import cri, images
 from tests.support.daemon import RPC_TIMEOUT, Daemon, below

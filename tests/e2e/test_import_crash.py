@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc import failpoints
+from imgsvc.base import failpoints
 from tests.e2e.test_crash import check_nothing_half_made, died
 from tests.e2e.twoimages import APP, LAYERS, check, collect, offer, pull
 from tests.fakes.registry import FakeRegistry

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from imgsvc.oci import Digest, Platform
+from imgsvc.base.oci import Digest, Platform
 from tests.e2e.test_registries import image_of
 from tests.fakes.registry import FakeRegistry
 from tests.registry.real import PASSWORD, USER, htpasswd_registry

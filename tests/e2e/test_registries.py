@@ -19,8 +19,8 @@ import grpc
 import pytest
 
 from imgsvc.api import cri_pb2
-from imgsvc.oci import Descriptor
-from imgsvc.reference import Reference
+from imgsvc.base.oci import Descriptor
+from imgsvc.base.reference import Reference
 from imgsvc.registry.interfaces import Credential
 from tests.fakes.registry import FakeRegistry, Reply
 from tests.registry.certs import authority

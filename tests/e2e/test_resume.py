@@ -10,8 +10,8 @@ import grpc
 import pytest
 
 from imgsvc.api import cri_pb2
+from imgsvc.base.oci import MIB
 from imgsvc.content.ranges import RangeSet
-from imgsvc.oci import MIB
 from tests.fakes.registry import FakeRegistry
 from tests.registry.support import hosts_d, noise
 from tests.support import cri, images

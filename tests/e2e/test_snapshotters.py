@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from imgsvc.api import cri_pb2 as pb
-from imgsvc.removal import unmount_below
+from imgsvc.base.removal import unmount_below
 from tests.e2e.conftest import BUSYBOX
 from tests.snapshot.layers import Entry, link, tar
 from tests.support import cri, images

@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 from imgsvc.api import admin_pb2, admin_pb2_grpc, cri_pb2
-from imgsvc.oci import KIB, MIB
+from imgsvc.base.oci import KIB, MIB
 from tests.fakes.registry import FakeRegistry
 from tests.snapshot.layers import Entry, directory, link, symlink, tar
 from tests.support import cri

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound
+from imgsvc.base.errors import FailedPrecondition, InvalidArgument, NotFound
 from imgsvc.leases import Lease, LeaseManager, Node
 
 

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from imgsvc.oci import Digest
+from imgsvc.base.oci import Digest
 from tests.support.images import BuiltDocument
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
+from imgsvc.base.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, OutOfRange, Unavailable
+from imgsvc.base.oci import Digest
 from imgsvc.content.interfaces import ContentReader, Info, IngestStatus, Store, Writer
-from imgsvc.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, OutOfRange, Unavailable
-from imgsvc.oci import Digest
 
 
 class MemoryReader:

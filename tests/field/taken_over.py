@@ -18,9 +18,9 @@ import stat
 import sys
 from collections.abc import Callable
 
-from imgsvc import kernel
-from imgsvc.concurrency import in_thread
-from imgsvc.errors import InvalidArgument
+from imgsvc.base import kernel
+from imgsvc.base.concurrency import in_thread
+from imgsvc.base.errors import InvalidArgument
 from imgsvc.registry import bulk_worker
 from imgsvc.snapshot import extract, unpack_worker
 

@@ -13,9 +13,9 @@ import grpc
 import pytest
 
 from imgsvc.api import cri_pb2 as pb
+from imgsvc.base.errors import InvalidArgument, ResourceExhausted
+from imgsvc.base.oci import ImageConfig, Platform, parse_config
 from imgsvc.config_import import import_file
-from imgsvc.errors import InvalidArgument, ResourceExhausted
-from imgsvc.oci import ImageConfig, Platform, parse_config
 from imgsvc.runtime import cdi, spec, sysctls, volumes
 from imgsvc.runtime.containers import merge_resources
 from imgsvc.runtime.execerror import is_about_the_command

@@ -18,10 +18,10 @@ import grpc
 import pytest
 import zstandard
 
-from imgsvc import oci
 from imgsvc.api import cri_pb2
 from imgsvc.api.cri_pb2_grpc import ImageServiceStub
-from imgsvc.oci import Digest, Platform
+from imgsvc.base import oci
+from imgsvc.base.oci import Digest, Platform
 from tests.decrypt.test_containerd import running
 from tests.fakes.registry import FakeRegistry
 from tests.snapshot.layers import Entry, directory, gz, link, pax_block, raw_header, record, symlink, tar

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc import confinement
-from imgsvc.children import Companion
+from imgsvc.base import confinement
+from imgsvc.base.children import Companion
+from imgsvc.base.errors import InvalidArgument
 from imgsvc.cli.main import main
-from imgsvc.errors import InvalidArgument
 from imgsvc.registry.bulk import BulkTransport
 from imgsvc.registry.exchange import Route
 from imgsvc.registry.hosts import Tls

@@ -7,8 +7,8 @@ from typing import Any, Final
 import pytest
 import zstandard
 
-from imgsvc import kernel
-from imgsvc.errors import DataLoss, InvalidArgument
+from imgsvc.base import kernel
+from imgsvc.base.errors import DataLoss, InvalidArgument
 from imgsvc.snapshot.mount import mount_all
 from tests.snapshot.bench import PLAIN, Bench
 from tests.snapshot.conftest import bench
@@ -31,7 +31,7 @@ def everywhere(bench: Bench, *layers: bytes) -> dict[str, Any]:
 
 def unpacked(bench: Bench, blob: bytes, plain: bytes, media_type: str) -> dict[str, Any]:
     """The tree of one blob under a media type."""
-    from imgsvc.oci import Digest
+    from imgsvc.base.oci import Digest
     from imgsvc.snapshot.interfaces import Name
 
     async def work() -> Name:

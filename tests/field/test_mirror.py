@@ -8,10 +8,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from imgsvc.concurrency import Threads, all_of
+from imgsvc.base.concurrency import Threads, all_of
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import OCI_MANIFEST, Descriptor, Digest
 from imgsvc.documents import Documents
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import OCI_MANIFEST, Descriptor, Digest
 from imgsvc.provenance import Provenance, Witness
 from imgsvc.registry.interfaces import BlobSink, BlobSource
 from tests.fakes.registry import FakeRegistry, Reply

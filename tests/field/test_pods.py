@@ -20,9 +20,9 @@ from typing import Any
 import grpc
 import pytest
 
-from imgsvc import procfs
 from imgsvc.api import cri_pb2 as pb
-from imgsvc.metadb import MetaDB
+from imgsvc.base import procfs
+from imgsvc.base.metadb.database import MetaDB
 from imgsvc.runtime import host
 from imgsvc.runtime.core import Paths
 from imgsvc.runtime.exits import alive, start_time

@@ -14,10 +14,10 @@ import httpx
 import pytest
 
 from imgsvc.api import cri_pb2
-from imgsvc.concurrency import Threads
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Digest
-from imgsvc.reference import Reference
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Digest
+from imgsvc.base.reference import Reference
 from imgsvc.registry.interfaces import Credential, CredentialKind, CredentialUse
 from imgsvc.verification.policy import Rule, load_policy
 from imgsvc.verification.programs import Programs

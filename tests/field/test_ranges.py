@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.oci import KIB, MIB
-from imgsvc.reference import Reference
+from imgsvc.base.oci import KIB, MIB
+from imgsvc.base.reference import Reference
 from imgsvc.registry import download, ranges
 from tests.fakes.registry import FakeRegistry, Reply, Request
 from tests.registry.support import MemorySink, blob, client_for, hosts_d, image_of, noise, pull, run

@@ -12,9 +12,9 @@ from typing import Any
 import grpc
 import pytest
 
-from imgsvc.errors import InvalidArgument
-from imgsvc.oci import Digest
-from imgsvc.reference import Reference
+from imgsvc.base.errors import InvalidArgument
+from imgsvc.base.oci import Digest
+from imgsvc.base.reference import Reference
 from imgsvc.registry.challenge import check_realm, parse_token
 from imgsvc.registry.check import check
 from imgsvc.registry.credentials import CredentialSettings, NodeCredentials

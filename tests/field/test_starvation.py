@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc import concurrency
-from imgsvc.reference import Reference
+from imgsvc.base import concurrency
+from imgsvc.base.reference import Reference
 from imgsvc.registry.client import RegistryClient
 from imgsvc.registry.interfaces import Credential, PullFailed
 from imgsvc.registry.retry import Health

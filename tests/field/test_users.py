@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.errors import InvalidArgument
-from imgsvc.numerals import whole_number
+from imgsvc.base.errors import InvalidArgument
+from imgsvc.base.numerals import whole_number
 from imgsvc.runtime.model import LinuxContainerSecurityContext as Security
 from imgsvc.runtime.model import User
 from imgsvc.runtime.signals import stop_signal_name

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from imgsvc.concurrency import Threads
-from imgsvc.errors import InvalidArgument, PermissionDenied
-from imgsvc.http1 import FileBody, Request, Response
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.errors import InvalidArgument, PermissionDenied
+from imgsvc.base.http1 import FileBody, Request, Response
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import OCI_CONFIG, OCI_INDEX, Descriptor, Digest, Manifest, parse_config, parse_document
 from imgsvc.images import Image, ImageStore, build_image
-from imgsvc.metadb import MetaDB
 from imgsvc.mirror import Mirror, repository
-from imgsvc.oci import OCI_CONFIG, OCI_INDEX, Descriptor, Digest, Manifest, parse_config, parse_document
 from imgsvc.provenance import Provenance, parts
 from tests.fakes.store import MemoryStore
 from tests.support.images import BuiltDocument, Entry, image, index, layer

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from imgsvc import failpoints
+from imgsvc.base import failpoints
 from tests.registry.support import noise
 from tests.support import images
 from tests.support.daemon import Daemon

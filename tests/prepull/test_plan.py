@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.errors import InvalidArgument, NotFound
-from imgsvc.oci import GIB, MIB, Platform
+from imgsvc.base.errors import InvalidArgument, NotFound
+from imgsvc.base.oci import GIB, MIB, Platform
 from imgsvc.prepull.plan import load_plan
 from imgsvc.prepull.windows import Windows
 

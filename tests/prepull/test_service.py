@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from imgsvc.concurrency import Threads
-from imgsvc.errors import Unavailable
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.errors import Unavailable
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import MIB, Platform
+from imgsvc.base.reference import Reference
 from imgsvc.images import ImageStore
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import MIB, Platform
 from imgsvc.prepull.plan import Wanted
 from imgsvc.prepull.service import FIRST_RETRY_S, LAST_RETRY_S, Memory, Prepull, next_try
 from imgsvc.prepull.throttle import Throttle
 from imgsvc.pull import Pulled, PullRequest
-from imgsvc.reference import Reference
 from tests.test_images import image
 
 NOON = 1_795_000_000.0

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from imgsvc.errors import ImgsvcError
-from imgsvc.oci import MAX_DOCUMENT, Descriptor, Digest, Manifest, parse_document
-from imgsvc.reference import Reference
+from imgsvc.base.errors import ImgsvcError
+from imgsvc.base.oci import MAX_DOCUMENT, Descriptor, Digest, Manifest, parse_document
+from imgsvc.base.reference import Reference
 from imgsvc.registry.bulk import BulkTransport
 from imgsvc.registry.client import RegistryClient, RegistrySettings
 from imgsvc.registry.download import Pace

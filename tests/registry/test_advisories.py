@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from imgsvc.errors import ImgsvcError, InvalidArgument
-from imgsvc.oci import DOCKER_CONFIG, MAX_DOCUMENT, MIB, OCI_INDEX, OCI_MANIFEST, Descriptor, Digest
-from imgsvc.reference import Reference
+from imgsvc.base.errors import ImgsvcError, InvalidArgument
+from imgsvc.base.oci import DOCKER_CONFIG, MAX_DOCUMENT, MIB, OCI_INDEX, OCI_MANIFEST, Descriptor, Digest
+from imgsvc.base.reference import Reference
 from imgsvc.registry.interfaces import Credential, PullFailed
 from imgsvc.registry.netguard import Reach
 from imgsvc.registry.netstream import AddressRefused, Backend

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgsvc.confinement import STRANGER
-from imgsvc.errors import ImgsvcError, Internal, InvalidArgument
-from imgsvc.oci import KIB, MIB
+from imgsvc.base.confinement import STRANGER
+from imgsvc.base.errors import ImgsvcError, Internal, InvalidArgument
+from imgsvc.base.oci import KIB, MIB
 from imgsvc.registry.bulk import BulkTransport
 from imgsvc.registry.bulk_messages import (
     COUNT,

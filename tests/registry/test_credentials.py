@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.errors import ImgsvcError, InvalidArgument, PermissionDenied, Unavailable
-from imgsvc.reference import Reference
+from imgsvc.base.errors import ImgsvcError, InvalidArgument, PermissionDenied, Unavailable
+from imgsvc.base.reference import Reference
 from imgsvc.registry.credentials import CredentialSettings, NodeCredentials, StoredCredential
 from imgsvc.registry.dockerconfig import credential_from_cri, entry_for, normalised_key, parse_docker_config
 from imgsvc.registry.helpers import Provider, image_matches, parse_providers

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.oci import MIB
-from imgsvc.reference import Reference
+from imgsvc.base.oci import MIB
+from imgsvc.base.reference import Reference
 from imgsvc.registry.client import RegistryClient
 from imgsvc.registry.download import Pace
 from imgsvc.registry.interfaces import BlobSource, Fetcher, PullFailed

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.reference import Reference
+from imgsvc.base.reference import Reference
 from imgsvc.registry.credentials import CredentialSettings, NodeCredentials
 from imgsvc.registry.explain import Explanation, explain, render
 from imgsvc.registry.hostdirs import HostDirectories

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgsvc.errors import InvalidArgument
+from imgsvc.base.errors import InvalidArgument
+from imgsvc.base.tomlfile import loads
 from imgsvc.registry.hosts import (
     ALL_CAPABILITIES,
     Capability,
@@ -22,7 +23,6 @@ from imgsvc.registry.hosts import (
     parse_hosts,
     trusted_token_hosts,
 )
-from imgsvc.tomlfile import loads
 
 DIR = "/etc/x/docker.io"
 

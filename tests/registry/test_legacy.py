@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from imgsvc.errors import InvalidArgument
+from imgsvc.base.errors import InvalidArgument
 from imgsvc.registry.hosts import Capability
 from imgsvc.registry.legacy import parse_legacy
 

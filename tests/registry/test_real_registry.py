@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.errors import InvalidArgument
-from imgsvc.oci import MIB, OCI_EMPTY, OCI_INDEX, OCI_MANIFEST, Descriptor, Digest
-from imgsvc.reference import Reference
+from imgsvc.base.errors import InvalidArgument
+from imgsvc.base.oci import MIB, OCI_EMPTY, OCI_INDEX, OCI_MANIFEST, Descriptor, Digest
+from imgsvc.base.reference import Reference
 from imgsvc.registry.check import check, render
 from imgsvc.registry.client import RegistryClient
 from imgsvc.registry.exchange import Timeouts

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.errors import FailedPrecondition, InvalidArgument
-from imgsvc.oci import OCI_MANIFEST
-from imgsvc.reference import Reference
+from imgsvc.base.errors import FailedPrecondition, InvalidArgument
+from imgsvc.base.oci import OCI_MANIFEST
+from imgsvc.base.reference import Reference
 from imgsvc.registry.interfaces import Credential, PullFailed
 from tests.fakes.registry import FakeRegistry, Reply, Request
 from tests.registry.support import Bytes, blob, client_for, fails, hosts_d, image_of, pull, run

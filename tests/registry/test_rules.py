@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgsvc.errors import ImgsvcError
+from imgsvc.base.errors import ImgsvcError
 from imgsvc.registry.challenge import check_realm, choose, parse_challenges, parse_token, scopes_for, usable_for
 from imgsvc.registry.netguard import Reach, allowed_from, reach_of
 from imgsvc.registry.proxies import proxy_for

@@ -20,10 +20,10 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from imgsvc import failpoints, procfs
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.api.cri_pb2_grpc import RuntimeServiceStub, add_RuntimeServiceServicer_to_server
-from imgsvc.metadb import MetaDB
+from imgsvc.base import failpoints, procfs
+from imgsvc.base.metadb.database import MetaDB
 from imgsvc.rpc import ErrorInterceptor
 from imgsvc.runtime.node import RuntimeNode
 from imgsvc.runtime.service import RuntimeService

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imgsvc.errors import PermissionDenied
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import Digest, ImageConfig, Platform
+from imgsvc.base.errors import PermissionDenied
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import Digest, ImageConfig, Platform
 from imgsvc.runtime.interfaces import Images, RootMount, RunnableImage
 from imgsvc.runtime.model import UserNamespace
 

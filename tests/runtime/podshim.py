@@ -27,7 +27,7 @@ from google.protobuf.json_format import MessageToDict
 from imgsvc.api import bootstrap_pb2, cgroups_v2_pb2, cri_pb2, ttrpc_pb2, types_pb2
 from imgsvc.api import sandbox_pb2 as api
 from imgsvc.api import task_v2_pb2 as task
-from imgsvc.errors import FailedPrecondition, ImgsvcError, NotFound, Unimplemented
+from imgsvc.base.errors import FailedPrecondition, ImgsvcError, NotFound, Unimplemented
 from imgsvc.runtime.shim.ttrpc import Frame, encode, read_frame
 
 MEMORY = 87_654_321  # what a pod has used [bytes]

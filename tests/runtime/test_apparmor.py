@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.errors import FailedPrecondition
+from imgsvc.base.errors import FailedPrecondition
 from imgsvc.runtime import host, security
 from imgsvc.runtime.apparmor import PROFILE, load_default
 from imgsvc.runtime.model import LinuxContainerSecurityContext, ProfileType, SecurityProfile

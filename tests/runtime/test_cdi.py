@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from imgsvc.errors import FailedPrecondition, InvalidArgument, NotFound
+from imgsvc.base.errors import FailedPrecondition, InvalidArgument, NotFound
 from imgsvc.runtime import cdi
 
 SPEC = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from imgsvc.errors import DeadlineExceeded, ImgsvcError, InvalidArgument, NotFound, Unavailable
+from imgsvc.base.errors import DeadlineExceeded, ImgsvcError, InvalidArgument, NotFound, Unavailable
 from imgsvc.runtime.cni import CNI, Attachment, CNIError, parse_network, pod_addresses
 from imgsvc.runtime.gotemplate import render
 from imgsvc.runtime.model import DNSConfig, PodSandboxConfig, PodSandboxMetadata, PortMapping

@@ -11,9 +11,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from imgsvc import failpoints, kernel, procfs
 from imgsvc.api import cri_pb2 as pb
-from imgsvc.metadb import MetaDB, WriteTxn
+from imgsvc.base import failpoints, kernel, procfs
+from imgsvc.base.metadb.database import MetaDB, WriteTxn
 from tests.runtime.harness import TIMEOUT_S, Daemon, assert_clean, wait_for
 from tests.runtime.test_life import MakeNode
 

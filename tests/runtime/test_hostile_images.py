@@ -12,9 +12,9 @@ from typing import Any
 import grpc
 import pytest
 
-from imgsvc import removal
 from imgsvc.api import cri_pb2 as pb
-from imgsvc.errors import ImgsvcError, InvalidArgument, NotFound
+from imgsvc.base import removal
+from imgsvc.base.errors import ImgsvcError, InvalidArgument, NotFound
 from imgsvc.runtime import volumes
 from tests.runtime.harness import Daemon
 from tests.runtime.images import BUSYBOX

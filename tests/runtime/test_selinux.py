@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from imgsvc.api import cri_pb2 as pb
-from imgsvc.errors import InvalidArgument, ResourceExhausted
+from imgsvc.base.errors import InvalidArgument, ResourceExhausted
 from imgsvc.runtime import podfiles, rootfs, security, selinux
 from imgsvc.runtime.interfaces import RootMount
 from imgsvc.runtime.model import LinuxContainerSecurityContext, PodSandboxConfig, SELinuxOption

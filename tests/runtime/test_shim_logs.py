@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from imgsvc.api import bootstrap_pb2
-from imgsvc.concurrency import in_thread
-from imgsvc.errors import DataLoss, FailedPrecondition, ImgsvcError, InvalidArgument, Unimplemented
+from imgsvc.base.concurrency import in_thread
+from imgsvc.base.errors import DataLoss, FailedPrecondition, ImgsvcError, InvalidArgument, Unimplemented
 from imgsvc.runtime.shim.bootstrap import Endpoint, parse_answer, program_name
 from imgsvc.runtime.shim.logprocess import LineCutter, timestamp
 from imgsvc.runtime.shim.logs import ContainerLog

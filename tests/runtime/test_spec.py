@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from imgsvc.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound
-from imgsvc.oci import ImageConfig, Platform
+from imgsvc.base.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound
+from imgsvc.base.oci import ImageConfig, Platform
 from imgsvc.runtime import security, spec, validate, volumes
 from imgsvc.runtime.host import CAPABILITIES, Host
 from imgsvc.runtime.model import (

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from imgsvc.api import cri_pb2 as pb
-from imgsvc.errors import AlreadyExists, FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, ResourceExhausted
-from imgsvc.metadb import MetaDB
+from imgsvc.base.errors import AlreadyExists, FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, ResourceExhausted
+from imgsvc.base.metadb.database import MetaDB
 from imgsvc.runtime import cgroups
 from imgsvc.runtime.codec import fill_proto, from_json, from_proto, to_json
 from imgsvc.runtime.events import MAX_WAITING, Events, EventType

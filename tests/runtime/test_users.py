@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.errors import ImgsvcError, InvalidArgument, NotFound, ResourceExhausted
+from imgsvc.base.errors import ImgsvcError, InvalidArgument, NotFound, ResourceExhausted
 from imgsvc.runtime.model import LinuxContainerSecurityContext as Security
 from imgsvc.runtime.model import SupplementalGroupsPolicy, User
 from imgsvc.runtime.users import MAX_FILE, read_database, resolve_user, split_image_user

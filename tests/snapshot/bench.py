@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from imgsvc import kernel
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import Digest
-from imgsvc.removal import unmount_below
+from imgsvc.base import kernel
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import Digest
+from imgsvc.base.removal import unmount_below
 from imgsvc.snapshot.erofs.build import OpenLayer
 from imgsvc.snapshot.erofs.driver import ErofsSnapshotter
 from imgsvc.snapshot.interfaces import Applied, Key, LayerInput, Limits, Mount, Name, Snapshotter, StreamSnapshotter, Usage

@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from imgsvc.errors import ImgsvcError
-from imgsvc.removal import remove_at
+from imgsvc.base.errors import ImgsvcError
+from imgsvc.base.removal import remove_at
 from imgsvc.snapshot.extract import Extractor
 from imgsvc.snapshot.laying import InPlaceStyle, Journal, OverlayStyle
 from imgsvc.snapshot.tarstream import TarStream

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
-from imgsvc.errors import InvalidArgument
+from imgsvc.base.errors import InvalidArgument
 from tests.snapshot.bench import Bench
 from tests.snapshot.layers import Entry, directory, link, symlink, tar
 from tests.snapshot.trees import Reference, ReferenceFailed, read_tree

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imgsvc.errors import ImgsvcError
+from imgsvc.base.errors import ImgsvcError
 from imgsvc.snapshot import tarheader
 from imgsvc.snapshot.tarstream import TarStream
 from tests.snapshot import fuzz

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from imgsvc.errors import DataLoss, ImgsvcError, InvalidArgument, ResourceExhausted
-from imgsvc.oci import MIB, Digest
+from imgsvc.base.errors import DataLoss, ImgsvcError, InvalidArgument, ResourceExhausted
+from imgsvc.base.oci import MIB, Digest
 from imgsvc.snapshot.copying import copy_tree
 from imgsvc.snapshot.interfaces import LayerInput, Limits, Name, Snapshotter
 from tests.snapshot.bench import Bench

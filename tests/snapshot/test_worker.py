@@ -24,8 +24,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgsvc.errors import Aborted, DataLoss, ImgsvcError, InvalidArgument
-from imgsvc.oci import MIB, Digest
+from imgsvc.base.errors import Aborted, DataLoss, ImgsvcError, InvalidArgument
+from imgsvc.base.oci import MIB, Digest
 from imgsvc.snapshot.inflate import Ahead, BlobReader
 from imgsvc.snapshot.interfaces import LayerInput, Limits, UnpackJob
 from imgsvc.snapshot.laying import OverlayStyle

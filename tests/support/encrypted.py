@@ -9,7 +9,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from imgsvc.oci import Digest
+from imgsvc.base.oci import Digest
 from tests.decrypt.vectors import Sealed, jwe, seal
 from tests.support.images import BuiltDocument, descriptor
 

@@ -18,8 +18,8 @@ from typing import Any, Final, Literal
 
 import zstandard
 
-from imgsvc import oci
-from imgsvc.oci import Digest
+from imgsvc.base import oci
+from imgsvc.base.oci import Digest
 
 Compression = Literal["plain", "gzip", "zstd"]
 Kind = Literal["file", "dir", "symlink", "hardlink", "fifo", "char", "block"]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from imgsvc import procfs
+from imgsvc.base import procfs
 
 CGROUPS: Final = Path("/sys/fs/cgroup")
 _CONTAINER_ID = re.compile(r"[0-9a-f]{32,64}")

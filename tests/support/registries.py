@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from imgsvc.oci import Digest
+from imgsvc.base.oci import Digest
 from tests.support.images import BuiltDocument
 
 

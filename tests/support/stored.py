@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import OCI_MANIFEST, Descriptor, Digest, ImageConfig, Platform
 from imgsvc.content.interfaces import Store
 from imgsvc.content.local import LocalStore
 from imgsvc.images import Image, ImageStore, Layer
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import OCI_MANIFEST, Descriptor, Digest, ImageConfig, Platform
 from imgsvc.snapshot.interfaces import Key, Name, Usage
 from imgsvc.snapshot.native import NativeSnapshotter
 

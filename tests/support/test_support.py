@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from imgsvc.oci import Index, Manifest, Platform, parse_document
+from imgsvc.base.oci import Index, Manifest, Platform, parse_document
 from tests.support import images
 from tests.support.images import Compression, Entry
 from tests.support.registries import RealRegistry, ScriptedRegistry

@@ -10,8 +10,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from imgsvc import cosign, oci
-from imgsvc.oci import Digest
+from imgsvc import cosign
+from imgsvc.base import oci
+from imgsvc.base.oci import Digest
 from tests.support.images import BuiltDocument, descriptor
 from tests.support.registries import ScriptedRegistry
 

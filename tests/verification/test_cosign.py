@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from imgsvc import cosign
+from imgsvc.base.errors import InvalidArgument
+from imgsvc.base.oci import Digest
 from imgsvc.cosign import Claim
-from imgsvc.errors import InvalidArgument
-from imgsvc.oci import Digest
 from tests.verification import vectors
 
 KEY = cosign.load_key(vectors.PUBLIC_KEY, "k")

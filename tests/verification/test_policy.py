@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.errors import InvalidArgument
+from imgsvc.base.errors import InvalidArgument
 from imgsvc.verification.policy import Decision, Policy, load_policy
 from tests.verification import vectors
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.concurrency import Threads
-from imgsvc.oci import OCI_MANIFEST, Descriptor, Digest
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.oci import OCI_MANIFEST, Descriptor, Digest
 from imgsvc.verification.programs import Judgement, Programs
 
 TARGET = Descriptor(OCI_MANIFEST, Digest.of(b"x"), 1)

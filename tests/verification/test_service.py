@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from imgsvc.concurrency import Threads
-from imgsvc.errors import ImgsvcError, InvalidArgument
+from imgsvc.base.concurrency import Threads
+from imgsvc.base.errors import ImgsvcError, InvalidArgument
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import Descriptor, Digest, Manifest, parse_config, parse_document
+from imgsvc.base.reference import Reference
 from imgsvc.images import build_image
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import Descriptor, Digest, Manifest, parse_config, parse_document
-from imgsvc.reference import Reference
 from imgsvc.registry.client import RegistryClient, RegistrySettings
 from imgsvc.registry.interfaces import PullFailed
 from imgsvc.verification.policy import load_policy

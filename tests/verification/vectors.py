@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from imgsvc.oci import Digest
+from imgsvc.base.oci import Digest
 
 IMAGE: Final = Digest.of(b"manifest")
 PUBLIC_KEY: Final = b"""-----BEGIN PUBLIC KEY-----

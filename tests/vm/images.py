@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Final
 
-from imgsvc.oci import KIB
+from imgsvc.base.oci import KIB
 from tests.snapshot.layers import Entry, directory, link, symlink, tar
 from tests.snapshot.trees import as_seen, read_tree
 from tests.support import images

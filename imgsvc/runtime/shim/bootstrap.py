@@ -27,9 +27,9 @@ from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError
 
 from imgsvc.api import bootstrap_pb2, task_v2_pb2, types_pb2
-from imgsvc.concurrency import in_thread
-from imgsvc.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unimplemented, printable
-from imgsvc.fsutil import write_atomic
+from imgsvc.base.concurrency import in_thread
+from imgsvc.base.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unimplemented, printable
+from imgsvc.base.fsutil import write_atomic
 from imgsvc.runtime.process import SAFE_PATH, run
 from imgsvc.runtime.shim.events import ShimEvents
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from imgsvc.fsutil import private_dir
+from imgsvc.base.fsutil import private_dir
 from imgsvc.runtime.shim import eventprocess
 
 _CONNECT_S: Final = 1.0

@@ -15,11 +15,11 @@ from typing import Any, Final, TypeVar
 
 from google.protobuf import any_pb2, empty_pb2
 
-from imgsvc import procfs
 from imgsvc.api import runc_options_pb2, runtime_options_pb2
 from imgsvc.api import task_v2_pb2 as task
-from imgsvc.concurrency import Undo, in_thread, time_limit, to_the_end
-from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound, Unavailable
+from imgsvc.base import procfs
+from imgsvc.base.concurrency import Undo, in_thread, time_limit, to_the_end
+from imgsvc.base.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound, Unavailable
 from imgsvc.runtime import cgroups
 from imgsvc.runtime.exits import UNKNOWN_EXIT, now_ns
 from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask, OCIRuntime

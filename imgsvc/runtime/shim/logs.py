@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imgsvc.concurrency import in_thread, time_limit
-from imgsvc.errors import FailedPrecondition, ImgsvcError, from_os_error
-from imgsvc.oci import MIB
+from imgsvc.base.concurrency import in_thread, time_limit
+from imgsvc.base.errors import FailedPrecondition, ImgsvcError, from_os_error
+from imgsvc.base.oci import MIB
 from imgsvc.runtime.logs import open_log
 from imgsvc.runtime.shim import logprocess
 

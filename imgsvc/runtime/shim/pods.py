@@ -19,8 +19,8 @@ from google.protobuf import any_pb2, empty_pb2
 
 from imgsvc.api import cri_pb2, task_v2_pb2
 from imgsvc.api import sandbox_pb2 as api
-from imgsvc.concurrency import Undo, in_thread, time_limit, to_the_end
-from imgsvc.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound, Unavailable, Unimplemented, printable
+from imgsvc.base.concurrency import Undo, in_thread, time_limit, to_the_end
+from imgsvc.base.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound, Unavailable, Unimplemented, printable
 from imgsvc.runtime.codec import fill_proto
 from imgsvc.runtime.interfaces import NewPod, PodRuntime
 from imgsvc.runtime.shim.bootstrap import Endpoint, Launcher, saved_endpoint

@@ -17,8 +17,8 @@ from typing import Any, Final, Protocol, TypeVar
 from google.protobuf import any_pb2, empty_pb2
 
 from imgsvc.api import task_v2_pb2 as task
-from imgsvc.errors import FailedPrecondition, ImgsvcError
-from imgsvc.removal import discard
+from imgsvc.base.errors import FailedPrecondition, ImgsvcError
+from imgsvc.base.removal import discard
 from imgsvc.runtime.shim.logs import ContainerLog
 from imgsvc.runtime.streaming.exec_target import exec_process
 from imgsvc.runtime.streaming.fdio import FdReader, FdWriter

@@ -12,17 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from imgsvc.api import ttrpc_pb2
-from imgsvc.concurrency import time_limit
-from imgsvc.errors import (
-    DataLoss,
-    DeadlineExceeded,
-    FailedPrecondition,
-    ImgsvcError,
-    NotFound,
-    Unavailable,
-    Unimplemented,
-    printable,
-)
+from imgsvc.base.concurrency import time_limit
+from imgsvc.base.errors import DataLoss, DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound, Unavailable, Unimplemented, printable
 
 _HEADER: Final = struct.Struct(">IIBB")
 MAX_FRAME: Final = 4 * 1024 * 1024

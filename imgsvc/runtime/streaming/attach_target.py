@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imgsvc.errors import FailedPrecondition, from_os_error
+from imgsvc.base.errors import FailedPrecondition, from_os_error
 from imgsvc.runtime.streaming.fdio import SocketConnection
 from imgsvc.runtime.streaming.flow import stop
 from imgsvc.runtime.streaming.interfaces import ContainerProcess, Sizes, Source, Streams

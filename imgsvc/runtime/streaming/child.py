@@ -9,7 +9,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 
-from imgsvc.errors import Internal, NotFound, from_os_error
+from imgsvc.base.errors import Internal, NotFound, from_os_error
 from imgsvc.runtime.process import SAFE_PATH
 from imgsvc.runtime.streaming.interfaces import Adopter
 

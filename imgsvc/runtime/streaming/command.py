@@ -7,8 +7,8 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
-from imgsvc.concurrency import time_limit
-from imgsvc.errors import DeadlineExceeded, ImgsvcError
+from imgsvc.base.concurrency import time_limit
+from imgsvc.base.errors import DeadlineExceeded, ImgsvcError
 from imgsvc.runtime.streaming import remotecommand, spdy, websocket
 from imgsvc.runtime.streaming.flow import Inbox, SizeBox, until_first
 from imgsvc.runtime.streaming.interfaces import CommandTarget, Streams, StreamWants

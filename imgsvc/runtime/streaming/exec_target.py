@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc import procfs
-from imgsvc.concurrency import time_limit, to_the_end
-from imgsvc.errors import DeadlineExceeded, Internal, printable
-from imgsvc.removal import discard
+from imgsvc.base import procfs
+from imgsvc.base.concurrency import time_limit, to_the_end
+from imgsvc.base.errors import DeadlineExceeded, Internal, printable
+from imgsvc.base.removal import discard
 from imgsvc.runtime.streaming.child import Child, Orphan, signal_group_of
 from imgsvc.runtime.streaming.fdio import FdReader, FdWriter
 from imgsvc.runtime.streaming.flow import stop

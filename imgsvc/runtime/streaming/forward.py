@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
-from imgsvc.errors import ImgsvcError
+from imgsvc.base.errors import ImgsvcError
 from imgsvc.runtime.streaming import spdy
 from imgsvc.runtime.streaming.flow import Inbox, stop
 from imgsvc.runtime.streaming.interfaces import Connection, PortTarget

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from imgsvc.errors import InvalidArgument
+from imgsvc.base.errors import InvalidArgument
 
 CHUNK: int = 64 * 1024  # [bytes] read at once: a full pipe
 

@@ -7,8 +7,8 @@ import contextlib
 import socket
 from typing import Final
 
-from imgsvc.concurrency import time_limit
-from imgsvc.errors import Cancelled, DeadlineExceeded
+from imgsvc.base.concurrency import time_limit
+from imgsvc.base.errors import Cancelled, DeadlineExceeded
 from imgsvc.runtime.streaming.interfaces import CHUNK
 
 _WRITE_HIGH: Final = 256 * 1024  # [bytes] unsent before a sender waits

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imgsvc.concurrency import in_thread, time_limit
-from imgsvc.errors import Unavailable, from_os_error
-from imgsvc.kernel import CLONE_NEWNET, in_fresh_thread, setns
+from imgsvc.base.concurrency import in_thread, time_limit
+from imgsvc.base.errors import Unavailable, from_os_error
+from imgsvc.base.kernel import CLONE_NEWNET, in_fresh_thread, setns
 from imgsvc.runtime.streaming.fdio import SocketConnection
 from imgsvc.runtime.streaming.interfaces import Connection
 

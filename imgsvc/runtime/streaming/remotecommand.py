@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from imgsvc.errors import InvalidArgument
+from imgsvc.base.errors import InvalidArgument
 from imgsvc.runtime.streaming.interfaces import StreamWants, TerminalSize
 from imgsvc.runtime.streaming.websocket import MessagePart, Opcode, frame
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
-from imgsvc.concurrency import in_thread, time_limit
+from imgsvc.base.concurrency import in_thread, time_limit
+from imgsvc.base.errors import ImgsvcError, InvalidArgument, Unavailable
 from imgsvc.config import Stream
-from imgsvc.errors import ImgsvcError, InvalidArgument, Unavailable
 from imgsvc.runtime.streaming.command import CommandSession, CommandWire, SpdyCommand, WebSocketCommand
 from imgsvc.runtime.streaming.flow import stop, until_first
 from imgsvc.runtime.streaming.forward import SpdyForward

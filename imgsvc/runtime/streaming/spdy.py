@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from imgsvc.errors import InvalidArgument
+from imgsvc.base.errors import InvalidArgument
 from imgsvc.runtime.streaming.spdy_dictionary import DICTIONARY
 
 MAX_CONTROL: Final = 64 * 1024  # [bytes] of one control frame; a real one has a few hundred

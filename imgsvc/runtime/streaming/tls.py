@@ -8,8 +8,8 @@ import os
 import ssl
 from typing import Final
 
-from imgsvc.concurrency import in_thread
-from imgsvc.errors import ImgsvcError, InvalidArgument
+from imgsvc.base.concurrency import in_thread
+from imgsvc.base.errors import ImgsvcError, InvalidArgument
 
 CHECK_S: Final = 60.0  # between two looks at the files
 

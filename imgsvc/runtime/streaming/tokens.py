@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
-from imgsvc.errors import ResourceExhausted
+from imgsvc.base.errors import ResourceExhausted
 
 TTL_S: Final = 60.0
 MAX_OUTSTANDING: Final = 1000

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from imgsvc.errors import InvalidArgument
+from imgsvc.base.errors import InvalidArgument
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _MAX_CONTROL: Final = 125  # [bytes]

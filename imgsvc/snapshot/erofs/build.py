@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from imgsvc.errors import DataLoss
+from imgsvc.base.errors import DataLoss
 from imgsvc.snapshot.erofs.image import Written, write_image
 from imgsvc.snapshot.erofs.index import unpack
 from imgsvc.snapshot.erofs.merge import FileTree

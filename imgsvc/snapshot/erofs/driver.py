@@ -24,13 +24,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc import kernel
-from imgsvc.concurrency import CancelToken
-from imgsvc.errors import NotFound, from_os_error
-from imgsvc.failpoints import failpoint
-from imgsvc.fsutil import sync_dir
-from imgsvc.metadb import MetaDB
-from imgsvc.oci import MIB
+from imgsvc.base import kernel
+from imgsvc.base.concurrency import CancelToken
+from imgsvc.base.errors import NotFound, from_os_error
+from imgsvc.base.failpoints import failpoint
+from imgsvc.base.fsutil import sync_dir
+from imgsvc.base.metadb.database import MetaDB
+from imgsvc.base.oci import MIB
 from imgsvc.snapshot.erofs import index
 from imgsvc.snapshot.erofs.build import OpenLayer, build_image
 from imgsvc.snapshot.erofs.mounting import mount_image

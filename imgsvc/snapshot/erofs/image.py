@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
-from imgsvc.errors import ResourceExhausted
+from imgsvc.base.errors import ResourceExhausted
 from imgsvc.snapshot.erofs.merge import ROOT, FileTree
 
 BLOCK: Final = 512  # [bytes]

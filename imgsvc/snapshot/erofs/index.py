@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from struct import Struct, error
 from typing import Final
 
-from imgsvc.errors import DataLoss
+from imgsvc.base.errors import DataLoss
 from imgsvc.snapshot.tarheader import NANO, Header
 from imgsvc.snapshot.tarstream import TarStream
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from imgsvc import kernel
+from imgsvc.base import kernel
 
 _MAX_OPTION: Final = 255  # [bytes] of one option of a mount
 _LOOP_CONFIGURE: Final = 0x4C0A  # Source: linux/loop.h

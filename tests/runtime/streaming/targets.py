@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from imgsvc.errors import Unavailable
+from imgsvc.base.errors import Unavailable
 from imgsvc.runtime.streaming.fdio import SocketConnection
 from imgsvc.runtime.streaming.interfaces import Connection, Streams, StreamWants
 

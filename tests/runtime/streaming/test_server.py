@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from imgsvc.base.errors import InvalidArgument, NotFound
 from imgsvc.config import Stream
-from imgsvc.errors import InvalidArgument, NotFound
 from imgsvc.runtime.streaming.interfaces import Streams, StreamWants, TerminalSize
 from imgsvc.runtime.streaming.server import MAX_HANDSHAKES, StreamServer
 from tests.runtime.streaming.targets import ALL, OUTPUT, TERMINAL, LoopbackPorts, ScriptedTarget, echo, forever

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from imgsvc import kernel
-from imgsvc.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable
+from imgsvc.base import kernel
+from imgsvc.base.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable
 from imgsvc.runtime.reaper import Reaper
 from imgsvc.runtime.streaming.attach_target import AttachTarget
 from imgsvc.runtime.streaming.exec_target import MAX_SYNC_OUTPUT, ExecFailed, ExecResult, ExecTarget, exec_process, exec_sync

@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from imgsvc.base.errors import InvalidArgument
 from imgsvc.config import Stream
-from imgsvc.errors import InvalidArgument
 from imgsvc.runtime.streaming.server import StreamServer
 from tests.runtime.streaming.targets import ALL, ScriptedTarget, echo
 from tests.runtime.streaming.test_server import serving

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from imgsvc.errors import ResourceExhausted
+from imgsvc.base.errors import ResourceExhausted
 from imgsvc.runtime.streaming.tokens import MAX_OUTSTANDING, TTL_S, Tokens
 
 

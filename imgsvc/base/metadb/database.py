@@ -37,11 +37,20 @@ from typing import Any, Final, TypeVar
 
 import lmdb
 
-from imgsvc import lmdbcheck
-from imgsvc.errors import DataLoss, FailedPrecondition, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error, printable
-from imgsvc.failpoints import failpoint
-from imgsvc.fsutil import boot_id, free_space, lock_exclusive, private_dir, reserve_blocks
-from imgsvc.oci import GIB, MIB
+from imgsvc.base.errors import (
+    DataLoss,
+    FailedPrecondition,
+    ImgsvcError,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    from_os_error,
+    printable,
+)
+from imgsvc.base.failpoints import failpoint
+from imgsvc.base.fsutil import boot_id, free_space, lock_exclusive, private_dir, reserve_blocks
+from imgsvc.base.metadb import pagecheck as lmdbcheck
+from imgsvc.base.oci import GIB, MIB
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc import kernel, removal
+from imgsvc.base import kernel, removal
 
 pytestmark = pytest.mark.root
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
-from imgsvc import kernel, procfs
+from imgsvc.base import kernel, procfs
 
 log = logging.getLogger(__name__)
 

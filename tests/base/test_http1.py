@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from imgsvc.errors import InvalidArgument, Unavailable
-from imgsvc.http1 import FileBody, HttpServer, Request, Response, StreamBody, is_loopback, parse_range, split_address
+from imgsvc.base.errors import InvalidArgument, Unavailable
+from imgsvc.base.http1 import FileBody, HttpServer, Request, Response, StreamBody, is_loopback, parse_range, split_address
 
 DATA = os.urandom(3 * 1024 * 1024 + 7)
 

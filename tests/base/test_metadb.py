@@ -15,10 +15,10 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from imgsvc import failpoints
-from imgsvc.errors import DataLoss, FailedPrecondition, Internal, InvalidArgument, NotFound, ResourceExhausted
-from imgsvc.metadb import MAX_KEY, LastEnd, MetaDB, Schema, WriteTxn, set_aside
-from imgsvc.oci import MIB
+from imgsvc.base import failpoints
+from imgsvc.base.errors import DataLoss, FailedPrecondition, Internal, InvalidArgument, NotFound, ResourceExhausted
+from imgsvc.base.metadb.database import MAX_KEY, LastEnd, MetaDB, Schema, WriteTxn, set_aside
+from imgsvc.base.oci import MIB
 from tests.support.faults import no_descriptors, tmpfs
 
 
@@ -153,7 +153,7 @@ def test_the_database_grows_far_beyond_one_batch_while_read(db: MetaDB) -> None:
 def test_a_second_daemon_on_the_root_is_refused(db: MetaDB, tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition, match=f"process {os.getpid()}"):
         MetaDB(tmp_path / "meta")
-    code = "import sys; from pathlib import Path; from imgsvc.metadb import MetaDB; MetaDB(Path(sys.argv[1]))"
+    code = "import sys; from pathlib import Path; from imgsvc.base.metadb.database import MetaDB; MetaDB(Path(sys.argv[1]))"
     other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "meta")], capture_output=True, text=True, timeout=30)
     assert "in use by another imgsvc" in other.stderr
     db.write(lambda txn: txn.put("images", "x", {}))
@@ -169,7 +169,7 @@ def test_a_closed_database_says_so_and_closes_once(tmp_path: Path) -> None:
 
 def test_how_the_last_daemon_ended(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from imgsvc.metadb import MetaDB\n"
+        "import os, sys; from pathlib import Path; from imgsvc.base.metadb.database import MetaDB\n"
         "db = MetaDB(Path(sys.argv[1])); print(db.last_end, flush=True); os.kill(os.getpid(), 9)"
     )
 
@@ -344,7 +344,7 @@ def test_c_d3_without_descriptors_the_root_stays_usable(tmp_path: Path) -> None:
 
 def test_a_limit_on_address_space_shrinks_the_map(tmp_path: Path) -> None:
     code = (
-        "import resource, sys; from pathlib import Path; from imgsvc.metadb import MetaDB\n"
+        "import resource, sys; from pathlib import Path; from imgsvc.base.metadb.database import MetaDB\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
         "db = MetaDB(Path(sys.argv[1])); db.write(lambda t: t.put('images', 'x', {})); db.close(); print('ok')"
     )

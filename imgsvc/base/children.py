@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
-from imgsvc.concurrency import in_thread, to_the_end
+from imgsvc.base.concurrency import in_thread, to_the_end
 
 # Process IDs. None of them can be given anew before its owner has waited for it. Added and removed by any thread.
 _owed: set[int] = set()

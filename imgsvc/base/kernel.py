@@ -22,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, TypeVar
 
-from imgsvc import procfs
+from imgsvc.base import procfs
 
 T = TypeVar("T")
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imgsvc import oci
-from imgsvc.errors import InvalidArgument, ResourceExhausted
-from imgsvc.oci import Descriptor, Digest, Index, Manifest, Platform, chain_ids, parse_config, parse_document
+from imgsvc.base import oci
+from imgsvc.base.errors import InvalidArgument, ResourceExhausted
+from imgsvc.base.oci import Descriptor, Digest, Index, Manifest, Platform, chain_ids, parse_config, parse_document
 
 HEX = "ab" * 32
 DIGEST = f"sha256:{HEX}"

@@ -7,9 +7,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from imgsvc import tracing
 from imgsvc.api import cri_pb2, cri_pb2_grpc
-from imgsvc.reference import Reference
+from imgsvc.base import tracing
+from imgsvc.base.reference import Reference
 from imgsvc.rpc import ErrorInterceptor
 from tests.fakes.registry import FakeRegistry, Reply
 from tests.registry.support import client_for, hosts_d, image_of, run

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from imgsvc.errors import InvalidArgument, from_os_error, printable
+from imgsvc.base.errors import InvalidArgument, from_os_error, printable
 
 MAX_FILE: Final = 1024**2  # [bytes] a configuration file; real ones stay below 100 KiB
 

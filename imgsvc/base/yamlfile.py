@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from imgsvc.errors import InvalidArgument, printable
+from imgsvc.base.errors import InvalidArgument, printable
 
 
 def loads(text: bytes, name: str) -> Any:

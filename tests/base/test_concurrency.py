@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import imgsvc
-from imgsvc.concurrency import (
+from imgsvc.base.concurrency import (
     CancelToken,
     Coalesced,
     KeyedLock,
@@ -25,7 +25,7 @@ from imgsvc.concurrency import (
     in_thread,
     time_limit,
 )
-from imgsvc.errors import Cancelled, NotFound
+from imgsvc.base.errors import Cancelled, NotFound
 from tests.support.waiting import until
 
 

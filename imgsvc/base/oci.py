@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self, TypeVar
 
-from imgsvc.errors import InvalidArgument, NotFound, ResourceExhausted, printable
+from imgsvc.base.errors import InvalidArgument, NotFound, ResourceExhausted, printable
 
 KIB: Final = 1024
 MIB: Final = 1024**2

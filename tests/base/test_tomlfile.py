@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgsvc.errors import ImgsvcError, InvalidArgument
-from imgsvc.tomlfile import Document, dotted, load, loads, parse_duration, suggestion
+from imgsvc.base.errors import ImgsvcError, InvalidArgument
+from imgsvc.base.tomlfile import Document, dotted, load, loads, parse_duration, suggestion
 
 SAMPLE = """\
 # a comment with [brackets] and = signs

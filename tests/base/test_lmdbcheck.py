@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.errors import DataLoss
-from imgsvc.lmdbcheck import damage
-from imgsvc.metadb import MetaDB, WriteTxn
+from imgsvc.base.errors import DataLoss
+from imgsvc.base.metadb.database import MetaDB, WriteTxn
+from imgsvc.base.metadb.pagecheck import damage
 
 PAGE = 4096
 TABLES = ("images", "content", "snapshots")

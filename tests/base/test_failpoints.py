@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 import imgsvc
-from imgsvc import failpoints
-from imgsvc.errors import InvalidArgument
-from imgsvc.failpoints import POINTS, afailpoint, arm, failpoint
+from imgsvc.base import failpoints
+from imgsvc.base.errors import InvalidArgument
+from imgsvc.base.failpoints import POINTS, afailpoint, arm, failpoint
 
 NAME = "content.write"
 
@@ -115,5 +115,5 @@ def test_what_cannot_be_armed_is_refused_by_name(text: str) -> None:
 
 def test_the_environment_variable_is_only_read_by_entry_points() -> None:
     environment = {**os.environ, failpoints.ENV: f"{NAME}=kill"}
-    code = f"from imgsvc.failpoints import failpoint; failpoint('{NAME}')"
+    code = f"from imgsvc.base.failpoints import failpoint; failpoint('{NAME}')"
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=30).returncode == 0

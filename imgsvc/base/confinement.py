@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from imgsvc import kernel
+from imgsvc.base import kernel
 
 # Debian keeps 65533 and those around for itself without using them, systemd's dynamic users end at 65519, and a user namespace of
 # 65536 IDs has it. It needs no entry in /etc/passwd.

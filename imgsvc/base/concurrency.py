@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Generic, ParamSpec, Self, TypeVar, cast
 
-from imgsvc.errors import Cancelled, ImgsvcError
+from imgsvc.base.errors import Cancelled, ImgsvcError
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc import fsutil
-from imgsvc.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from imgsvc.base import fsutil
+from imgsvc.base.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 
 
 def test_write_atomic_replaces_and_leaves_no_temporary(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_what_can_be_a_file_name_is_returned(text: str) -> None:
 
 def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
-    code = "import sys; from pathlib import Path; from imgsvc.fsutil import lock_exclusive; lock_exclusive(Path(sys.argv[1]), 'it'); print('held', flush=True); sys.stdin.read()"
+    code = "import sys; from pathlib import Path; from imgsvc.base.fsutil import lock_exclusive; lock_exclusive(Path(sys.argv[1]), 'it'); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout
         assert holder.stdout.readline() == b"held\n"

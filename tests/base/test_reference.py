@@ -6,9 +6,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imgsvc.errors import InvalidArgument
-from imgsvc.oci import Digest
-from imgsvc.reference import Reference
+from imgsvc.base.errors import InvalidArgument
+from imgsvc.base.oci import Digest
+from imgsvc.base.reference import Reference
 
 DIGEST = "sha256:" + "ab" * 32
 

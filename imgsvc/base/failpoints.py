@@ -9,7 +9,7 @@ Entry points (daemon, unpack worker) call `arm(os.environ.get(ENV, ""))` once; t
     delay:MS     wait, to widen a race [ms]
     *COUNT       act that many times, then never again (default: always)     @HIT  first act at this hit (default: 1)
 
-POINTS is the registry: a name that is not in it cannot be armed or used (tests/test_failpoints.py compares it with the
+POINTS is the registry: a name that is not in it cannot be armed or used (tests/base/test_failpoints.py compares it with the
 source), so a crash test that walks over it reaches every point there is.
 """
 
@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from imgsvc.errors import InvalidArgument
+from imgsvc.base.errors import InvalidArgument
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgsvc import errors
-from imgsvc.errors import ImgsvcError, NotFound, from_os_error, printable
+from imgsvc.base import errors
+from imgsvc.base.errors import ImgsvcError, NotFound, from_os_error, printable
 
 CATEGORIES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, ImgsvcError) and c is not ImgsvcError]
 

@@ -21,9 +21,9 @@ from urllib.parse import parse_qs, unquote
 
 import h11
 
-from imgsvc.concurrency import time_limit
-from imgsvc.errors import InvalidArgument, Unavailable, from_os_error
-from imgsvc.oci import KIB, MIB
+from imgsvc.base.concurrency import time_limit
+from imgsvc.base.errors import InvalidArgument, Unavailable, from_os_error
+from imgsvc.base.oci import KIB, MIB
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from imgsvc.errors import InvalidArgument, printable
-from imgsvc.oci import Digest
+from imgsvc.base.errors import InvalidArgument, printable
+from imgsvc.base.oci import Digest
 
 DEFAULT_HOST: Final = "docker.io"
 DEFAULT_TAG: Final = "latest"

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from imgsvc.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, from_os_error, printable
+from imgsvc.base.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, from_os_error, printable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _FALLOC_FL_KEEP_SIZE: Final = 1
