@@ -21,7 +21,7 @@ from imgsvc.base.concurrency import in_thread
 from imgsvc.base.metadb.database import MetaDB
 from imgsvc.base.oci import OCI_MANIFEST, Descriptor, Digest, config_from_json
 from imgsvc.content.local import LocalStore
-from imgsvc.images import Image, ImageStore, Layer
+from imgsvc.images.records import Image, ImageStore, Layer
 from imgsvc.snapshot.interfaces import Key, Name, Usage
 from imgsvc.snapshot.overlay import OverlaySnapshotter
 from tests.support.daemon import Daemon

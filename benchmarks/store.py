@@ -22,10 +22,10 @@ from imgsvc.base.concurrency import Threads
 from imgsvc.base.metadb.database import MetaDB, WriteTxn
 from imgsvc.base.oci import KIB, MIB, OCI_MANIFEST, Descriptor, Digest, ImageConfig, Platform
 from imgsvc.content.local import LocalStore
-from imgsvc.gc import Collector, Policy
-from imgsvc.gc_sources import Blobs, Images, Ingests
-from imgsvc.images import Image, ImageStore, Layer, _encode
-from imgsvc.leases import LeaseBook
+from imgsvc.images.leases import LeaseBook
+from imgsvc.images.records import Image, ImageStore, Layer, _encode
+from imgsvc.images.upkeep.collector import Collector, Policy
+from imgsvc.images.upkeep.nodes import Blobs, Images, Ingests
 from tests.support.stored import put_blob
 
 ROUNDS = 5

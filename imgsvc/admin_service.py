@@ -19,9 +19,9 @@ from imgsvc.base.oci import Digest, Platform
 from imgsvc.base.reference import Reference
 from imgsvc.config import Loaded
 from imgsvc.image_service import describe
-from imgsvc.images import ImageStore
-from imgsvc.pull import Puller, PullRequest
-from imgsvc.push import Pusher, PushRequest
+from imgsvc.images.pull import Puller, PullRequest
+from imgsvc.images.push import Pusher, PushRequest
+from imgsvc.images.records import ImageStore
 from imgsvc.registry.interfaces import Credential
 
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -18,8 +18,8 @@ from imgsvc.base.errors import InvalidArgument, printable
 from imgsvc.base.oci import Platform
 from imgsvc.base.reference import Reference
 from imgsvc.decrypt.decryptor import recipients
-from imgsvc.images import Image, ImageStore
-from imgsvc.pull import Puller, PullRequest
+from imgsvc.images.pull import Puller, PullRequest
+from imgsvc.images.records import Image, ImageStore
 from imgsvc.registry.dockerconfig import credential_from_cri
 from imgsvc.registry.interfaces import Credential
 from imgsvc.runtime.users import announced_user

@@ -12,36 +12,36 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from imgsvc.archive.service import Archives
 from imgsvc.base import kernel
 from imgsvc.base.concurrency import Threads
 from imgsvc.base.http1 import Handler, HttpServer, server_tls
 from imgsvc.base.metadb.database import MetaDB
 from imgsvc.config import Config, Loaded
 from imgsvc.content.interfaces import Store
-from imgsvc.events import EventBus
 from imgsvc.image_tools import ImageTools
-from imgsvc.images import ImageStore
-from imgsvc.leases import LeaseManager
-from imgsvc.metrics import Gauge, Page
-from imgsvc.mirror import Mirror
-from imgsvc.mounts import ImageMounts
-from imgsvc.observe import Observer
-from imgsvc.prepull.service import Prepull
-from imgsvc.provenance import Provenance
-from imgsvc.pull import Puller
-from imgsvc.pullthrough import PullThrough
+from imgsvc.images.archive.service import Archives
+from imgsvc.images.leases import LeaseManager
+from imgsvc.images.mirror.cache import PullThrough
+from imgsvc.images.mirror.server import Mirror
+from imgsvc.images.mounts import ImageMounts
+from imgsvc.images.prepull.service import Prepull
+from imgsvc.images.provenance import Provenance
+from imgsvc.images.pull import Puller
+from imgsvc.images.records import ImageStore
+from imgsvc.images.rootfs import ContainerRoots
+from imgsvc.images.telemetry.events import EventBus
+from imgsvc.images.telemetry.metrics import Gauge, Page
+from imgsvc.images.telemetry.observer import Observer
+from imgsvc.images.verification.policy import Policy, load_policy
+from imgsvc.images.verification.programs import Programs
+from imgsvc.images.verification.service import Verification
+from imgsvc.images.verification.signatures import Signatures
 from imgsvc.registry.interfaces import Registry
 from imgsvc.reload import Commit, Live
-from imgsvc.roots import ContainerRoots
 from imgsvc.runtime.interfaces import RootMount
 from imgsvc.snapshot.interfaces import Mount
 from imgsvc.snapshot.mount import mount_all
 from imgsvc.snapshot.tarstream import TarStream
-from imgsvc.verification.policy import Policy, load_policy
-from imgsvc.verification.programs import Programs
-from imgsvc.verification.service import Verification
-from imgsvc.verification.signatures import Signatures
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from typing import Any
 import grpc.aio
 
 from imgsvc.api import imagetools_pb2, imagetools_pb2_grpc
-from imgsvc.archive.service import Archives, Target
 from imgsvc.base.errors import InvalidArgument
 from imgsvc.base.oci import Platform
-from imgsvc.events import EventBus
-from imgsvc.mounts import ImageMounts
-from imgsvc.prepull.service import Prepull
+from imgsvc.images.archive.service import Archives, Target
+from imgsvc.images.mounts import ImageMounts
+from imgsvc.images.prepull.service import Prepull
+from imgsvc.images.telemetry.events import EventBus
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -16,8 +16,18 @@ from imgsvc.base.concurrency import CancelToken
 from imgsvc.base.errors import DataLoss, NotFound, Unimplemented
 from imgsvc.base.metadb.database import MetaDB, set_aside
 from imgsvc.content.local import LocalStore
-from imgsvc.fsck import Checker, ContentChecker, Finding, FsckReport, ImageChecker, LayerChecker, MetadataChecker, fsck, recover
-from imgsvc.images import ImageStore
+from imgsvc.images.records import ImageStore
+from imgsvc.images.upkeep.fsck import (
+    Checker,
+    ContentChecker,
+    Finding,
+    FsckReport,
+    ImageChecker,
+    LayerChecker,
+    MetadataChecker,
+    fsck,
+    recover,
+)
 from imgsvc.snapshot import native, overlay
 from imgsvc.snapshot.interfaces import CheckedSnapshotter, Name
 

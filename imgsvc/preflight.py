@@ -15,9 +15,9 @@ from imgsvc.base.errors import ImgsvcError, InvalidArgument
 from imgsvc.base.fsutil import resolved
 from imgsvc.base.http1 import is_loopback, server_tls, split_address
 from imgsvc.config import Config, Loaded
-from imgsvc.images import pin_patterns
-from imgsvc.prepull.plan import load_plan
-from imgsvc.verification.policy import load_policy
+from imgsvc.images.prepull.plan import load_plan
+from imgsvc.images.records import pin_patterns
+from imgsvc.images.verification.policy import load_policy
 
 log = logging.getLogger(__name__)
 

@@ -30,28 +30,28 @@ from imgsvc.base.errors import FailedPrecondition, ImgsvcError, Unavailable
 from imgsvc.base.fsutil import free_space, private_dir
 from imgsvc.base.metadb.database import MetaDB
 from imgsvc.base.places import socket_target
-from imgsvc.care import ContainerKeeper, StoreCare
 from imgsvc.config import Config, Loaded, to_json
 from imgsvc.content.local import LocalStore
 from imgsvc.decrypt.decryptor import LayerDecryptor
-from imgsvc.fsck import recover
-from imgsvc.gc import CollectionReport, Policy
 from imgsvc.image_service import ImageService
 from imgsvc.image_side import Parts, Watch, open_verification, start_image_side
 from imgsvc.image_tools import ImageTools
-from imgsvc.images import ImageStore, pin_patterns
-from imgsvc.leases import LeaseBook
+from imgsvc.images.leases import LeaseBook
+from imgsvc.images.provenance import Provenance
+from imgsvc.images.pull import Puller
+from imgsvc.images.push import Pusher
+from imgsvc.images.records import ImageStore, pin_patterns
+from imgsvc.images.rootfs import ContainerRoots
+from imgsvc.images.telemetry.observer import StoreSizes, store_gauges
+from imgsvc.images.upkeep.collector import CollectionReport, Policy
+from imgsvc.images.upkeep.fsck import recover
+from imgsvc.images.upkeep.service import ContainerKeeper, StoreCare
 from imgsvc.notify import Notifier
-from imgsvc.observe import StoreSizes, store_gauges
 from imgsvc.ownership import PublicSocket, own_directories
 from imgsvc.pods import start_pods
 from imgsvc.preflight import Standing
-from imgsvc.provenance import Provenance
-from imgsvc.pull import Puller
-from imgsvc.push import Pusher
 from imgsvc.registry.bulk import BulkTransport
 from imgsvc.reload import Commit, Live, Reloader
-from imgsvc.roots import ContainerRoots
 from imgsvc.rpc import ErrorInterceptor
 from imgsvc.runtime.streaming.server import StreamServer
 from imgsvc.snapshot import detect, native, overlay

@@ -70,7 +70,7 @@ def _jobs(arguments: argparse.Namespace) -> tuple[list[_Job], int]:
     jobs = [_Job(str(reference)) for reference in arguments.references]
     if not arguments.file:
         return jobs, 2
-    from imgsvc.prepull.plan import load_plan
+    from imgsvc.images.prepull.plan import load_plan
 
     plan = load_plan(arguments.file)
     for wanted in plan.images:

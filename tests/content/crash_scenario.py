@@ -18,10 +18,10 @@ from imgsvc.base.concurrency import Threads
 from imgsvc.base.metadb.database import MetaDB, Schema, WriteTxn
 from imgsvc.base.oci import KIB, Digest
 from imgsvc.content.local import LocalStore
-from imgsvc.fsck import recover
-from imgsvc.gc import Cached, Collector, Policy, Root
-from imgsvc.gc_sources import Blobs, Ingests, content_node
-from imgsvc.leases import LeaseBook, Node
+from imgsvc.images.leases import LeaseBook, Node
+from imgsvc.images.upkeep.collector import Cached, Collector, Policy, Root
+from imgsvc.images.upkeep.fsck import recover
+from imgsvc.images.upkeep.nodes import Blobs, Ingests, content_node
 from tests.fakes.clock import FakeClock
 
 CHUNK = 64 * KIB

@@ -14,7 +14,7 @@ from imgsvc.base import failpoints
 from imgsvc.base.errors import FailedPrecondition
 from imgsvc.base.metadb.database import LastEnd, MetaDB
 from imgsvc.content.local import LocalStore
-from imgsvc.fsck import recover
+from imgsvc.images.upkeep.fsck import recover
 from tests.content.crash_scenario import BLOBS, DIGESTS, NEXT
 
 PREFIXES = ("content.", "metadb.", "lease.", "gc.")

@@ -19,7 +19,7 @@ from imgsvc.base.oci import MIB, Digest
 from imgsvc.content.interfaces import Fault, Writer
 from imgsvc.content.local import LocalStore
 from imgsvc.content.verify import DigestMismatch, SizeMismatch
-from imgsvc.fsck import ContentChecker, fsck, recover
+from imgsvc.images.upkeep.fsck import ContentChecker, fsck, recover
 
 DATA = os.urandom(300_000)
 DIGEST = Digest.of(DATA)

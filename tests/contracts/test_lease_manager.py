@@ -11,7 +11,7 @@ import pytest
 
 from imgsvc.base.errors import FailedPrecondition, InvalidArgument, NotFound
 from imgsvc.base.metadb.database import MetaDB
-from imgsvc.leases import LeaseBook, LeaseManager, Node
+from imgsvc.images.leases import LeaseBook, LeaseManager, Node
 from tests.fakes.clock import FakeClock
 from tests.fakes.leases import MemoryLeases
 

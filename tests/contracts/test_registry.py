@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.archive.source import ArchiveSource
 from imgsvc.base.concurrency import Threads
 from imgsvc.base.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound
 from imgsvc.base.oci import MAX_DOCUMENT, MIB, OCI_EMPTY, OCI_MANIFEST, Descriptor, Digest, Manifest, parse_document
 from imgsvc.base.reference import Reference
-from imgsvc.prepull.throttle import Throttle, ThrottledRegistry
+from imgsvc.images.archive.source import ArchiveSource
+from imgsvc.images.prepull.throttle import Throttle, ThrottledRegistry
 from imgsvc.registry.interfaces import BlobSource, Fetcher, PullFailed, Registry, Repository
 from tests.fakes.registry import FakeRegistry
 from tests.fakes.store import MemoryStore

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from imgsvc import config
-from imgsvc.prepull.plan import load_plan
+from imgsvc.images.prepull.plan import load_plan
 from tests.support import images
 from tests.support.daemon import Daemon
 from tests.support.registries import RealRegistry, free_port

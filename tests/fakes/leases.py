@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from imgsvc.base.errors import FailedPrecondition, InvalidArgument, NotFound
-from imgsvc.leases import Lease, LeaseManager, Node
+from imgsvc.images.leases import Lease, LeaseManager, Node
 
 
 class MemoryLeases:

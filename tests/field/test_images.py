@@ -18,9 +18,9 @@ from imgsvc.base import oci
 from imgsvc.base.concurrency import CancelToken
 from imgsvc.base.errors import InvalidArgument, NotFound, ResourceExhausted
 from imgsvc.base.oci import Descriptor, Digest, ImageConfig, Manifest, Platform, load_json_object, parse_config, parse_document
-from imgsvc.choosing import MAX_DOCUMENTS, Chosen, choose
-from imgsvc.fsck import ImageChecker, fsck
-from imgsvc.images import TABLE, ImageStore, check_image
+from imgsvc.images.choosing import MAX_DOCUMENTS, Chosen, choose
+from imgsvc.images.records import TABLE, ImageStore, check_image
+from imgsvc.images.upkeep.fsck import ImageChecker, fsck
 from tests.fakes.registry import FakeRegistry
 from tests.registry.support import hosts_d
 from tests.support import cri, images

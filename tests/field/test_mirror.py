@@ -11,8 +11,8 @@ import pytest
 from imgsvc.base.concurrency import Threads, all_of
 from imgsvc.base.metadb.database import MetaDB
 from imgsvc.base.oci import OCI_MANIFEST, Descriptor, Digest
-from imgsvc.documents import Documents
-from imgsvc.provenance import Provenance, Witness
+from imgsvc.images.documents import Documents
+from imgsvc.images.provenance import Provenance, Witness
 from imgsvc.registry.interfaces import BlobSink, BlobSource
 from tests.fakes.registry import FakeRegistry, Reply
 from tests.field.test_private import Scene, scene

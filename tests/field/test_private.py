@@ -18,17 +18,17 @@ from imgsvc.base.concurrency import Threads
 from imgsvc.base.metadb.database import MetaDB
 from imgsvc.base.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Digest
 from imgsvc.base.reference import Reference
+from imgsvc.images.verification.policy import Rule, load_policy
+from imgsvc.images.verification.programs import Programs
+from imgsvc.images.verification.service import Verification
+from imgsvc.images.verification.signatures import Signatures
 from imgsvc.registry.interfaces import Credential, CredentialKind, CredentialUse
-from imgsvc.verification.policy import Rule, load_policy
-from imgsvc.verification.programs import Programs
-from imgsvc.verification.service import Verification
-from imgsvc.verification.signatures import Signatures
 from tests.fakes.registry import FakeRegistry, Reply, Request
+from tests.images.verification.signing import Signer
 from tests.registry.support import client_for, hosts_d
 from tests.support.daemon import Daemon
 from tests.support.images import BuiltDocument, Entry, descriptor, image, layer
 from tests.support.registries import free_port
-from tests.verification.signing import Signer
 
 APP = image([layer([Entry("f", b"one")])])
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.gc import Collectable, SweepReport, removal_order, sweep
-from imgsvc.gc_sources import Blobs, Snapshots, snapshot_node
-from imgsvc.leases import Node
+from imgsvc.images.leases import Node
+from imgsvc.images.upkeep.collector import Collectable, SweepReport, removal_order, sweep
+from imgsvc.images.upkeep.nodes import Blobs, Snapshots, snapshot_node
 from imgsvc.snapshot.interfaces import Key, Name
 from tests.support.stored import Stored
 

@@ -10,7 +10,7 @@ from imgsvc.base.metadb.database import MetaDB
 from imgsvc.base.oci import OCI_MANIFEST, Descriptor, Digest, ImageConfig, Platform
 from imgsvc.content.interfaces import Store
 from imgsvc.content.local import LocalStore
-from imgsvc.images import Image, ImageStore, Layer
+from imgsvc.images.records import Image, ImageStore, Layer
 from imgsvc.snapshot.interfaces import Key, Name, Usage
 from imgsvc.snapshot.native import NativeSnapshotter
 

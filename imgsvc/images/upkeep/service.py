@@ -1,0 +1,197 @@
+"""Store care as one daemon does it: collecting garbage, checking, disk use, file system usage.
+
+The wiring of gc, fsck and df with this daemon's content store, snapshotters, images and containers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from imgsvc.base.concurrency import CancelToken, Threads
+from imgsvc.base.errors import DataLoss, NotFound
+from imgsvc.content.interfaces import Scrubber, Store
+from imgsvc.images.leases import LeaseManager
+from imgsvc.images.records import Image, ImageStore
+from imgsvc.images.rootfs import KEY_PREFIX, is_unpacked
+from imgsvc.images.upkeep import nodes as gc_sources
+from imgsvc.images.upkeep.collector import CollectionReport, Collector, Keeper, Policy, Root
+from imgsvc.images.upkeep.df import disk_usage
+from imgsvc.images.upkeep.fsck import Checker, ContentChecker, ImageChecker, LayerChecker, Metadata, MetadataChecker, fsck
+from imgsvc.snapshot.interfaces import CheckedSnapshotter, Key, Name, Snapshotter
+
+
+class CheckedStore(Store, Scrubber, Protocol):
+    """A content store that can be checked."""
+
+
+UnpackAside = Callable[[Image, int, str, Key], Coroutine[Any, Any, None]]
+
+
+class ContainerKeeper:
+    """gc.Keeper: a container needs its root file system and those of its image volumes."""
+
+    def __init__(self, container_ids: Callable[[], Iterable[str]], snapshotters: Mapping[str, Snapshotter]) -> None:
+        """container_ids: everybody who has a root file system, running or not."""
+        self._container_ids = container_ids
+        self._snapshotters = dict(snapshotters)
+
+    def roots(self) -> Iterator[Root]:
+        """See gc.Keeper."""
+        return self._roots(frozenset(self._container_ids()))
+
+    def _roots(self, container_ids: frozenset[str]) -> Iterator[Root]:
+        for name, snapshotter in self._snapshotters.items():
+            for info in snapshotter.walk():
+                container_id = info.id.removeprefix(KEY_PREFIX).partition("-")[0]
+                if info.id.startswith(KEY_PREFIX) and container_id in container_ids:
+                    yield Root(gc_sources.snapshot_node(name, info.id), f"container {container_id}")
+
+
+class StoreCare:
+    """Answers `imgsvc df`, `gc`, `fsck` and ImageFsInfo, and collects in the background while started."""
+
+    def __init__(
+        self,
+        images: ImageStore,
+        content: CheckedStore,
+        snapshotters: Mapping[str, CheckedSnapshotter],
+        metadata: Metadata,
+        unpack_aside: UnpackAside,
+        leases: LeaseManager,
+        threads: Threads,
+        root: Path,
+        policy: Policy,
+        keepers: Iterable[Keeper] = (),
+        collected: Callable[[CollectionReport | None], None] = lambda report: None,
+    ) -> None:
+        """keepers: who needs things beside images and what is in progress. unpack_aside: Puller.unpack_aside. collected: see Collector."""
+        self._metadata = metadata
+        self._unpack_aside = unpack_aside
+        self._leases = leases
+        self._images = images
+        self._content = content
+        self._snapshotters = dict(snapshotters)
+        self._threads = threads
+        self._root = root
+        self._needs = gc_sources.Images(images, content, list(snapshotters))
+        snapshots = gc_sources.Snapshots(list(snapshotters.values()))
+        self._collector = Collector(
+            keepers=[self._needs, snapshots, *keepers],
+            collectables=[gc_sources.Blobs(content), gc_sources.Ingests(content), snapshots],
+            cache=self._needs,
+            leases=leases,
+            threads=threads,
+            root=root,
+            policy=policy,
+            collected=collected,
+        )
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Collect in the background until the stack is closed."""
+        task = asyncio.ensure_future(self._collector.run())
+        stack.push_async_callback(_stopped, task)
+
+    def go_by(self, policy: Policy) -> None:
+        """Collect by this policy from now on."""
+        self._collector.policy = policy
+        self._collector.trigger("configuration reloaded")
+
+    def trigger(self, reason: str) -> None:
+        """Collect soon."""
+        self._collector.trigger(reason)
+
+    async def disk_usage(self) -> dict[str, Any]:
+        """`imgsvc df`."""
+        sizes = await self._threads.run(gc_sources.stored_sizes, self._content, self._content, list(self._snapshotters.values()))
+        images = [(image, self._needs.needs(image)) for image in self._images.all()]
+        return disk_usage(images, sizes).to_json()
+
+    async def sizes(self) -> dict[str, int]:
+        """Bytes on disk by class: "content", "ingest", "snapshot"."""
+        sizes = await self._threads.run(gc_sources.stored_sizes, self._content, self._content, list(self._snapshotters.values()))
+        return {kind: sum(size for node, size in sizes.items() if node.kind == kind) for kind in gc_sources.KINDS}
+
+    async def collect(self, explain: bool) -> dict[str, Any]:
+        """`imgsvc gc`, `imgsvc gc --explain`."""
+        if explain:
+            return {"verdicts": [verdict.to_json() for verdict in await self._collector.explain()]}
+        return (await self._collector.collect()).to_json()
+
+    async def check(self, deep: bool, repair: bool) -> dict[str, Any]:
+        """`imgsvc fsck`."""
+        cancel = CancelToken()
+        images, snapshotters = self._images.all(), list(self._snapshotters.values())
+        layers = {
+            (name, Name(layer.snapshot)): (image, at)
+            for name in self._snapshotters
+            for image in images
+            for at, layer in enumerate(image.layers)
+        }
+        loop = asyncio.get_running_loop()
+
+        def compare(snapshotter: str, name: Name, cancel: CancelToken) -> str:
+            if (snapshotter, name) not in layers:
+                raise NotFound("no image here names it")
+            image, position = layers[snapshotter, name]
+            digest = image.layers[position].descriptor.digest
+            if fault := self._content.check(digest, deep=False):  # fetching it again would be a repair nobody asked for
+                raise DataLoss(f"blob {digest} is {fault}")
+            return self._differs(image, position, self._snapshotters[snapshotter], loop, cancel)
+
+        checkers: list[Checker] = [
+            MetadataChecker(self._metadata),
+            ContentChecker(self._content),
+            LayerChecker(snapshotters, compare),
+            ImageChecker(self._images, self._content, snapshotters),
+        ]
+        try:
+            report = await self._threads.run_cancellable(cancel, lambda: fsck(checkers, deep=deep, repair=repair, cancel=cancel))
+            return report.to_json()
+        finally:
+            self._collector.trigger("checked")  # blobs that were fetched for comparing may be more than the cache may hold
+
+    def _differs(
+        self, image: Image, position: int, snapshotter: CheckedSnapshotter, loop: asyncio.AbstractEventLoop, cancel: CancelToken
+    ) -> str:
+        """How an unpacked layer differs from its blob; unpacks it a second time, and fetches a blob that was given up. On a thread."""
+        key = Key(f"fsck-{uuid.uuid4().hex}")
+        try:
+            asyncio.run_coroutine_threadsafe(self._unpack_leased(image, position, snapshotter.name, key), loop).result()
+            return snapshotter.difference(Name(image.layers[position].snapshot), key, cancel)
+        finally:
+            snapshotter.remove(key)
+
+    async def _unpack_leased(self, image: Image, position: int, snapshotter: str, key: Key) -> None:
+        layer = image.layers[position]
+        needs = [gc_sources.content_node(layer.descriptor.digest), gc_sources.snapshot_node(snapshotter, layer.snapshot)]
+        async with self._leases.held(needs, purpose=f"fsck of layer {layer.snapshot}"):
+            await self._unpack_aside(image, position, snapshotter, key)
+
+    async def is_whole(self, image: Image) -> bool:
+        """Whether an image can be used: an artifact's blobs, or all layers in some snapshotter, are there."""
+        return await self._threads.run(self._is_whole, image)
+
+    def _is_whole(self, image: Image) -> bool:
+        if image.artifact:
+            return all(self._content.info(layer.descriptor.digest) is not None for layer in image.layers)
+        return any(is_unpacked(image, snapshotter) for snapshotter in self._snapshotters.values())
+
+    def image_fs(self) -> tuple[str, int, int]:
+        """(directory, bytes, inodes) of unpacked layers; blobs are a cache that goes when space is low."""
+        totals = [snapshotter.total_usage() for snapshotter in self._snapshotters.values()]
+        return str(self._root), sum(t.size for t in totals), sum(t.inodes for t in totals)
+
+    def container_fs(self) -> tuple[str, int, int]:
+        """As image_fs: containers write to the same file system."""
+        return self.image_fs()
+
+
+async def _stopped(task: asyncio.Future[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
