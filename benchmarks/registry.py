@@ -24,8 +24,8 @@ from imgsvc.base.oci import MIB, OCI_MANIFEST, Descriptor, Digest
 from imgsvc.base.reference import Reference
 from imgsvc.content.interfaces import Writer
 from imgsvc.content.local import LocalStore
-from imgsvc.registry.bulk import BulkTransport
 from imgsvc.registry.client import RegistryClient, RegistrySettings
+from imgsvc.registry.http.bulk import BulkTransport
 from tests.registry.support import hosts_d
 from tests.support.registries import free_port
 

@@ -20,7 +20,7 @@ from imgsvc.base.reference import Reference
 from imgsvc.decrypt.decryptor import recipients
 from imgsvc.images.pull import Puller, PullRequest
 from imgsvc.images.records import Image, ImageStore
-from imgsvc.registry.dockerconfig import credential_from_cri
+from imgsvc.registry.auth.dockerconfig import credential_from_cri
 from imgsvc.registry.interfaces import Credential
 from imgsvc.runtime.users import announced_user
 

@@ -9,12 +9,12 @@ from functools import partial
 from typing import Final
 
 from imgsvc.config import Loaded
+from imgsvc.registry.auth.credentials import CredentialSettings, NodeCredentials, StoredCredential
 from imgsvc.registry.client import RegistryClient, RegistrySettings
-from imgsvc.registry.credentials import CredentialSettings, NodeCredentials, StoredCredential
-from imgsvc.registry.exchange import Sender, Timeouts
-from imgsvc.registry.hostdirs import split_config_path
+from imgsvc.registry.hosts.hostdirs import split_config_path
+from imgsvc.registry.hosts.legacy import parse_legacy
+from imgsvc.registry.http.exchange import Sender, Timeouts
 from imgsvc.registry.interfaces import RegistryObserver
-from imgsvc.registry.legacy import parse_legacy
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ from imgsvc.notify import Notifier
 from imgsvc.ownership import PublicSocket, own_directories
 from imgsvc.pods import start_pods
 from imgsvc.preflight import Standing
-from imgsvc.registry.bulk import BulkTransport
+from imgsvc.registry.http.bulk import BulkTransport
 from imgsvc.reload import Commit, Live, Reloader
 from imgsvc.rpc import ErrorInterceptor
 from imgsvc.runtime.streaming.server import StreamServer

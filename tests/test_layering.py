@@ -59,7 +59,7 @@ def own(file: Path) -> set[str]:
 
 
 def room(module: str) -> str:
-    """Top-level name: "imgsvc.registry.hosts" is in "registry"."""
+    """Top-level name: "imgsvc.registry.hosts.hosts" is in "registry"."""
     return module.split(".")[1]
 
 

@@ -29,7 +29,7 @@ def hosts_arguments(parser: argparse.ArgumentParser) -> None:
 def run_explain(arguments: argparse.Namespace) -> int:
     """`imgsvc hosts explain`: 1 when a pull would fail before it asks anybody."""
     from imgsvc.registries import open_registries
-    from imgsvc.registry.explain import explain, render
+    from imgsvc.registry.hosts.explain import explain, render
 
     registries = open_registries(config.load(arguments.config))
     explanation = explain(registries.client.directories, registries.credentials, arguments.reference, os.environ)

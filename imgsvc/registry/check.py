@@ -16,8 +16,8 @@ from imgsvc.base.oci import MAX_DOCUMENT, MIB, Descriptor, Index, Platform, pars
 from imgsvc.base.reference import Reference
 from imgsvc.registry.documents import ACCEPT_HEADER, check_is_manifest, read_document
 from imgsvc.registry.endpoint import Ask, Endpoint
-from imgsvc.registry.exchange import Response
-from imgsvc.registry.hosts import Capability
+from imgsvc.registry.hosts.hosts import Capability
+from imgsvc.registry.http.exchange import Response
 from imgsvc.registry.interfaces import Credential
 from imgsvc.registry.operation import Operations
 

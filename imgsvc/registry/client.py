@@ -13,22 +13,22 @@ from imgsvc.base.concurrency import SingleFlight, in_thread
 from imgsvc.base.errors import ResourceExhausted
 from imgsvc.base.oci import Descriptor
 from imgsvc.base.reference import Reference
-from imgsvc.registry.auth import Authorizer
+from imgsvc.registry.auth.authorizer import Authorizer
 from imgsvc.registry.documents import ACCEPT_HEADER, MANIFESTS, read_document, verify
 from imgsvc.registry.download import ConnectionBudget, Download, Pace, Source
 from imgsvc.registry.endpoint import Ask, CredentialSource, Endpoint, NoCredentials, RememberedCredentials, Session
-from imgsvc.registry.exchange import RequestFailed, Sender, Timeouts
 from imgsvc.registry.failover import HealthBook
-from imgsvc.registry.hostdirs import HostDirectories
-from imgsvc.registry.hosts import FROM_NOBODY, Capability, Host, HostsConfig
+from imgsvc.registry.hosts.hostdirs import HostDirectories
+from imgsvc.registry.hosts.hosts import FROM_NOBODY, Capability, Host, HostsConfig
+from imgsvc.registry.http.exchange import RequestFailed, Sender, Timeouts
+from imgsvc.registry.http.transport import Transport
 from imgsvc.registry.interfaces import BlobSink, BlobSource, Credential, Fetcher, Registry, RegistryObserver, Repository, Resolved
+from imgsvc.registry.observers import Unwatched
 from imgsvc.registry.operation import Operation
 from imgsvc.registry.push import RemoteRepository
 from imgsvc.registry.resolver import resolve_at
 from imgsvc.registry.retry import Failure
 from imgsvc.registry.slots import FairSlots
-from imgsvc.registry.transport import Transport
-from imgsvc.registry.unwatched import Unwatched
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ import zstandard
 
 from imgsvc.base.errors import InvalidArgument, ResourceExhausted, printable
 from imgsvc.base.oci import ACCEPT, INDEX_TYPES, MANIFEST_TYPES, MIB, Descriptor, Digest
-from imgsvc.registry.exchange import RequestFailed, Response
-from imgsvc.registry.redact import shown_url
+from imgsvc.registry.http.exchange import RequestFailed, Response
+from imgsvc.registry.http.redact import shown_url
 from imgsvc.registry.retry import Failure
 
 MANIFESTS: Final = INDEX_TYPES | MANIFEST_TYPES

@@ -18,11 +18,11 @@ from imgsvc.base.numerals import whole_number
 from imgsvc.base.oci import KIB, MIB, Descriptor
 from imgsvc.registry.documents import lied
 from imgsvc.registry.endpoint import Ask, Endpoint
-from imgsvc.registry.exchange import Chunk, RequestFailed, Response
 from imgsvc.registry.failover import Failover, HealthBook
+from imgsvc.registry.http.exchange import Chunk, RequestFailed, Response
+from imgsvc.registry.http.redact import shown_url
 from imgsvc.registry.interfaces import BlobSink
 from imgsvc.registry.ranges import PROOF, TICK_S, Plan, Span, Tuner, partial_problem, range_header
-from imgsvc.registry.redact import shown_url
 from imgsvc.registry.retry import MAX_WAIT_S, Action, Failure
 
 _PROGRESS: Final = MIB  # [bytes] after which earlier failures are forgotten

@@ -22,18 +22,18 @@ from imgsvc import __version__
 from imgsvc.base import tracing
 from imgsvc.base.concurrency import time_limit
 from imgsvc.base.errors import ImgsvcError, InvalidArgument, Unavailable, printable
-from imgsvc.registry.auth import Answer, Authorizer, Peer, secrets_of
-from imgsvc.registry.exchange import Body, RequestFailed, Response, Route, Sender
-from imgsvc.registry.hosts import FROM_NAMESPACE, FROM_NOBODY, OWN, Capability, Host, Tls, canonical_name
+from imgsvc.registry.auth.authorizer import Answer, Authorizer, Peer, secrets_of
+from imgsvc.registry.hosts.hosts import FROM_NAMESPACE, FROM_NOBODY, OWN, Capability, Host, Tls, canonical_name
+from imgsvc.registry.http.exchange import Body, RequestFailed, Response, Route, Sender
+from imgsvc.registry.http.netguard import ANYWHERE, Reach, allowed_from
+from imgsvc.registry.http.proxies import proxy_for
+from imgsvc.registry.http.redact import MAX_ERROR_BODY, registry_message, scrubbed, shown_url
+from imgsvc.registry.http.transport import Transport
 from imgsvc.registry.interfaces import Attempt, Credential, CredentialKind, CredentialUse, RegistryObserver
-from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
-from imgsvc.registry.proxies import proxy_for
-from imgsvc.registry.redact import MAX_ERROR_BODY, registry_message, scrubbed, shown_url
+from imgsvc.registry.observers import Unwatched
 from imgsvc.registry.redirects import MAX_REDIRECTS, REDIRECTS, origin, refused, target
 from imgsvc.registry.retry import kind_of_status, retry_after
 from imgsvc.registry.rules import cleartext_problem, lookup, request_url, takes_given
-from imgsvc.registry.transport import Transport
-from imgsvc.registry.unwatched import Unwatched
 
 log = logging.getLogger(__name__)
 

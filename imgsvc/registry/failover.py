@@ -11,10 +11,10 @@ from typing import Final, TypeVar
 
 from imgsvc.base.errors import printable
 from imgsvc.registry.endpoint import Endpoint
-from imgsvc.registry.exchange import RequestFailed
+from imgsvc.registry.http.exchange import RequestFailed
 from imgsvc.registry.interfaces import Attempt, PullFailed, RegistryObserver
+from imgsvc.registry.observers import Unwatched
 from imgsvc.registry.retry import MAX_WAIT_S, Action, Decision, Failure, Health, decide
-from imgsvc.registry.unwatched import Unwatched
 
 log = logging.getLogger(__name__)
 

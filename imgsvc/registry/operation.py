@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from imgsvc.base.reference import Reference
 from imgsvc.registry.endpoint import Endpoint, Session
 from imgsvc.registry.failover import Failover, HealthBook
-from imgsvc.registry.hosts import Capability, HostsConfig
+from imgsvc.registry.hosts.hosts import Capability, HostsConfig
 from imgsvc.registry.interfaces import Credential
 
 T = TypeVar("T")

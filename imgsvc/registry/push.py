@@ -16,8 +16,8 @@ from imgsvc.base.oci import MAX_DOCUMENT, MIB, Descriptor, Digest, Index, load_j
 from imgsvc.base.reference import Reference
 from imgsvc.registry.documents import ACCEPT_HEADER, announced_digest, lied, media_type_of, read_document
 from imgsvc.registry.endpoint import Ask, Endpoint
-from imgsvc.registry.exchange import RequestFailed, Response
-from imgsvc.registry.hosts import Capability
+from imgsvc.registry.hosts.hosts import Capability
+from imgsvc.registry.http.exchange import RequestFailed, Response
 from imgsvc.registry.interfaces import BlobReader, Credential, Repository
 from imgsvc.registry.operation import Operations
 from imgsvc.registry.redirects import target

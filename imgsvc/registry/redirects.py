@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 
-from imgsvc.registry.exchange import RequestFailed
-from imgsvc.registry.netguard import is_host_name
-from imgsvc.registry.redact import shown_url
+from imgsvc.registry.http.exchange import RequestFailed
+from imgsvc.registry.http.netguard import is_host_name
+from imgsvc.registry.http.redact import shown_url
 from imgsvc.registry.retry import Failure
 
 MAX_REDIRECTS: Final = 10

@@ -16,9 +16,9 @@ from imgsvc.base.oci import MAX_DOCUMENT, Descriptor, Digest, parse_document
 from imgsvc.base.reference import Reference
 from imgsvc.registry.documents import ACCEPT_HEADER, MANIFESTS, announced_digest, check_is_manifest, lied, media_type_of, read_document
 from imgsvc.registry.endpoint import Ask, Endpoint
-from imgsvc.registry.exchange import RequestFailed, Response
 from imgsvc.registry.failover import HealthBook
-from imgsvc.registry.hosts import Capability
+from imgsvc.registry.hosts.hosts import Capability
+from imgsvc.registry.http.exchange import RequestFailed, Response
 from imgsvc.registry.interfaces import Resolved
 
 # HEAD answers that make GET worth a try: 403 hides its reason, the others come from servers without HEAD.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from urllib.parse import urlencode
 
-from imgsvc.registry.hosts import FROM_NAMESPACE, Host, canonical_name, is_local
+from imgsvc.registry.hosts.hosts import FROM_NAMESPACE, Host, canonical_name, is_local
 
 
 class Lookup(NamedTuple):

@@ -14,7 +14,7 @@ from imgsvc import config
 from imgsvc.base.errors import InvalidArgument
 from imgsvc.base.tomlfile import dotted
 from imgsvc.config_import import Finding, Imported, Outcome, import_file
-from imgsvc.registry.legacy import parse_legacy
+from imgsvc.registry.hosts.legacy import parse_legacy
 
 DEFAULTS = Path(__file__).with_name("containerd-2.3-keys.toml")
 CRI = 'plugins."io.containerd.grpc.v1.cri"'

@@ -159,7 +159,7 @@ def test_hangup_changes_what_can_change_and_dump_tells_the_truth(
     values = json.loads(daemon.cli("config", "dump", "--running", "--json").stdout)
     assert (values["gc.min_free"]["value"], values["mirror.address"]["value"]) == (2, "")
     assert values["registry.config_path"]["origin"].startswith(str(daemon.config))
-    assert "DEBUG imgsvc.registry.exchange: GET http" in daemon.log, "every request is told of at this level"
+    assert "DEBUG imgsvc.registry.http.exchange: GET http" in daemon.log, "every request is told of at this level"
 
     hang_up(plain + '[verify]\npolicy = "/nowhere"\n', "configuration not reloaded: /nowhere")
     assert json.loads(daemon.cli("config", "dump", "--running", "--json").stdout) == values

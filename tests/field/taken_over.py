@@ -21,7 +21,7 @@ from collections.abc import Callable
 from imgsvc.base import kernel
 from imgsvc.base.concurrency import in_thread
 from imgsvc.base.errors import InvalidArgument
-from imgsvc.registry import bulk_worker
+from imgsvc.registry.http import bulk_worker
 from imgsvc.snapshot import extract, unpack_worker
 
 VICTIM, DAEMON, SOCKET = os.environ["VICTIM"], int(os.environ["DAEMON"]), os.environ["SOCKET"]

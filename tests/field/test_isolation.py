@@ -18,10 +18,10 @@ from imgsvc.base import confinement
 from imgsvc.base.children import Companion
 from imgsvc.base.errors import InvalidArgument
 from imgsvc.cli.main import main
-from imgsvc.registry.bulk import BulkTransport
-from imgsvc.registry.exchange import Route
-from imgsvc.registry.hosts import Tls
-from imgsvc.registry.netguard import ANYWHERE
+from imgsvc.registry.hosts.hosts import Tls
+from imgsvc.registry.http.bulk import BulkTransport
+from imgsvc.registry.http.exchange import Route
+from imgsvc.registry.http.netguard import ANYWHERE
 from tests.registry.certs import authority
 from tests.snapshot.bench import Bench
 from tests.snapshot.layers import Entry, tar

@@ -15,13 +15,13 @@ import pytest
 from imgsvc.base.errors import InvalidArgument
 from imgsvc.base.oci import Digest
 from imgsvc.base.reference import Reference
-from imgsvc.registry.challenge import check_realm, parse_token
+from imgsvc.registry.auth.challenge import check_realm, parse_token
+from imgsvc.registry.auth.credentials import CredentialSettings, NodeCredentials
+from imgsvc.registry.auth.dockerconfig import credential_from_cri, entry_for, helper_for, parse_docker_config
 from imgsvc.registry.check import check
-from imgsvc.registry.credentials import CredentialSettings, NodeCredentials
-from imgsvc.registry.dockerconfig import credential_from_cri, entry_for, helper_for, parse_docker_config
-from imgsvc.registry.explain import explain
-from imgsvc.registry.hostdirs import HostDirectories
-from imgsvc.registry.hosts import parse_url
+from imgsvc.registry.hosts.explain import explain
+from imgsvc.registry.hosts.hostdirs import HostDirectories
+from imgsvc.registry.hosts.hosts import parse_url
 from imgsvc.registry.interfaces import Attempt, Credential, CredentialUse, PullFailed
 from tests.fakes.registry import FakeRegistry, Reply, Request
 from tests.registry.support import MemorySink, blob, client_for, fails, hosts_d, image_of, pull, run

@@ -19,7 +19,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from imgsvc.registry.exchange import Timeouts
+from imgsvc.registry.http.exchange import Timeouts
 from tests.fakes.registry import FakeRegistry, Reply, Request
 from tests.registry.certs import Pair, authority
 from tests.support.registries import free_port

@@ -16,11 +16,11 @@ import pytest
 from imgsvc.base.errors import ImgsvcError
 from imgsvc.base.oci import MAX_DOCUMENT, Descriptor, Digest, Manifest, parse_document
 from imgsvc.base.reference import Reference
-from imgsvc.registry.bulk import BulkTransport
 from imgsvc.registry.client import RegistryClient, RegistrySettings
 from imgsvc.registry.download import Pace
 from imgsvc.registry.endpoint import CredentialSource
-from imgsvc.registry.exchange import Timeouts
+from imgsvc.registry.http.bulk import BulkTransport
+from imgsvc.registry.http.exchange import Timeouts
 from imgsvc.registry.interfaces import BlobSource, Credential
 from tests.support.images import BuiltDocument, Entry, image, layer
 

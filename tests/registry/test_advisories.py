@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from imgsvc.base.errors import ImgsvcError, InvalidArgument
 from imgsvc.base.oci import DOCKER_CONFIG, MAX_DOCUMENT, MIB, OCI_INDEX, OCI_MANIFEST, Descriptor, Digest
 from imgsvc.base.reference import Reference
+from imgsvc.registry.http.netguard import Reach
+from imgsvc.registry.http.netstream import AddressRefused, Backend
 from imgsvc.registry.interfaces import Credential, PullFailed
-from imgsvc.registry.netguard import Reach
-from imgsvc.registry.netstream import AddressRefused, Backend
 from tests.fakes.registry import FakeRegistry, Reply, Request
 from tests.registry.certs import authority
 from tests.registry.real import PATIENT
@@ -483,7 +483,7 @@ def test_c_r10_a_wrong_file_fails_the_pull_and_nobody_is_asked(tmp_path: Path, t
 def test_c_r10_several_roots(tmp_path: Path) -> None:
     async def main() -> None:
         from imgsvc.registry.client import RegistryClient, RegistrySettings
-        from imgsvc.registry.hostdirs import split_config_path
+        from imgsvc.registry.hosts.hostdirs import split_config_path
 
         with FakeRegistry() as fake:
             fake.add(image_of(), "library/app")

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from imgsvc.base.confinement import STRANGER
 from imgsvc.base.errors import ImgsvcError, Internal, InvalidArgument
 from imgsvc.base.oci import KIB, MIB
-from imgsvc.registry.bulk import BulkTransport
-from imgsvc.registry.bulk_messages import (
+from imgsvc.registry.hosts.hosts import Tls
+from imgsvc.registry.http.bulk import BulkTransport
+from imgsvc.registry.http.bulk_messages import (
     COUNT,
     LOT,
     MAX_END,
@@ -33,9 +34,8 @@ from imgsvc.registry.bulk_messages import (
     unpack_head,
     unpack_order,
 )
-from imgsvc.registry.exchange import RequestFailed, Route, Timeouts
-from imgsvc.registry.hosts import Tls
-from imgsvc.registry.netguard import Reach
+from imgsvc.registry.http.exchange import RequestFailed, Route, Timeouts
+from imgsvc.registry.http.netguard import Reach
 from imgsvc.registry.retry import Failure
 from tests.fakes.registry import FakeRegistry, Reply
 from tests.registry.support import APART, QUICK, MemorySink, blob, client_for, hosts_d, image_of, noise, run
@@ -230,7 +230,7 @@ def test_a_killed_process_is_a_failure_that_may_be_tried_again(tmp_path: Path) -
 @pytest.mark.parametrize("when", ["before the head", "in the body"])
 def test_a_process_that_hangs_is_killed_and_the_next_request_gets_another(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     async def main() -> None:
-        monkeypatch.setattr("imgsvc.registry.bulk._GRACE_S", 0.2)
+        monkeypatch.setattr("imgsvc.registry.http.bulk._GRACE_S", 0.2)
         with FakeRegistry() as fake:
             fake.rule(fake.on("/x", Reply(200, {}, DATA)))
             async with started() as bulk:
@@ -352,7 +352,7 @@ def test_the_process_gives_up_what_it_does_not_need() -> None:
 
 def test_the_process_ends_with_its_daemon() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-m", "imgsvc.registry.bulk_worker", str(theirs.fileno())]
+    command = [sys.executable, "-m", "imgsvc.registry.http.bulk_worker", str(theirs.fileno())]
     with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process, ours:
         theirs.close()
         ours.close()

@@ -11,9 +11,9 @@ import pytest
 
 from imgsvc.base.errors import ImgsvcError, InvalidArgument, PermissionDenied, Unavailable
 from imgsvc.base.reference import Reference
-from imgsvc.registry.credentials import CredentialSettings, NodeCredentials, StoredCredential
-from imgsvc.registry.dockerconfig import credential_from_cri, entry_for, normalised_key, parse_docker_config
-from imgsvc.registry.helpers import Provider, image_matches, parse_providers
+from imgsvc.registry.auth.credentials import CredentialSettings, NodeCredentials, StoredCredential
+from imgsvc.registry.auth.dockerconfig import credential_from_cri, entry_for, normalised_key, parse_docker_config
+from imgsvc.registry.auth.helpers import Provider, image_matches, parse_providers
 from imgsvc.registry.interfaces import Credential, PullFailed
 from tests.fakes.registry import FakeRegistry, Reply
 from tests.registry.support import client_for, fails, hosts_d, image_of, run

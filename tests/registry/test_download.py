@@ -206,7 +206,7 @@ def test_c_r12_a_trickling_body_is_given_up(tmp_path: Path) -> None:
 
 
 def test_c_r12_a_trickling_head_is_given_up(tmp_path: Path) -> None:
-    from imgsvc.registry.exchange import Timeouts
+    from imgsvc.registry.http.exchange import Timeouts
 
     with FakeRegistry() as slow, FakeRegistry() as good:
         good.add_blob(DATA)

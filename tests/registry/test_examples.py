@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from imgsvc.base.reference import Reference
-from imgsvc.registry.credentials import CredentialSettings, NodeCredentials
-from imgsvc.registry.explain import Explanation, explain, render
-from imgsvc.registry.hostdirs import HostDirectories
+from imgsvc.registry.auth.credentials import CredentialSettings, NodeCredentials
+from imgsvc.registry.hosts.explain import Explanation, explain, render
+from imgsvc.registry.hosts.hostdirs import HostDirectories
 from tests.registry.certs import authority
 from tests.registry.support import hosts_d
 

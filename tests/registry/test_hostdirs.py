@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from imgsvc.base.errors import FailedPrecondition, ImgsvcError, InvalidArgument
-from imgsvc.registry.hostdirs import HostDirectories, split_config_path
-from imgsvc.registry.legacy import parse_legacy
+from imgsvc.registry.hosts.hostdirs import HostDirectories, split_config_path
+from imgsvc.registry.hosts.legacy import parse_legacy
 from tests.registry.support import hosts_d
 
 FILE = 'server = "https://{}"\n'

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from imgsvc.base.errors import InvalidArgument
 from imgsvc.base.tomlfile import loads
-from imgsvc.registry.hosts import (
+from imgsvc.registry.hosts.hosts import (
     ALL_CAPABILITIES,
     Capability,
     HostsConfig,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from imgsvc.base.errors import InvalidArgument
-from imgsvc.registry.hosts import Capability
-from imgsvc.registry.legacy import parse_legacy
+from imgsvc.registry.hosts.hosts import Capability
+from imgsvc.registry.hosts.legacy import parse_legacy
 
 
 def test_everything_is_carried_over_and_warned_about() -> None:

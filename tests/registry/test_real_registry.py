@@ -17,7 +17,7 @@ from imgsvc.base.oci import MIB, OCI_EMPTY, OCI_INDEX, OCI_MANIFEST, Descriptor,
 from imgsvc.base.reference import Reference
 from imgsvc.registry.check import check, render
 from imgsvc.registry.client import RegistryClient
-from imgsvc.registry.exchange import Timeouts
+from imgsvc.registry.http.exchange import Timeouts
 from imgsvc.registry.interfaces import Credential, CredentialUse, PullFailed, Repository
 from tests.registry.certs import authority
 from tests.registry.real import (

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgsvc.base.errors import ImgsvcError
-from imgsvc.registry.challenge import check_realm, choose, parse_challenges, parse_token, scopes_for, usable_for
-from imgsvc.registry.netguard import Reach, allowed_from, reach_of
-from imgsvc.registry.proxies import proxy_for
+from imgsvc.registry.auth.challenge import check_realm, choose, parse_challenges, parse_token, scopes_for, usable_for
+from imgsvc.registry.http.netguard import Reach, allowed_from, reach_of
+from imgsvc.registry.http.proxies import proxy_for
+from imgsvc.registry.http.redact import registry_message, scrubbed, shown_url
 from imgsvc.registry.ranges import MIN_SPAN, Plan, Span, Tuner, partial_problem
-from imgsvc.registry.redact import registry_message, scrubbed, shown_url
 from imgsvc.registry.retry import Action, Failure, Health, decide, kind_of_status, retry_after
 
 

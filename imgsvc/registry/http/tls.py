@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from imgsvc.base.errors import InvalidArgument, printable
-from imgsvc.registry.hosts import Tls
+from imgsvc.registry.hosts.hosts import Tls
 
 _FRAME: Final = re.compile(r"^\[\w+(?:: \w+)?\] | ?\(_ssl\.c:\d+\)$", re.ASCII)
 

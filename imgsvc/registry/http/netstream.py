@@ -20,8 +20,8 @@ from typing import Any, Final
 import httpcore
 
 from imgsvc.base.concurrency import time_limit
-from imgsvc.registry.netguard import Reach, reach_of
-from imgsvc.registry.tls import reason_of
+from imgsvc.registry.http.netguard import Reach, reach_of
+from imgsvc.registry.http.tls import reason_of
 
 READ_SIZE: Final = 512 * 1024  # [bytes] at most per read: each costs as much for what comes after it as copying that does
 _RECORD: Final = 16 * 1024  # [bytes] at most in one TLS record, which is what one call decrypts

@@ -14,9 +14,9 @@ from typing import Final, Protocol, Self
 from imgsvc.base.concurrency import time_limit
 from imgsvc.base.errors import ImgsvcError, ResourceExhausted, printable
 from imgsvc.base.numerals import whole_number
-from imgsvc.registry.hosts import Tls
-from imgsvc.registry.netguard import ANYWHERE, Reach
-from imgsvc.registry.redact import shown_url
+from imgsvc.registry.hosts.hosts import Tls
+from imgsvc.registry.http.netguard import ANYWHERE, Reach
+from imgsvc.registry.http.redact import shown_url
 from imgsvc.registry.retry import Failure
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from imgsvc.base.numerals import whole_number
-from imgsvc.registry.hosts import DIRECT, is_local
+from imgsvc.registry.hosts.hosts import DIRECT, is_local
 
 
 def proxy_for(url: str, configured: str, environ: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 from imgsvc.base.errors import InvalidArgument
 from imgsvc.base.oci import MIB, load_json_object
-from imgsvc.registry.hosts import DOCKER_NAMESPACE, canonical_name
+from imgsvc.registry.hosts.hosts import DOCKER_NAMESPACE, canonical_name
 from imgsvc.registry.interfaces import Credential
 
 T = TypeVar("T")

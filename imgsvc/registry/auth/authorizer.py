@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from imgsvc.base.concurrency import SingleFlight
 from imgsvc.base.errors import ImgsvcError, printable
-from imgsvc.registry.challenge import (
+from imgsvc.registry.auth.challenge import (
     MAX_TOKEN_BODY,
     Challenge,
     Token,
@@ -28,16 +28,16 @@ from imgsvc.registry.challenge import (
     scopes_for,
     usable_for,
 )
-from imgsvc.registry.exchange import RequestFailed, Response, Route
-from imgsvc.registry.hosts import Host, trusted_token_hosts
+from imgsvc.registry.hosts.hosts import Host, trusted_token_hosts
+from imgsvc.registry.http.exchange import RequestFailed, Response, Route
+from imgsvc.registry.http.netguard import ANYWHERE, Reach, allowed_from
+from imgsvc.registry.http.proxies import proxy_for
+from imgsvc.registry.http.redact import MAX_ERROR_BODY, registry_message, shown_url
+from imgsvc.registry.http.transport import Transport
 from imgsvc.registry.interfaces import Credential, RegistryObserver, identity
-from imgsvc.registry.netguard import ANYWHERE, Reach, allowed_from
-from imgsvc.registry.proxies import proxy_for
-from imgsvc.registry.redact import MAX_ERROR_BODY, registry_message, shown_url
+from imgsvc.registry.observers import Unwatched
 from imgsvc.registry.redirects import MAX_REDIRECTS, REDIRECTS, origin, refused, target
 from imgsvc.registry.retry import Failure, kind_of_status, retry_after
-from imgsvc.registry.transport import Transport
-from imgsvc.registry.unwatched import Unwatched
 
 _CLIENT_ID: Final = "imgsvc"
 _MAX_CACHED: Final = 1024  # tokens and known challenges

@@ -22,13 +22,13 @@ from h2.exceptions import H2Error
 
 from imgsvc.base.concurrency import in_thread, time_limit
 from imgsvc.base.errors import printable
-from imgsvc.registry.exchange import Body, Chunk, Headers, RequestFailed, Response, Route, Timeouts, log_exchange
-from imgsvc.registry.hosts import Tls
-from imgsvc.registry.netguard import ANYWHERE, Reach, reach_of
-from imgsvc.registry.netstream import AddressRefused, Backend, TlsFailed
-from imgsvc.registry.redact import shown_url
+from imgsvc.registry.hosts.hosts import Tls
+from imgsvc.registry.http.exchange import Body, Chunk, Headers, RequestFailed, Response, Route, Timeouts, log_exchange
+from imgsvc.registry.http.netguard import ANYWHERE, Reach, reach_of
+from imgsvc.registry.http.netstream import AddressRefused, Backend, TlsFailed
+from imgsvc.registry.http.redact import shown_url
+from imgsvc.registry.http.tls import TlsFiles, context_for, hint_about, names_in
 from imgsvc.registry.retry import Failure
-from imgsvc.registry.tls import TlsFiles, context_for, hint_about, names_in
 
 _KEEP_IDLE: Final = 16  # connections per pool kept open after use
 _KEEP_IDLE_S: Final = 30.0

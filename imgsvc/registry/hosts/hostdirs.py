@@ -21,7 +21,7 @@ from typing import Final
 from imgsvc.base.errors import FailedPrecondition, ImgsvcError, InvalidArgument, from_os_error
 from imgsvc.base.reference import is_repository
 from imgsvc.base.tomlfile import load
-from imgsvc.registry.hosts import (
+from imgsvc.registry.hosts.hosts import (
     HostsConfig,
     default_host,
     directory_names,
@@ -30,7 +30,7 @@ from imgsvc.registry.hosts import (
     parse_hosts,
     repository_prefixes,
 )
-from imgsvc.registry.legacy import for_namespace
+from imgsvc.registry.hosts.legacy import for_namespace
 
 log = logging.getLogger(__name__)
 

@@ -8,21 +8,13 @@ from typing import Any, Final
 
 from imgsvc.base.errors import ImgsvcError, Unavailable
 from imgsvc.base.reference import Reference
-from imgsvc.registry.credentials import NodeCredentials, named_credential
-from imgsvc.registry.hostdirs import HostDirectories, Searched
-from imgsvc.registry.hosts import (
-    FROM_NAMESPACE,
-    FROM_NOBODY,
-    OWN,
-    Capability,
-    Host,
-    HostsConfig,
-    trusted_token_hosts,
-)
-from imgsvc.registry.proxies import proxy_for
-from imgsvc.registry.redact import shown_url
+from imgsvc.registry.auth.credentials import NodeCredentials, named_credential
+from imgsvc.registry.hosts.hostdirs import HostDirectories, Searched
+from imgsvc.registry.hosts.hosts import FROM_NAMESPACE, FROM_NOBODY, OWN, Capability, Host, HostsConfig, trusted_token_hosts
+from imgsvc.registry.http.proxies import proxy_for
+from imgsvc.registry.http.redact import shown_url
+from imgsvc.registry.http.tls import context_for
 from imgsvc.registry.rules import cleartext_problem, lookup, request_url, takes_given
-from imgsvc.registry.tls import context_for
 
 _OPERATIONS: Final = tuple(capability.value for capability in Capability)
 

@@ -22,7 +22,7 @@ from imgsvc.base.concurrency import time_limit
 from imgsvc.base.errors import ImgsvcError, InvalidArgument, Unavailable
 from imgsvc.base.oci import MIB, load_json_object
 from imgsvc.base.tomlfile import parse_duration
-from imgsvc.registry.dockerconfig import helper_server, parse_helper_answer
+from imgsvc.registry.auth.dockerconfig import helper_server, parse_helper_answer
 from imgsvc.registry.interfaces import Credential
 
 _MAX_OUTPUT: Final = MIB  # [bytes]

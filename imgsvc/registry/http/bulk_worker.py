@@ -24,11 +24,23 @@ from typing import Final
 
 from imgsvc.base import confinement, kernel
 from imgsvc.base.errors import ImgsvcError, Internal
-from imgsvc.registry.bulk_messages import COUNT, LOT, MAX_FILES, MAX_MESSAGE, MEMORY, SLOTS, Head, Order, pack_end, pack_head, unpack_order
-from imgsvc.registry.exchange import Chunk, Timeouts
-from imgsvc.registry.redact import shown_url
-from imgsvc.registry.tls import HandedFiles, names_in
-from imgsvc.registry.transport import Transport
+from imgsvc.registry.http.bulk_messages import (
+    COUNT,
+    LOT,
+    MAX_FILES,
+    MAX_MESSAGE,
+    MEMORY,
+    SLOTS,
+    Head,
+    Order,
+    pack_end,
+    pack_head,
+    unpack_order,
+)
+from imgsvc.registry.http.exchange import Chunk, Timeouts
+from imgsvc.registry.http.redact import shown_url
+from imgsvc.registry.http.tls import HandedFiles, names_in
+from imgsvc.registry.http.transport import Transport
 
 # Imported by others on first use, when their files may not be readable any more.
 _LATE_MODULES: Final = ("anyio._backends._asyncio", "encodings.ascii", "encodings.idna", "httpcore._async.http2")

@@ -12,9 +12,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from imgsvc.base.errors import InvalidArgument, printable
-from imgsvc.registry.credentials import StoredCredential
-from imgsvc.registry.dockerconfig import credential_from_cri, normalised_key
-from imgsvc.registry.hosts import Capability, Host, HostsConfig, Tls, default_host, parse_url
+from imgsvc.registry.auth.credentials import StoredCredential
+from imgsvc.registry.auth.dockerconfig import credential_from_cri, normalised_key
+from imgsvc.registry.hosts.hosts import Capability, Host, HostsConfig, Tls, default_host, parse_url
 
 _NO_PUSH = frozenset({Capability.PULL, Capability.RESOLVE, Capability.REFERRERS})
 _SECTIONS = ("mirrors", "configs", "auths", "headers")

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from imgsvc.base.errors import InvalidArgument, printable
 from imgsvc.base.oci import load_json_object
-from imgsvc.registry.netguard import is_host_name
+from imgsvc.registry.http.netguard import is_host_name
 
 MAX_TOKEN_BODY: Final = 1024**2  # [bytes] of a token server's answer; real ones stay below 20 KiB
 _MAX_HEADER: Final = 16 * 1024  # [characters] of all challenges together

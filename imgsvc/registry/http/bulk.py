@@ -21,12 +21,24 @@ from imgsvc.base import kernel
 from imgsvc.base.children import Companion
 from imgsvc.base.concurrency import time_limit
 from imgsvc.base.errors import Unavailable
-from imgsvc.registry.bulk_messages import COUNT, LOT, MAX_END, MAX_MESSAGE, MEMORY, SLOTS, Head, Order, pack_order, unpack_end, unpack_head
-from imgsvc.registry.exchange import Chunk, Headers, RequestFailed, Response, Route, Sender, Timeouts, log_exchange
-from imgsvc.registry.netguard import Reach
-from imgsvc.registry.redact import shown_url
+from imgsvc.registry.http.bulk_messages import (
+    COUNT,
+    LOT,
+    MAX_END,
+    MAX_MESSAGE,
+    MEMORY,
+    SLOTS,
+    Head,
+    Order,
+    pack_order,
+    unpack_end,
+    unpack_head,
+)
+from imgsvc.registry.http.exchange import Chunk, Headers, RequestFailed, Response, Route, Sender, Timeouts, log_exchange
+from imgsvc.registry.http.netguard import Reach
+from imgsvc.registry.http.redact import shown_url
+from imgsvc.registry.http.tls import opened_files
 from imgsvc.registry.retry import Failure
-from imgsvc.registry.tls import opened_files
 
 _GRACE_S: Final = 15.0  # that a process may be late: it keeps the deadlines itself, as long as it runs at all
 
@@ -118,7 +130,7 @@ class BulkTransport:
     def __init__(self) -> None:
         self.timeouts = Timeouts()
         # With the daemon's environment: it may say where the system's CAs are and how names are resolved.
-        self._process = Companion("imgsvc.registry.bulk_worker")
+        self._process = Companion("imgsvc.registry.http.bulk_worker")
         self._lock = asyncio.Lock()
 
     async def warm(self) -> None:

@@ -20,9 +20,9 @@ from typing import Any, Final
 
 from imgsvc.base.errors import ImgsvcError, Internal, InvalidArgument
 from imgsvc.base.oci import KIB, MIB
-from imgsvc.registry.exchange import RequestFailed, Route, Timeouts
-from imgsvc.registry.hosts import Tls
-from imgsvc.registry.netguard import Reach
+from imgsvc.registry.hosts.hosts import Tls
+from imgsvc.registry.http.exchange import RequestFailed, Route, Timeouts
+from imgsvc.registry.http.netguard import Reach
 from imgsvc.registry.retry import Failure
 
 LOT: Final = MIB  # [bytes]; what is done for each, on both sides and in a thread that stores it, takes about 0.4 ms of processors

@@ -22,9 +22,9 @@ from typing import Final
 from imgsvc.base.concurrency import SingleFlight, in_thread
 from imgsvc.base.errors import ImgsvcError, InvalidArgument, NotFound, PermissionDenied, Unavailable, from_os_error
 from imgsvc.base.tomlfile import Document, load
-from imgsvc.registry.dockerconfig import MAX_FILE, DockerConfig, entry_for, helper_for, parse_docker_config
+from imgsvc.registry.auth.dockerconfig import MAX_FILE, DockerConfig, entry_for, helper_for, parse_docker_config
+from imgsvc.registry.auth.helpers import Provider, ask_docker_helper, ask_provider, image_matches, parse_providers
 from imgsvc.registry.endpoint import CredentialSource
-from imgsvc.registry.helpers import Provider, ask_docker_helper, ask_provider, image_matches, parse_providers
 from imgsvc.registry.interfaces import Credential
 
 FILE_NAME: Final = "credentials.toml"
