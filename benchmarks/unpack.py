@@ -27,7 +27,7 @@ from imgsvc.base.metadb.database import MetaDB
 from imgsvc.base.oci import MIB, Digest
 from imgsvc.snapshot.interfaces import Key, LayerInput, Limits
 from imgsvc.snapshot.overlay import OverlaySnapshotter
-from imgsvc.snapshot.unpacker import WorkerUnpacker
+from imgsvc.snapshot.unpack.unpacker import WorkerUnpacker
 
 AT_A_TIME = 2
 

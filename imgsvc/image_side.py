@@ -41,7 +41,7 @@ from imgsvc.reload import Commit, Live
 from imgsvc.runtime.interfaces import RootMount
 from imgsvc.snapshot.interfaces import Mount
 from imgsvc.snapshot.mount import mount_all
-from imgsvc.snapshot.tarstream import TarStream
+from imgsvc.snapshot.unpack.tarstream import TarStream
 
 log = logging.getLogger(__name__)
 

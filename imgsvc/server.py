@@ -58,7 +58,7 @@ from imgsvc.snapshot import detect, native, overlay
 from imgsvc.snapshot.erofs import driver as erofs
 from imgsvc.snapshot.erofs.build import OpenLayer
 from imgsvc.snapshot.interfaces import CheckedSnapshotter, Limits
-from imgsvc.snapshot.unpacker import WorkerUnpacker
+from imgsvc.snapshot.unpack.unpacker import WorkerUnpacker
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Final
 from imgsvc.base.concurrency import CancelToken
 from imgsvc.base.errors import printable
 from imgsvc.base.oci import MIB
-from imgsvc.snapshot.tree import is_whiteout
+from imgsvc.snapshot.unpack.tree import is_whiteout
 
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -23,7 +23,7 @@ from imgsvc.snapshot.erofs.mounting import mount_image
 from imgsvc.snapshot.interfaces import Mount
 from imgsvc.snapshot.mount import in_own_namespace, mount_all, user_namespace
 from imgsvc.snapshot.overlay import OverlayOptions
-from imgsvc.snapshot.tarstream import TarStream
+from imgsvc.snapshot.unpack.tarstream import TarStream
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from imgsvc.base.failpoints import failpoint
 from imgsvc.base.fsutil import private_dir
 from imgsvc.base.removal import discard, remove_at
 from imgsvc.snapshot.interfaces import Usage
-from imgsvc.snapshot.laying import IMPLIED_MODE, IMPLIED_TIMES
-from imgsvc.snapshot.tree import Tree
+from imgsvc.snapshot.unpack.laying import IMPLIED_MODE, IMPLIED_TIMES
+from imgsvc.snapshot.unpack.tree import Tree
 
 log = logging.getLogger(__name__)
 

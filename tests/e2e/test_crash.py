@@ -240,7 +240,7 @@ def test_c_d1_a_daemon_killed_while_its_workers_unpack(scene: Scene, node: Daemo
     node.start({failpoints.ENV: "unpack.entry=delay:60000*1@2"})
     call = node.images().PullImage.future(cri_pb2.PullImageRequest(image=cri_pb2.ImageSpec(image=APP)), timeout=RPC_TIMEOUT)
     deadline = time.monotonic() + 60
-    while len(workers := [pid for pid in descendants(node.pid) if "imgsvc.snapshot.unpack_worker" in words(pid)]) < 3:
+    while len(workers := [pid for pid in descendants(node.pid) if "imgsvc.snapshot.unpack.worker" in words(pid)]) < 3:
         assert time.monotonic() < deadline, f"only {workers} are at it"
         time.sleep(0.02)
     node.kill()

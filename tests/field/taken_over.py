@@ -22,7 +22,8 @@ from imgsvc.base import kernel
 from imgsvc.base.concurrency import in_thread
 from imgsvc.base.errors import InvalidArgument
 from imgsvc.registry.http import bulk_worker
-from imgsvc.snapshot import extract, unpack_worker
+from imgsvc.snapshot.unpack import extract
+from imgsvc.snapshot.unpack import worker as unpack_worker
 
 VICTIM, DAEMON, SOCKET = os.environ["VICTIM"], int(os.environ["DAEMON"]), os.environ["SOCKET"]
 _PTRACE_SEIZE = 0x4206

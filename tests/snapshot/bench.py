@@ -20,7 +20,7 @@ from imgsvc.snapshot.interfaces import Applied, Key, LayerInput, Limits, Mount, 
 from imgsvc.snapshot.mount import mount_all
 from imgsvc.snapshot.native import native
 from imgsvc.snapshot.overlay import overlay
-from imgsvc.snapshot.unpacker import WorkerUnpacker
+from imgsvc.snapshot.unpack.unpacker import WorkerUnpacker
 
 T = TypeVar("T")
 PLAIN = "application/vnd.oci.image.layer.v1.tar"

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from imgsvc.base.errors import ImgsvcError
 from imgsvc.base.removal import remove_at
-from imgsvc.snapshot.extract import Extractor
-from imgsvc.snapshot.laying import InPlaceStyle, Journal, OverlayStyle
-from imgsvc.snapshot.tarstream import TarStream
-from imgsvc.snapshot.tree import Tree
+from imgsvc.snapshot.unpack.extract import Extractor
+from imgsvc.snapshot.unpack.laying import InPlaceStyle, Journal, OverlayStyle
+from imgsvc.snapshot.unpack.tarstream import TarStream
+from imgsvc.snapshot.unpack.tree import Tree
 from tests.snapshot.layers import END, Entry, directory, link, padded, pax_block, raw_header, record, symlink, tar, with_checksum
 
 SLOWEST = 5.0  # [seconds] for one input, on a busy machine

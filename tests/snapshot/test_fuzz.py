@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imgsvc.base.errors import ImgsvcError
-from imgsvc.snapshot import tarheader
-from imgsvc.snapshot.tarstream import TarStream
+from imgsvc.snapshot.unpack import tarheader
+from imgsvc.snapshot.unpack.tarstream import TarStream
 from tests.snapshot import fuzz
 from tests.snapshot.layers import with_checksum
 

@@ -26,10 +26,10 @@ from hypothesis import strategies as st
 
 from imgsvc.base.errors import Aborted, DataLoss, ImgsvcError, InvalidArgument
 from imgsvc.base.oci import MIB, Digest
-from imgsvc.snapshot.inflate import Ahead, BlobReader
 from imgsvc.snapshot.interfaces import LayerInput, Limits, UnpackJob
-from imgsvc.snapshot.laying import OverlayStyle
-from imgsvc.snapshot.tree import Tree
+from imgsvc.snapshot.unpack.inflate import Ahead, BlobReader
+from imgsvc.snapshot.unpack.laying import OverlayStyle
+from imgsvc.snapshot.unpack.tree import Tree
 from tests.decrypt.vectors import Sealed, seal
 from tests.snapshot.bench import Bench, stack
 from tests.snapshot.layers import Entry, directory, gz, symlink, tar
@@ -83,7 +83,7 @@ def threads(pid: int) -> int:
 
 
 def test_a_worker_inflates_ahead_while_a_processor_is_free_for_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imgsvc.snapshot.unpacker._PROCESSORS", 2)
+    monkeypatch.setattr("imgsvc.snapshot.unpack.unpacker._PROCESSORS", 2)
     data = tar([Entry("f", data=os.urandom(4 * MIB))])
     blob = gz(data)
     parts = (2 * MIB, 3 * MIB)

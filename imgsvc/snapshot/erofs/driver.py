@@ -38,7 +38,7 @@ from imgsvc.snapshot.erofs.pack import pack_directory
 from imgsvc.snapshot.interfaces import STREAM, Key, Kind, LayerFault, Mount, Name, StreamSnapshotter, Usage
 from imgsvc.snapshot.overlay import OverlayOptions, OverlaySnapshotter
 from imgsvc.snapshot.records import Stored
-from imgsvc.snapshot.tarstream import TarStream
+from imgsvc.snapshot.unpack.tarstream import TarStream
 
 NAME: Final = "erofs"
 _TAR: Final = "layer.tar"

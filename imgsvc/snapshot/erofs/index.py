@@ -12,8 +12,8 @@ from struct import Struct, error
 from typing import Final
 
 from imgsvc.base.errors import DataLoss
-from imgsvc.snapshot.tarheader import NANO, Header
-from imgsvc.snapshot.tarstream import TarStream
+from imgsvc.snapshot.unpack.tarheader import NANO, Header
+from imgsvc.snapshot.unpack.tarstream import TarStream
 
 _FIXED: Final = Struct("<BBHIIqIIQQHHI")
 _XATTR: Final = Struct("<HI")

@@ -17,10 +17,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
-from imgsvc.snapshot import tarheader as tar
 from imgsvc.snapshot.erofs.index import Record
-from imgsvc.snapshot.tarheader import BadLayer
-from imgsvc.snapshot.tree import MissingDirectory, NoDirectory, normalise
+from imgsvc.snapshot.unpack import tarheader as tar
+from imgsvc.snapshot.unpack.tarheader import BadLayer
+from imgsvc.snapshot.unpack.tree import MissingDirectory, NoDirectory, normalise
 from imgsvc.snapshot.xattrs import may_have, may_stand_on
 
 ROOT: Final = 0

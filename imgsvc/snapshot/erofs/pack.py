@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final
 
-from imgsvc.snapshot.tree import is_whiteout
+from imgsvc.snapshot.unpack.tree import is_whiteout
 
 _OPAQUE_MARKS: Final = ("trusted.overlay.opaque", "user.overlay.opaque")
 _OWN_MARKS: Final = ("trusted.overlay.", "user.overlay.")

@@ -16,7 +16,7 @@ from imgsvc.base.errors import DataLoss, ImgsvcError, InvalidArgument, ResourceE
 from imgsvc.base.oci import Digest, Manifest, parse_document
 from imgsvc.images.archive import reading
 from imgsvc.images.archive.reading import ArchiveReader, Named
-from imgsvc.snapshot.tarstream import TarStream
+from imgsvc.snapshot.unpack.tarstream import TarStream
 from tests.fakes.store import MemoryStore
 from tests.support.images import BuiltDocument, Entry, descriptor, image, layer, tar
 

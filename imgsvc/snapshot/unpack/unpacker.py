@@ -251,7 +251,7 @@ class WorkerUnpacker:
         self.room = os.fdopen(kernel.fixed_memory("imgsvc-room", 1), "r+b", buffering=0)
         self.configure(max_concurrent, limits)
         environment = {name: value for name, value in os.environ.items() if name == failpoints.ENV}  # and nothing of the daemon's own
-        self._server = Companion("imgsvc.snapshot.unpack_worker", transform, environment=environment)
+        self._server = Companion("imgsvc.snapshot.unpack.worker", transform, environment=environment)
         self._lock = asyncio.Lock()
         self._open = 0  # jobs
         self._settlers: list[_Worker] = []  # that wait for the next layer to settle; while there are jobs

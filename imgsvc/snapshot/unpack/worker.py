@@ -44,15 +44,15 @@ from imgsvc.base.fsutil import copy_metadata
 from imgsvc.base.removal import remove_at
 from imgsvc.snapshot.erofs.build import OpenLayer, build_image, write_all
 from imgsvc.snapshot.erofs.index import record
-from imgsvc.snapshot.extract import Extractor
-from imgsvc.snapshot.inflate import READ_SIZE, Ahead, BlobReader, TarBytes, Transform, TransformReader, open_layer
 from imgsvc.snapshot.interfaces import COUNT, Mount
-from imgsvc.snapshot.laying import InPlaceStyle, Journal, OverlayStyle
 from imgsvc.snapshot.mount import mount_all
-from imgsvc.snapshot.settle import NeedsParents, Settler
-from imgsvc.snapshot.tarheader import BadLayer, Header
-from imgsvc.snapshot.tarstream import TarStream
-from imgsvc.snapshot.tree import Tree
+from imgsvc.snapshot.unpack.extract import Extractor
+from imgsvc.snapshot.unpack.inflate import READ_SIZE, Ahead, BlobReader, TarBytes, Transform, TransformReader, open_layer
+from imgsvc.snapshot.unpack.laying import InPlaceStyle, Journal, OverlayStyle
+from imgsvc.snapshot.unpack.settle import NeedsParents, Settler
+from imgsvc.snapshot.unpack.tarheader import BadLayer, Header
+from imgsvc.snapshot.unpack.tarstream import TarStream
+from imgsvc.snapshot.unpack.tree import Tree
 
 _UNPACK_CAPABILITIES: Final = sum(
     1 << c for c in (kernel.CAP_CHOWN, kernel.CAP_DAC_OVERRIDE, kernel.CAP_FOWNER, kernel.CAP_FSETID, kernel.CAP_MKNOD, kernel.CAP_SETFCAP)

@@ -24,10 +24,10 @@ from typing import Final, Protocol
 from imgsvc.base.errors import FailedPrecondition, ImgsvcError, ResourceExhausted, from_os_error
 from imgsvc.base.failpoints import armed, failpoint
 from imgsvc.base.removal import remove_at
-from imgsvc.snapshot import tarheader as tar
-from imgsvc.snapshot.tarheader import BadLayer, Header
-from imgsvc.snapshot.tarstream import TarStream
-from imgsvc.snapshot.tree import MissingDirectory, NoDirectory, Tree, is_whiteout, measure, normalise, rounded
+from imgsvc.snapshot.unpack import tarheader as tar
+from imgsvc.snapshot.unpack.tarheader import BadLayer, Header
+from imgsvc.snapshot.unpack.tarstream import TarStream
+from imgsvc.snapshot.unpack.tree import MissingDirectory, NoDirectory, Tree, is_whiteout, measure, normalise, rounded
 from imgsvc.snapshot.xattrs import may_have
 
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -23,9 +23,9 @@ from typing import Final
 from imgsvc.base import kernel
 from imgsvc.base.errors import Aborted
 from imgsvc.base.fsutil import copy_data, copy_metadata
-from imgsvc.snapshot.laying import IMPLIED_MODE, IMPLIED_TIMES, Journal
-from imgsvc.snapshot.tarheader import BadLayer
-from imgsvc.snapshot.tree import MissingDirectory, Tree, rounded
+from imgsvc.snapshot.unpack.laying import IMPLIED_MODE, IMPLIED_TIMES, Journal
+from imgsvc.snapshot.unpack.tarheader import BadLayer
+from imgsvc.snapshot.unpack.tree import MissingDirectory, Tree, rounded
 
 # A path is not what the layer above and those below let expect, each by itself: then only the order of entries tells.
 _OTHER_SHAPE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.EISDIR)

@@ -21,7 +21,7 @@ from isal import igzip_lib
 
 from imgsvc.base.errors import DataLoss, InvalidArgument, ResourceExhausted, printable
 from imgsvc.base.oci import MIB
-from imgsvc.snapshot.tarheader import BLOCK, ZERO_BLOCK, checksum_fits
+from imgsvc.snapshot.unpack.tarheader import BLOCK, ZERO_BLOCK, checksum_fits
 
 READ_SIZE: Final = 256 * 1024  # [bytes] of compressed input per read
 CHUNK: Final = MIB  # [bytes] of tar per chunk: a thread that waits for the interpreter's lock at each costs more than a cache it leaves

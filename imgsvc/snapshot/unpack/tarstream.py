@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Final
 
 from imgsvc.base.errors import DataLoss, ResourceExhausted
-from imgsvc.snapshot import tarheader as tar
-from imgsvc.snapshot.tarheader import BLOCK, BadLayer, Header
+from imgsvc.snapshot.unpack import tarheader as tar
+from imgsvc.snapshot.unpack.tarheader import BLOCK, BadLayer, Header
 
 _XATTR: Final = b"SCHILY.xattr."
 _SPARSE: Final = b"GNU.sparse."

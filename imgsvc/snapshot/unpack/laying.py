@@ -19,7 +19,7 @@ from typing import Final
 from imgsvc.base.errors import ResourceExhausted
 from imgsvc.base.oci import MIB
 from imgsvc.base.removal import remove_at
-from imgsvc.snapshot.tarheader import BadLayer
+from imgsvc.snapshot.unpack.tarheader import BadLayer
 
 MAX_JOURNAL: Final = 64 * MIB  # [bytes]; real ones stay below 1 MiB
 IMPLIED_MODE: Final = 0o755

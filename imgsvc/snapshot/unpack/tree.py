@@ -16,7 +16,7 @@ from typing import Final
 
 from imgsvc.base import kernel
 from imgsvc.base.removal import enter
-from imgsvc.snapshot.tarheader import BadLayer
+from imgsvc.snapshot.unpack.tarheader import BadLayer
 
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _BENEATH: Final = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS
