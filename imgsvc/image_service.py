@@ -22,7 +22,7 @@ from imgsvc.images.pull import Puller, PullRequest
 from imgsvc.images.records import Image, ImageStore
 from imgsvc.registry.auth.dockerconfig import credential_from_cri
 from imgsvc.registry.interfaces import Credential
-from imgsvc.runtime.users import announced_user
+from imgsvc.runtime.spec.users import announced_user
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -1,6 +1,6 @@
 """Children that live longer than a call: processes of ours beside the daemon, and whose exit status will be asked for.
 
-The reaper of orphans (imgsvc.runtime.reaper) takes what has been a zombie for a while. Whoever does not wait for a child at
+The reaper of orphans (imgsvc.runtime.processes.reaper) takes what has been a zombie for a while. Whoever does not wait for a child at
 once, such as a server that is looked after only when it is needed, says so here; otherwise its status would be lost, which
 `subprocess` reports as success.
 """

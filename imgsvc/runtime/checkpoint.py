@@ -33,7 +33,7 @@ from imgsvc.base.errors import AlreadyExists, InvalidArgument, NotFound
 from imgsvc.base.fsutil import private_dir, sync_dir
 from imgsvc.base.removal import discard
 from imgsvc.runtime.core import Core, os_errors
-from imgsvc.runtime.exits import now_ns
+from imgsvc.runtime.processes.exits import now_ns
 from imgsvc.runtime.records import ContainerRecord
 from imgsvc.runtime.state import require_running
 

@@ -20,19 +20,21 @@ from typing import Final
 from imgsvc.base.concurrency import Undo, in_thread, time_limit
 from imgsvc.base.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, printable
 from imgsvc.base.failpoints import afailpoint
-from imgsvc.runtime import cgroups, spec, validate
-from imgsvc.runtime.containerplan import BuiltContainer, ContainerBuilder, volume_key
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType
-from imgsvc.runtime.execerror import is_about_the_command
-from imgsvc.runtime.exits import UNKNOWN_EXIT, alive, now_ns, persistently, start_time
+from imgsvc.runtime.handlers.oci.execerror import is_about_the_command
 from imgsvc.runtime.interfaces import Exit, NewTask, OCIRuntime, RootMount, RunnableImage
 from imgsvc.runtime.logs import check_log_directory, prepare_log
 from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, NamespaceMode
-from imgsvc.runtime.oom import OomLedger
+from imgsvc.runtime.numbers import cgroups
+from imgsvc.runtime.numbers.oom import OomLedger
+from imgsvc.runtime.processes.exits import UNKNOWN_EXIT, alive, now_ns, persistently, start_time
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord, container_name, durable
 from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.signals import stop_signal_name, to_number
+from imgsvc.runtime.spec import build as spec
+from imgsvc.runtime.spec import validate
+from imgsvc.runtime.spec.planner import BuiltContainer, ContainerBuilder, volume_key
 from imgsvc.runtime.state import (
     ContainerState,
     container_state,

@@ -18,7 +18,7 @@ from enum import IntEnum
 from typing import Final
 
 from imgsvc.base.errors import ResourceExhausted
-from imgsvc.runtime.exits import now_ns
+from imgsvc.runtime.processes.exits import now_ns
 from imgsvc.runtime.records import ContainerRecord, Records, SandboxRecord
 
 MAX_WAITING: Final = 4096  # events one listener may lag behind, or that are kept: some ten per container of a full node

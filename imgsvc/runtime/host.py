@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from imgsvc.base import kernel
-from imgsvc.runtime.selinux import Contexts, read_contexts
+from imgsvc.runtime.spec.selinux import Contexts, read_contexts
 
 # Capability names in the order of their numbers. Source: capabilities(7), linux/capability.h.
 CAPABILITIES: Final = tuple(

@@ -11,8 +11,8 @@ from imgsvc.base.errors import ImgsvcError
 from imgsvc.base.oci import Digest, ImageConfig
 from imgsvc.runtime.model import PodSandboxConfig
 from imgsvc.runtime.model import UserNamespace as UserNamespace  # noqa: PLC0414  # shown again: part of the contract with the image side
+from imgsvc.runtime.numbers.usage import Usage
 from imgsvc.runtime.streaming.interfaces import CommandTarget
-from imgsvc.runtime.usage import Usage
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,26 +15,26 @@ from imgsvc.base.fsutil import boot_id, private_dir
 from imgsvc.base.metadb.database import MetaDB
 from imgsvc.base.removal import discard
 from imgsvc.runtime import host
-from imgsvc.runtime.apparmor import load_default
 from imgsvc.runtime.codec import to_json
-from imgsvc.runtime.containerplan import volume_key
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, Paths
 from imgsvc.runtime.events import Events
-from imgsvc.runtime.exits import now_ns
-from imgsvc.runtime.handlers import start_earlier, start_handlers, start_later
+from imgsvc.runtime.handlers.known import start_earlier, start_handlers, start_later
+from imgsvc.runtime.handlers.oci.monitor import MonitorPaths
 from imgsvc.runtime.interfaces import Images
-from imgsvc.runtime.metrics import Metrics
 from imgsvc.runtime.model import NamespaceMode
-from imgsvc.runtime.monitor import MonitorPaths
-from imgsvc.runtime.network import PodNetwork
-from imgsvc.runtime.reaper import Reaper
+from imgsvc.runtime.network.plugin import PodNetwork
+from imgsvc.runtime.numbers.metrics import Metrics
+from imgsvc.runtime.numbers.stats import Stats
+from imgsvc.runtime.processes.exits import now_ns
+from imgsvc.runtime.processes.reaper import Reaper
 from imgsvc.runtime.records import ContainerRecord, Records, SandboxRecord
 from imgsvc.runtime.recovery import recover, stop_lost
 from imgsvc.runtime.sandboxes import Sandboxes
 from imgsvc.runtime.settings import RuntimeSettings
+from imgsvc.runtime.spec.apparmor import load_default
+from imgsvc.runtime.spec.planner import volume_key
 from imgsvc.runtime.state import require_ready
-from imgsvc.runtime.stats import Stats
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Final
 
 from imgsvc.base import kernel
 from imgsvc.runtime.model import DNSConfig, NamespaceMode, PodSandboxConfig
-from imgsvc.runtime.selinux import mount_option, relabel
-from imgsvc.runtime.validate import hostname_of
+from imgsvc.runtime.spec.selinux import mount_option, relabel
+from imgsvc.runtime.spec.validate import hostname_of
 
 SHM_SIZE: Final = 64 * 1024 * 1024  # [bytes], Docker's default
 PROVIDED: Final = ("/etc/hosts", "/etc/resolv.conf", "/etc/hostname")

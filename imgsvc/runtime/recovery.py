@@ -22,14 +22,14 @@ from imgsvc.base.concurrency import all_of, in_thread
 from imgsvc.base.errors import ImgsvcError
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core
-from imgsvc.runtime.exits import UNKNOWN_EXIT, alive, now_ns
+from imgsvc.runtime.handlers.oci.exec import end_interrupted
+from imgsvc.runtime.holder.namespaces import pinned
 from imgsvc.runtime.interfaces import Exit
 from imgsvc.runtime.model import NamespaceMode
-from imgsvc.runtime.namespaces import pinned
+from imgsvc.runtime.processes.exits import UNKNOWN_EXIT, alive, now_ns
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord, durable
 from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.sandboxes import Sandboxes
-from imgsvc.runtime.streaming.exec_target import end_interrupted
 
 log = logging.getLogger(__name__)
 

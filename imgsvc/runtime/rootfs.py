@@ -10,11 +10,11 @@ from pathlib import Path
 from imgsvc.base import kernel
 from imgsvc.base.errors import FailedPrecondition
 from imgsvc.base.removal import discard, unmount_below
-from imgsvc.runtime import selinux
+from imgsvc.runtime.holder.namespaces import userns_fd
 from imgsvc.runtime.interfaces import RootMount
 from imgsvc.runtime.model import UserNamespace
-from imgsvc.runtime.namespaces import userns_fd
-from imgsvc.runtime.volumes import BoundMount
+from imgsvc.runtime.spec import selinux
+from imgsvc.runtime.spec.volumes import BoundMount
 
 
 @contextmanager

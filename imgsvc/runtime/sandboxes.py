@@ -14,16 +14,18 @@ from dataclasses import replace
 from imgsvc.base.concurrency import Undo, in_thread
 from imgsvc.base.errors import FailedPrecondition, ImgsvcError, NotFound
 from imgsvc.base.failpoints import afailpoint
-from imgsvc.runtime import cgroups, podfiles, podlimits, selinux, sysctls, validate
+from imgsvc.runtime import podfiles
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType
-from imgsvc.runtime.exits import now_ns
-from imgsvc.runtime.holder import Holders
+from imgsvc.runtime.holder.holders import Holders
+from imgsvc.runtime.holder.namespaces import NamespacePlan, pin, pinned, set_network_sysctls
 from imgsvc.runtime.model import LinuxContainerResources, NamespaceMode, PodSandboxConfig
-from imgsvc.runtime.namespaces import NamespacePlan, pin, pinned, set_network_sysctls
+from imgsvc.runtime.numbers import cgroups, podlimits
+from imgsvc.runtime.processes.exits import now_ns
 from imgsvc.runtime.records import SandboxRecord, durable, sandbox_name
 from imgsvc.runtime.rootfs import remove_bundle
+from imgsvc.runtime.spec import selinux, sysctls, validate
 from imgsvc.runtime.state import require_ready
 
 log = logging.getLogger(__name__)

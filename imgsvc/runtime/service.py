@@ -16,9 +16,9 @@ from imgsvc.base.errors import InvalidArgument, Unimplemented
 from imgsvc.runtime import convert
 from imgsvc.runtime.checkpoint import checkpoint
 from imgsvc.runtime.codec import from_proto
-from imgsvc.runtime.metrics import descriptors
 from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, PodSandboxConfig
 from imgsvc.runtime.node import RuntimeNode
+from imgsvc.runtime.numbers.metrics import descriptors
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord
 from imgsvc.runtime.state import ContainerState, SandboxState, container_state, require_running, sandbox_state
 from imgsvc.runtime.streaming.interfaces import StreamWants

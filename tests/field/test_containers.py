@@ -16,13 +16,14 @@ from imgsvc.api import cri_pb2 as pb
 from imgsvc.base.errors import InvalidArgument, ResourceExhausted
 from imgsvc.base.oci import ImageConfig, Platform, parse_config
 from imgsvc.config_import import import_file
-from imgsvc.runtime import cdi, spec, sysctls, volumes
 from imgsvc.runtime.containers import merge_resources
-from imgsvc.runtime.execerror import is_about_the_command
-from imgsvc.runtime.metrics import METRICS
+from imgsvc.runtime.handlers.oci.execerror import is_about_the_command
 from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources
-from imgsvc.runtime.network import PodNetwork
+from imgsvc.runtime.network.plugin import PodNetwork
+from imgsvc.runtime.numbers.metrics import METRICS
 from imgsvc.runtime.settings import CNISettings
+from imgsvc.runtime.spec import build as spec
+from imgsvc.runtime.spec import cdi, sysctls, volumes
 from tests.runtime.harness import Daemon, assert_clean
 from tests.runtime.images import BUSYBOX
 from tests.runtime.test_handlers import KINDS

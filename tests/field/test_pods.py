@@ -25,11 +25,11 @@ from imgsvc.base import procfs
 from imgsvc.base.metadb.database import MetaDB
 from imgsvc.runtime import host
 from imgsvc.runtime.core import Paths
-from imgsvc.runtime.exits import alive, start_time
-from imgsvc.runtime.metrics import Metrics
+from imgsvc.runtime.numbers.metrics import Metrics
+from imgsvc.runtime.numbers.stats import Stats
+from imgsvc.runtime.processes.exits import alive, start_time
 from imgsvc.runtime.records import ContainerRecord, Records, SandboxRecord
 from imgsvc.runtime.settings import RuntimeSettings
-from imgsvc.runtime.stats import Stats
 from tests.runtime.harness import TIMEOUT_S, Daemon, assert_clean, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.compat]

@@ -11,7 +11,7 @@ from imgsvc.base.numerals import whole_number
 from imgsvc.runtime.model import LinuxContainerSecurityContext as Security
 from imgsvc.runtime.model import User
 from imgsvc.runtime.signals import stop_signal_name
-from imgsvc.runtime.users import MAX_SHOWN, announced_user, resolve_user
+from imgsvc.runtime.spec.users import MAX_SHOWN, announced_user, resolve_user
 
 ZEROS = "0" * 24
 LONG = "9" * 5000  # more digits than int() takes

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from imgsvc.base.errors import FailedPrecondition
-from imgsvc.runtime import host, security
-from imgsvc.runtime.apparmor import PROFILE, load_default
+from imgsvc.runtime import host
 from imgsvc.runtime.model import LinuxContainerSecurityContext, ProfileType, SecurityProfile
 from imgsvc.runtime.settings import RuntimeSettings
+from imgsvc.runtime.spec import security
+from imgsvc.runtime.spec.apparmor import PROFILE, load_default
 
 SETTINGS = RuntimeSettings(Path("/s"), Path("/r"))
 

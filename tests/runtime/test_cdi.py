@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from imgsvc.base.errors import FailedPrecondition, InvalidArgument, NotFound
-from imgsvc.runtime import cdi
+from imgsvc.runtime.spec import cdi
 
 SPEC = {
     "cdiVersion": "0.6.0",

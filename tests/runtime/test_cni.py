@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from imgsvc.base.errors import DeadlineExceeded, ImgsvcError, InvalidArgument, NotFound, Unavailable
-from imgsvc.runtime.cni import CNI, Attachment, CNIError, parse_network, pod_addresses
-from imgsvc.runtime.gotemplate import render
 from imgsvc.runtime.model import DNSConfig, PodSandboxConfig, PodSandboxMetadata, PortMapping
-from imgsvc.runtime.network import PodNetwork, bandwidth, pod_args, pod_capabilities
+from imgsvc.runtime.network.cni import CNI, Attachment, CNIError, parse_network, pod_addresses
+from imgsvc.runtime.network.plugin import PodNetwork, bandwidth, pod_args, pod_capabilities
+from imgsvc.runtime.network.template import render
 from imgsvc.runtime.settings import CNISettings
 
 PLUGIN = """#!/bin/sh

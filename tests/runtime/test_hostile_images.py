@@ -15,7 +15,7 @@ import pytest
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.base import removal
 from imgsvc.base.errors import ImgsvcError, InvalidArgument, NotFound
-from imgsvc.runtime import volumes
+from imgsvc.runtime.spec import volumes
 from tests.runtime.harness import Daemon
 from tests.runtime.images import BUSYBOX
 from tests.runtime.test_life import MakeNode

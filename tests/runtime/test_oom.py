@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from imgsvc.runtime.oom import OomLedger
+from imgsvc.runtime.numbers.oom import OomLedger
 
 
 def group(path: Path, kills: int, own: int | None = None) -> Path:

@@ -9,10 +9,11 @@ import pytest
 
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.base.errors import InvalidArgument, ResourceExhausted
-from imgsvc.runtime import podfiles, rootfs, security, selinux
+from imgsvc.runtime import podfiles, rootfs
 from imgsvc.runtime.interfaces import RootMount
 from imgsvc.runtime.model import LinuxContainerSecurityContext, PodSandboxConfig, SELinuxOption
-from imgsvc.runtime.selinux import ATTRIBUTE, Contexts
+from imgsvc.runtime.spec import security, selinux
+from imgsvc.runtime.spec.selinux import ATTRIBUTE, Contexts
 from tests.runtime.test_life import MakeNode
 
 POD = "system_u:system_r:container_t:s0:c1,c2"

@@ -13,9 +13,9 @@ import pytest
 from imgsvc.api import bootstrap_pb2
 from imgsvc.base.concurrency import in_thread
 from imgsvc.base.errors import DataLoss, FailedPrecondition, ImgsvcError, InvalidArgument, Unimplemented
-from imgsvc.runtime.shim.bootstrap import Endpoint, parse_answer, program_name
-from imgsvc.runtime.shim.logprocess import LineCutter, timestamp
-from imgsvc.runtime.shim.logs import ContainerLog
+from imgsvc.runtime.handlers.shim.bootstrap import Endpoint, parse_answer, program_name
+from imgsvc.runtime.handlers.shim.logprocess import LineCutter, timestamp
+from imgsvc.runtime.handlers.shim.logs import ContainerLog
 from tests.runtime.harness import wait_for
 from tests.support.swapper import DIRECTORY, Swapper
 

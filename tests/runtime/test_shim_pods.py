@@ -16,7 +16,7 @@ from google.protobuf import any_pb2
 
 from imgsvc.api import cgroups_v1_pb2, cgroups_v2_pb2
 from imgsvc.api import cri_pb2 as pb
-from imgsvc.runtime.shim.figures import usage_of
+from imgsvc.runtime.handlers.shim.figures import usage_of
 from tests.runtime.harness import Daemon, assert_clean, wait_for
 from tests.runtime.podshim import CPU_US, MEMORY
 from tests.runtime.test_life import MakeNode

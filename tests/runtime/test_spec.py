@@ -12,7 +12,6 @@ import pytest
 
 from imgsvc.base.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound
 from imgsvc.base.oci import ImageConfig, Platform
-from imgsvc.runtime import security, spec, validate, volumes
 from imgsvc.runtime.host import CAPABILITIES, Host
 from imgsvc.runtime.model import (
     Capability,
@@ -38,8 +37,10 @@ from imgsvc.runtime.model import (
     User,
     UserNamespace,
 )
-from imgsvc.runtime.seccomp_profile import default_profile
 from imgsvc.runtime.settings import RuntimeSettings
+from imgsvc.runtime.spec import build as spec
+from imgsvc.runtime.spec import security, validate, volumes
+from imgsvc.runtime.spec.seccomp import default_profile
 
 ALL = frozenset(CAPABILITIES)
 HOST = Host(False, frozenset({"cpu", "memory", "pids"}), True, ALL - {"CAP_SYS_RESOURCE"}, -1000, False, False, True)

@@ -14,12 +14,13 @@ import pytest
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.base.errors import AlreadyExists, FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, ResourceExhausted
 from imgsvc.base.metadb.database import MetaDB
-from imgsvc.runtime import cgroups
 from imgsvc.runtime.codec import fill_proto, from_json, from_proto, to_json
 from imgsvc.runtime.events import MAX_WAITING, Events, EventType
-from imgsvc.runtime.exits import alive, process_gone, start_time
+from imgsvc.runtime.holder.pause import pause_program
 from imgsvc.runtime.model import ContainerConfig, ContainerMetadata, KeyValue, NamespaceMode, PodSandboxConfig, User
-from imgsvc.runtime.pause import pause_program
+from imgsvc.runtime.numbers import cgroups
+from imgsvc.runtime.numbers.usage import parse_pressure
+from imgsvc.runtime.processes.exits import alive, process_gone, start_time
 from imgsvc.runtime.records import ContainerRecord, Records, SandboxRecord, container_name
 from imgsvc.runtime.signals import cri_number, stop_signal_name, to_number
 from imgsvc.runtime.state import (
@@ -32,7 +33,6 @@ from imgsvc.runtime.state import (
     require_startable,
     sandbox_state,
 )
-from imgsvc.runtime.usage import parse_pressure
 
 NEW = ContainerRecord("c", boot_id="now")
 CREATED = replace(NEW, made_at=1)

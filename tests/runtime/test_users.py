@@ -10,7 +10,7 @@ import pytest
 from imgsvc.base.errors import ImgsvcError, InvalidArgument, NotFound, ResourceExhausted
 from imgsvc.runtime.model import LinuxContainerSecurityContext as Security
 from imgsvc.runtime.model import SupplementalGroupsPolicy, User
-from imgsvc.runtime.users import MAX_FILE, read_database, resolve_user, split_image_user
+from imgsvc.runtime.spec.users import MAX_FILE, read_database, resolve_user, split_image_user
 
 PASSWD = "root:x:0:0::/root:/bin/sh\nann:x:1000:1001::/:/bin/sh\n99999999999:x:0:0::/:\nbig:x:4294967296:0::/:\nbroken\nx:y\n"
 GROUP = "root:x:0:\nann:x:1001:\nwheel:x:10:bob,ann\ngames:x:20:ann\nhuge:x:99999999999999:\n"

@@ -21,9 +21,9 @@ import pytest
 
 from imgsvc.base import kernel
 from imgsvc.base.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable
-from imgsvc.runtime.reaper import Reaper
-from imgsvc.runtime.streaming.attach_target import AttachTarget
-from imgsvc.runtime.streaming.exec_target import MAX_SYNC_OUTPUT, ExecFailed, ExecResult, ExecTarget, exec_process, exec_sync
+from imgsvc.runtime.handlers.oci.attach import AttachTarget
+from imgsvc.runtime.handlers.oci.exec import MAX_SYNC_OUTPUT, ExecFailed, ExecResult, ExecTarget, exec_process, exec_sync
+from imgsvc.runtime.processes.reaper import Reaper
 from imgsvc.runtime.streaming.interfaces import ContainerProcess, Streams, StreamWants
 from imgsvc.runtime.streaming.port_target import PodPorts
 from tests.runtime.streaming.targets import ALL, OUTPUT, TERMINAL
