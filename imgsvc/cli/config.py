@@ -66,7 +66,7 @@ def run_dump(arguments: argparse.Namespace) -> int:
 
 def run_check(arguments: argparse.Namespace) -> int:
     """`imgsvc config check`: with all files that the configuration refers to; 1 when something will not work."""
-    from imgsvc import preflight
+    from imgsvc.daemon import preflight
 
     loaded = config.load(arguments.file)
     found = preflight.look(loaded)

@@ -28,7 +28,7 @@ def hosts_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_explain(arguments: argparse.Namespace) -> int:
     """`imgsvc hosts explain`: 1 when a pull would fail before it asks anybody."""
-    from imgsvc.registries import open_registries
+    from imgsvc.daemon.settings.registry import open_registries
     from imgsvc.registry.hosts.explain import explain, render
 
     registries = open_registries(config.load(arguments.config))
@@ -46,7 +46,7 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 
 async def _check(arguments: argparse.Namespace) -> int:
-    from imgsvc.registries import open_registries
+    from imgsvc.daemon.settings.registry import open_registries
     from imgsvc.registry.check import check, check_namespace, render
     from imgsvc.registry.interfaces import Credential
 

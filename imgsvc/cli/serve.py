@@ -22,7 +22,9 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """`imgsvc serve`. Paths are made absolute, so that origins say where a file is, whoever asks."""
-    from imgsvc import decryption, logs, server
+    from imgsvc.daemon import build as server
+    from imgsvc.daemon import logs
+    from imgsvc.daemon.settings import decrypt as decryption
 
     failpoints.arm(os.environ.get(failpoints.ENV, ""))
     address = arguments.address and (f"unix://{arguments.address}" if arguments.address.startswith("/") else arguments.address)

@@ -10,7 +10,7 @@ import pytest
 from imgsvc.api import cri_pb2, cri_pb2_grpc
 from imgsvc.base import tracing
 from imgsvc.base.reference import Reference
-from imgsvc.rpc import ErrorInterceptor
+from imgsvc.daemon.rpc import ErrorInterceptor
 from tests.fakes.registry import FakeRegistry, Reply
 from tests.registry.support import client_for, hosts_d, image_of, run
 

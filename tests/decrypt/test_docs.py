@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc import config, decryption
+from imgsvc import config
+from imgsvc.daemon.settings import decrypt as decryption
 from imgsvc.decrypt.keyprovider import load_providers
 from imgsvc.decrypt.keys import TokenFile
 from imgsvc.decrypt.pkcs11 import ModulePolicy, load_policy, parse_token_file

@@ -15,9 +15,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from imgsvc import config, preflight
+from imgsvc import config
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.base import kernel, procfs, removal
+from imgsvc.daemon import preflight
 from imgsvc.runtime import model, podfiles
 from tests.e2e.conftest import BUSYBOX
 from tests.runtime.harness import TIMEOUT_S, Daemon, wait_for

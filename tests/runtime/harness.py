@@ -24,7 +24,7 @@ from imgsvc.api import cri_pb2 as pb
 from imgsvc.api.cri_pb2_grpc import RuntimeServiceStub, add_RuntimeServiceServicer_to_server
 from imgsvc.base import failpoints, procfs
 from imgsvc.base.metadb.database import MetaDB
-from imgsvc.rpc import ErrorInterceptor
+from imgsvc.daemon.rpc import ErrorInterceptor
 from imgsvc.runtime.node import RuntimeNode
 from imgsvc.runtime.service import RuntimeService
 from imgsvc.runtime.settings import CNISettings, HandlerSettings, RuntimeSettings

@@ -10,7 +10,7 @@ import pytest
 from imgsvc import config
 from imgsvc.base.errors import InvalidArgument
 from imgsvc.config import Loaded
-from imgsvc.reload import Live, Reloader
+from imgsvc.daemon.reload import Live, Reloader
 
 
 def loaded(text: str) -> Loaded:

@@ -18,7 +18,8 @@ from imgsvc.base.http1 import Handler, HttpServer, server_tls
 from imgsvc.base.metadb.database import MetaDB
 from imgsvc.config import Config, Loaded
 from imgsvc.content.interfaces import Store
-from imgsvc.image_tools import ImageTools
+from imgsvc.daemon.reload import Commit, Live
+from imgsvc.daemon.services.image_tools import ImageTools
 from imgsvc.images.archive.service import Archives
 from imgsvc.images.leases import LeaseManager
 from imgsvc.images.mirror.cache import PullThrough
@@ -37,7 +38,6 @@ from imgsvc.images.verification.programs import Programs
 from imgsvc.images.verification.service import Verification
 from imgsvc.images.verification.signatures import Signatures
 from imgsvc.registry.interfaces import Registry
-from imgsvc.reload import Commit, Live
 from imgsvc.runtime.interfaces import RootMount
 from imgsvc.snapshot.interfaces import Mount
 from imgsvc.snapshot.mount import mount_all

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc.notify import Notifier
+from imgsvc.daemon.systemd import Notifier
 
 CODE = """
 import logging

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from imgsvc import config, preflight
+from imgsvc import config
 from imgsvc.api import cri_pb2
+from imgsvc.daemon import preflight
 from tests.support.daemon import RPC_TIMEOUT, Daemon
 
 GOOD = '[registry]\nconfig_path = "/nowhere"\n[prepull]\ndirectory = "/nowhere"\n'

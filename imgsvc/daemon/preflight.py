@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from imgsvc import decryption, registries
 from imgsvc.base.errors import ImgsvcError, InvalidArgument
 from imgsvc.base.fsutil import resolved
 from imgsvc.base.http1 import is_loopback, server_tls, split_address
 from imgsvc.config import Config, Loaded
+from imgsvc.daemon.settings import decrypt as decryption
+from imgsvc.daemon.settings import registry as registries
 from imgsvc.images.prepull.plan import load_plan
 from imgsvc.images.records import pin_patterns
 from imgsvc.images.verification.policy import load_policy

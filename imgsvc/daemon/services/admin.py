@@ -18,7 +18,7 @@ from imgsvc.base.errors import InvalidArgument, NotFound, printable
 from imgsvc.base.oci import Digest, Platform
 from imgsvc.base.reference import Reference
 from imgsvc.config import Loaded
-from imgsvc.image_service import describe
+from imgsvc.daemon.services.cri_images import describe
 from imgsvc.images.pull import Puller, PullRequest
 from imgsvc.images.push import Pusher, PushRequest
 from imgsvc.images.records import ImageStore

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import pytest
 
-from imgsvc.rpc import MAX_MESSAGE, fit
+from imgsvc.daemon.rpc import MAX_MESSAGE, fit
 
 
 @pytest.mark.parametrize("character", ["a", "ä", "…", "%", "🐳"])

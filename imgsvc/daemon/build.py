@@ -22,8 +22,7 @@ from typing import Any
 
 import grpc.aio
 
-from imgsvc import __version__, decryption, logs, registries
-from imgsvc.admin_service import AdminService
+from imgsvc import __version__
 from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
 from imgsvc.base.concurrency import Threads, in_thread
 from imgsvc.base.errors import FailedPrecondition, ImgsvcError, Unavailable
@@ -32,10 +31,20 @@ from imgsvc.base.metadb.database import MetaDB
 from imgsvc.base.places import socket_target
 from imgsvc.config import Config, Loaded, to_json
 from imgsvc.content.local import LocalStore
+from imgsvc.daemon import logs
+from imgsvc.daemon.image_side import Parts, Watch, open_verification, start_image_side
+from imgsvc.daemon.ownership import PublicSocket, own_directories
+from imgsvc.daemon.preflight import Standing
+from imgsvc.daemon.reload import Commit, Live, Reloader
+from imgsvc.daemon.rpc import ErrorInterceptor
+from imgsvc.daemon.runtime_side import start_pods
+from imgsvc.daemon.services.admin import AdminService
+from imgsvc.daemon.services.cri_images import ImageService
+from imgsvc.daemon.services.image_tools import ImageTools
+from imgsvc.daemon.settings import decrypt as decryption
+from imgsvc.daemon.settings import registry as registries
+from imgsvc.daemon.systemd import Notifier
 from imgsvc.decrypt.decryptor import LayerDecryptor
-from imgsvc.image_service import ImageService
-from imgsvc.image_side import Parts, Watch, open_verification, start_image_side
-from imgsvc.image_tools import ImageTools
 from imgsvc.images.leases import LeaseBook
 from imgsvc.images.provenance import Provenance
 from imgsvc.images.pull import Puller
@@ -46,13 +55,7 @@ from imgsvc.images.telemetry.observer import StoreSizes, store_gauges
 from imgsvc.images.upkeep.collector import CollectionReport, Policy
 from imgsvc.images.upkeep.fsck import recover
 from imgsvc.images.upkeep.service import ContainerKeeper, StoreCare
-from imgsvc.notify import Notifier
-from imgsvc.ownership import PublicSocket, own_directories
-from imgsvc.pods import start_pods
-from imgsvc.preflight import Standing
 from imgsvc.registry.http.bulk import BulkTransport
-from imgsvc.reload import Commit, Live, Reloader
-from imgsvc.rpc import ErrorInterceptor
 from imgsvc.runtime.streaming.server import StreamServer
 from imgsvc.snapshot import detect, native, overlay
 from imgsvc.snapshot.erofs import driver as erofs
