@@ -102,6 +102,6 @@ def _check(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_offline(arguments: argparse.Namespace) -> dict[str, Any]:
-    from imgsvc.offline import check_offline
+    from imgsvc.cli.offline_fsck import check_offline
 
     return check_offline(arguments.root, deep=arguments.deep, repair=arguments.repair).to_json()

@@ -15,7 +15,7 @@ import pytest
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.base.errors import InvalidArgument, ResourceExhausted
 from imgsvc.base.oci import ImageConfig, Platform, parse_config
-from imgsvc.config_import import import_file
+from imgsvc.config.containerd import import_file
 from imgsvc.runtime.containers import merge_resources
 from imgsvc.runtime.handlers.oci.execerror import is_about_the_command
 from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources

@@ -13,7 +13,7 @@ import pytest
 from imgsvc import config
 from imgsvc.base.errors import InvalidArgument
 from imgsvc.base.tomlfile import dotted
-from imgsvc.config_import import Finding, Imported, Outcome, import_file
+from imgsvc.config.containerd import Finding, Imported, Outcome, import_file
 from imgsvc.registry.hosts.legacy import parse_legacy
 
 DEFAULTS = Path(__file__).with_name("containerd-2.3-keys.toml")

@@ -26,8 +26,8 @@ from typing import Any, Final
 from imgsvc import config
 from imgsvc.base import tomlfile
 from imgsvc.base.errors import InvalidArgument
-from imgsvc.config_import.merging import merged
-from imgsvc.config_import.rules import CheckTables, Outcome, Verdict, judge
+from imgsvc.config.containerd.merging import merged
+from imgsvc.config.containerd.rules import CheckTables, Outcome, Verdict, judge
 
 __all__ = ["Finding", "Imported", "Outcome", "import_file"]
 
