@@ -1,34 +1,35 @@
-"""Imports point down only. The layers are read from the docstring of imgsvc itself, so that it stays true."""
+"""Imports point down only, and the directories below imgsvc say where down is."""
 
 from __future__ import annotations
 
 import ast
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 import imgsvc
 
 SOURCE = Path(imgsvc.__file__).parent
-LINE = re.compile(r"^    (edge|use cases|packages|base|leaf) +(\w+(?:, \w+)*)", re.MULTILINE)
 GENERATED = re.compile(r"imgsvc\.api\.\w+_pb2(_grpc)?")
-# Top to bottom: a module imports from layers below its own, and from its own where that is listed in SIDEWAYS.
-LAYERS = ("edge", "use cases", "packages", "base", "leaf")
-SIDEWAYS = {"edge", "use cases", "base"}
-# Rules that work on what they are handed and open nothing; use cases may call them beside the interfaces.
-PURE = {"imgsvc.content.verify"}
-OPENS_THINGS = {"asyncio", "ctypes", "httpcore", "pathlib", "shutil", "socket", "subprocess", "tempfile"}
-MAY_SPEAK_GRPC = {"edge", "packages", "leaf"}
-
-
-def layers() -> dict[str, str]:
-    """Top-level name below imgsvc → layer."""
-    found = {name: layer for layer, names in LINE.findall(imgsvc.__doc__ or "") for name in re.findall(r"\w+", names)}
-    assert set(found.values()) == set(LAYERS), "the docstring of imgsvc lists the layers"
-    return found
+# Top to bottom. A module imports from its own directory and from floors below; the directories of one floor do not know each other.
+FLOORS: Final = (
+    {"cli"},
+    {"daemon"},
+    {"images"},
+    {"registry", "content", "snapshot", "decrypt", "runtime"},
+    {"config"},
+    {"base"},
+    {"api"},
+)
+KNOW_CONFIG: Final = {"cli", "daemon", "config"}
+SPEAK_GRPC: Final = {"cli", "daemon", "registry", "content", "snapshot", "decrypt", "runtime", "api"}
+# Rules that work on what they are handed and open nothing; images/ may call them beside the interfaces.
+PURE: Final = {"imgsvc.content.verify"}
+OPENS_THINGS: Final = {"asyncio", "ctypes", "httpcore", "httpx", "pathlib", "shutil", "socket", "subprocess", "tempfile"}
 
 
 @functools.cache
@@ -58,28 +59,33 @@ def own(file: Path) -> set[str]:
     return found
 
 
-def room(module: str) -> str:
-    """Top-level name: "imgsvc.registry.hosts.hosts" is in "registry"."""
+def directory(module: str) -> str:
+    """Name below imgsvc: "imgsvc.registry.client" is in "registry"."""
     return module.split(".")[1]
+
+
+def floor(module: str) -> int:
+    """0 is the top."""
+    return next(number for number, names in enumerate(FLOORS) if directory(module) in names)
+
+
+def test_every_directory_has_a_floor_and_nothing_lies_beside_them() -> None:
+    assert {p.name for p in SOURCE.iterdir() if p.is_dir() and p.name != "__pycache__"} == set().union(*FLOORS)
+    assert [p.name for p in SOURCE.glob("*.py")] == ["__init__.py"]
 
 
 @pytest.mark.parametrize("module", sorted(set(modules()) - {"imgsvc"}))
 def test_imports_point_down(module: str) -> None:
-    where: Mapping[str, str] = layers()
-    assert room(module) in where, f"say in imgsvc/__init__.py to which layer {room(module)} belongs"
-    layer = where[room(module)]
     for other in sorted(own(modules()[module])):
-        below = where[room(other)]
-        if room(other) == room(module):
+        if directory(other) == directory(module):
             continue
-        allowed = LAYERS.index(below) > LAYERS.index(layer) or (below == layer and layer in SIDEWAYS)
-        assert allowed, f"{module} ({layer}) imports {other} ({below})"
+        assert floor(other) > floor(module), f"{module} imports {other}, which is not below it"
+        assert directory(other) != "config" or directory(module) in KNOW_CONFIG, f"{module} knows the configuration: {other}"
 
 
-@pytest.mark.parametrize("module", sorted(m for m in modules() if m != "imgsvc" and layers().get(room(m)) == "use cases"))
-def test_use_cases_see_packages_through_their_interfaces(module: str) -> None:
-    where = layers()
-    seen = {m for m in own(modules()[module]) if where[room(m)] == "packages"} - PURE
+@pytest.mark.parametrize("module", sorted(m for m in modules() if m.startswith("imgsvc.images.")))
+def test_images_sees_packages_through_their_interfaces(module: str) -> None:
+    seen = {m for m in own(modules()[module]) if directory(m) in FLOORS[3]} - PURE
     assert all(m.endswith(".interfaces") or m.count(".") == 1 for m in seen), f"{module} sees {sorted(seen)}"
     for package in (m for m in seen if m.count(".") == 1):
         assert f"{package}.interfaces" in seen, f"{module} takes more than the interfaces of {package}"
@@ -90,10 +96,9 @@ def test_rules_open_nothing(module: str) -> None:
     assert not {name.partition(".")[0] for name in imports(modules()[module])} & OPENS_THINGS
 
 
-def test_only_the_edge_and_packages_speak_grpc() -> None:
-    where = layers()
+def test_images_config_and_base_do_not_speak_grpc() -> None:
     for module, file in modules().items():
-        if module != "imgsvc" and where[room(module)] not in MAY_SPEAK_GRPC:
+        if module != "imgsvc" and directory(module) not in SPEAK_GRPC:
             assert not {n for n in imports(file) if n.split(".")[0] in ("grpc", "google")}, module
             assert not {n for n in imports(file) if n.startswith("imgsvc.api")}, module
 

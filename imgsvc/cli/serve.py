@@ -22,9 +22,9 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """`imgsvc serve`. Paths are made absolute, so that origins say where a file is, whoever asks."""
-    from imgsvc.daemon import build as server
     from imgsvc.daemon import logs
-    from imgsvc.daemon.settings import decrypt as decryption
+    from imgsvc.daemon.build import run
+    from imgsvc.daemon.settings import decrypt
 
     failpoints.arm(os.environ.get(failpoints.ENV, ""))
     address = arguments.address and (f"unix://{arguments.address}" if arguments.address.startswith("/") else arguments.address)
@@ -38,8 +38,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
     path = arguments.config and arguments.config.absolute()
 
     def load() -> config.Loaded:
-        return decryption.check(config.load(path, flags))
+        return decrypt.check(config.load(path, flags))
 
     debug = load().config.debug
     logs.start(debug.level, debug.format)
-    return server.run(load)
+    return run(load)

@@ -41,7 +41,7 @@ from imgsvc.daemon.runtime_side import start_pods
 from imgsvc.daemon.services.admin import AdminService
 from imgsvc.daemon.services.cri_images import ImageService
 from imgsvc.daemon.services.image_tools import ImageTools
-from imgsvc.daemon.settings import decrypt as decryption
+from imgsvc.daemon.settings import decrypt
 from imgsvc.daemon.settings import registry as registries
 from imgsvc.daemon.systemd import Notifier
 from imgsvc.decrypt.decryptor import LayerDecryptor
@@ -171,7 +171,7 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     stack.push_async_callback(registry.close)
     for directory in registry.directories.missing_roots():
         log.info("registry.config_path: %s is not there", directory)
-    decryptor = LayerDecryptor(await threads.run(decryption.settings, settings, root))
+    decryptor = LayerDecryptor(await threads.run(decrypt.settings, settings, root))
     stack.push_async_callback(decryptor.close)
     for companion in (bulk, unpacker):
         warming = asyncio.ensure_future(companion.warm())  # beside everything else, so that the first layer need not wait

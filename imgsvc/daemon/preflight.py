@@ -14,8 +14,8 @@ from imgsvc.base.errors import ImgsvcError, InvalidArgument
 from imgsvc.base.fsutil import resolved
 from imgsvc.base.http1 import is_loopback, server_tls, split_address
 from imgsvc.config import Config, Loaded
-from imgsvc.daemon.settings import decrypt as decryption
-from imgsvc.daemon.settings import registry as registries
+from imgsvc.daemon.settings import decrypt
+from imgsvc.daemon.settings.registry import open_registries
 from imgsvc.images.prepull.plan import load_plan
 from imgsvc.images.records import pin_patterns
 from imgsvc.images.verification.policy import load_policy
@@ -61,7 +61,7 @@ def look(loaded: Loaded) -> Found:
         except ImgsvcError as error:
             problems.append(str(error))
     try:
-        opened = registries.open_registries(loaded)
+        opened = open_registries(loaded)
         warnings += opened.warnings
         for namespace, prefix in opened.client.directories.namespaces():
             try:
@@ -92,8 +92,8 @@ def _directories(loaded: Loaded) -> Iterator[str]:
 
 
 def _decryption(loaded: Loaded) -> Iterator[str]:
-    decryption.check(loaded)
-    if problem := decryption.provider_problem(loaded.config):
+    decrypt.check(loaded)
+    if problem := decrypt.provider_problem(loaded.config):
         yield problem
 
 

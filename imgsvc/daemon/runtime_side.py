@@ -17,7 +17,7 @@ from imgsvc.config import Config
 from imgsvc.runtime.interfaces import Images
 from imgsvc.runtime.node import RuntimeNode
 from imgsvc.runtime.service import API_VERSION, RUNTIME_NAME, RuntimeService
-from imgsvc.runtime.settings import CNISettings, HandlerSettings, RuntimeSettings
+from imgsvc.runtime.settings import CNISettings, HandlerSettings, RuntimeSettings, StreamSettings
 from imgsvc.runtime.streaming.server import StreamServer
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ async def start_pods(
     if reason:
         log.warning("the runtime service is off: %s", reason)
         return Pods(RuntimeOff(reason), lambda: (), None)  # type: ignore[abstract]  # what is missing answers UNIMPLEMENTED
-    streams = StreamServer(settings.stream)
+    streams = StreamServer(StreamSettings(**asdict(settings.stream)))
     await streams.start()
     stack.push_async_callback(streams.close)
     node = await RuntimeNode.start(runtime_settings(settings, state, root), db, images)

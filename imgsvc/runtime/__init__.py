@@ -1,32 +1,24 @@
 """Pods and containers: the CRI RuntimeService.
 
-::
-
-    service, convert      the gRPC servicer: protobuf <-> the dataclasses of model; no decisions
-    sandboxes, containers the use cases: life of a pod, life of a container, rollback at every step
-    stats, metrics, events
-                          numbers for the kubelet; fan-out of container events
-    checkpoint, criu      a running container's state in an archive; whether criu works here
-    holder                what holds a pod beyond its namespaces: a pause process, or its shim
-    recovery              what a restarted daemon, or a rebooted node, does with what it finds
-    ---------------------------------------------------------------------------------------------
-    model, state, records what CRI asks for; what state a record is in (derived, never stored); versioned records
-    containerplan, spec, users, security, volumes, copyup, devices, cdi, rootfs, logs
-                          CRI config + image config -> OCI runtime specification; hostile passwd files; mounts; log files
-    oci_runtime, monitor  handler kind 1: an OCI CLI (runc, crun) under one conmon per container
-    shim/                 handler kind 2: containerd shims (`io.containerd.NAME.vN`) over ttrpc
-    cni, network          the CNI protocol; the pod network on top of it
-    namespaces            namespaces pinned by bind mounts
-    cgroups, podlimits, usage
-                          drivers (cgroupfs, systemd), version 1 and 2; limits of a pod; what a cgroup has used
-    oom                   kills for memory in cgroups that are gone already
-    reaper, exits         orphans are ours (child subreaper); noticing the end of a process that is not our child
-    interfaces            the seams: Images (from the edge), OCIRuntime, NetworkPlugin
+    service, convert           the gRPC servicer: protobuf <-> the dataclasses of model; no decisions
+    sandboxes, containers      the use cases: life of a pod, life of a container, undone at every step that fails
+    checkpoint, recovery       a running container's state in an archive; what a restarted daemon does with what it finds
+    model, state, records      what CRI asks for; what state a record is in (derived, never stored); versioned records
+    interfaces, core           the seams (Images, OCIRuntime, NetworkPlugin); what the use cases share
+    spec/                      CRI request + image -> OCI runtime specification
+    handlers/                  what runs containers: an OCI runtime's command, or containerd shims
+    holder/                    what holds a pod while none of its containers runs
+    network/                   CNI
+    numbers/                   statistics, metrics, limits of a pod
+    processes/                 short programs, ends of processes, orphans
+    streaming/                 exec, attach, port-forward
+    rootfs, podfiles, logs     mounts of a bundle; files a pod's containers share; log files
+    events, signals, host, settings, node
 
 Decisions, and what they cost:
 
 * No pause container. Namespaces are pinned by bind mounts in STATE/sandboxes/ID/ns; only a shared PID namespace has a
-  process (pause.py, some 200 bytes). Cost: nothing tells a lost namespace but a check of the mount.
+  process (holder/pause.py, some 200 bytes). Cost: nothing tells a lost namespace but a check of the mount.
 * One conmon per container keeps stdio, log and exit code while the daemon is away. Cost: 0.3 MiB each.
 * A record is written before the first thing it describes is made, and deleted after the last is gone; so a crash leaves
   a record too many, never a thing without a record.

@@ -32,8 +32,8 @@ from imgsvc.runtime.processes.exits import UNKNOWN_EXIT, alive, now_ns, persiste
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord, container_name, durable
 from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.signals import stop_signal_name, to_number
-from imgsvc.runtime.spec import build as spec
 from imgsvc.runtime.spec import validate
+from imgsvc.runtime.spec.build import resources as resources_spec
 from imgsvc.runtime.spec.planner import BuiltContainer, ContainerBuilder, volume_key
 from imgsvc.runtime.state import (
     ContainerState,
@@ -425,7 +425,7 @@ class Containers:
         async with core.locks.hold(full_id):
             record = core.records.container(full_id)
             require_alive(record, core.boot_id)
-            limits = spec.resources(resources, core.host, tolerate=core.settings.tolerate_missing_hugetlb_controller)
+            limits = resources_spec(resources, core.host, tolerate=core.settings.tolerate_missing_hugetlb_controller)
             if limits:
                 await core.runtime_of(record).update(record.id, limits)
             merged = merge_resources(record.resources, resources)

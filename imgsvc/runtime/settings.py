@@ -48,6 +48,17 @@ class HandlerSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamSettings:
+    """[stream]: the server behind Exec, Attach and PortForward. port: 0 for any. idle_timeout [s]. Files: "" for plain HTTP."""
+
+    address: str = "127.0.0.1"
+    port: int = 0
+    idle_timeout: float = 4 * 3600.0
+    tls_cert_file: str = ""
+    tls_key_file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class CNISettings:
     """[cni]. max_conf_num 0 takes every file. use_internal_loopback: False also runs the plugin `loopback`; lo is up anyway."""
 

@@ -2,17 +2,14 @@
 
 Read in this order: interfaces.py (the contracts), then
 
-    snapshots   overlay, native      the drivers; driver.py is what they share
-                records              what exists, in the metadata database
-                directories          what is on disk, and its removal in the background
-                mount, detect        mounting what a driver describes; which driver this machine can use
-                copying              whole trees, owners shifted, where mounts cannot do it
-    unpacking   unpacker             the daemon's side: jobs and verdicts
-                unpack_worker        the worker server and the life of one job
-                inflate              blob → bytes of tar: read behind the download, decrypt, inflate, hash, limit
-                tarheader, tarstream bytes → entries (pure)
-                extract, tree        entries → files, relative to held descriptors
-                laying, settle       whiteouts and what needs the parents: recorded first, settled later
+    overlay, native      the drivers over directories; driver.py is what they share
+    erofs/               layers that are one file each, and an image of them that the kernel mounts
+    records              what exists, in the metadata database
+    directories          what is on disk, and its removal in the background
+    mount, detect        mounting what a driver describes; which driver this machine can use
+    copying, compare     whole trees; what differs between two
+    xattrs               which extended attributes an image may set
+    unpack/              the worker processes, and what they do with a layer
 
 Decisions and their price:
 * Layers of one image are unpacked at the same time, each into its own upper directory, and completed bottom to top by

@@ -13,7 +13,7 @@ Decisions, and what they cost:
   transactions, but never breaks the database; leaving out both could lose all of it.
 * LMDB writes new pages to delete something, so on a full disk nothing could be removed any more. The file therefore owns
   a few MiB of blocks beyond its end, which only a disk that is full already lets shrink.
-* LMDB keeps no checksums. Damaged pages are noticed when the file is opened (lmdbcheck), before LMDB stumbles over them;
+* LMDB keeps no checksums. Damaged pages are noticed when the file is opened (pagecheck), before LMDB stumbles over them;
   damaged records when they no longer parse, and scrub() forgets those one by one.
 * Records carry a format number: a newer one is refused untouched, an older one is migrated in one transaction.
 """
@@ -49,7 +49,7 @@ from imgsvc.base.errors import (
 )
 from imgsvc.base.failpoints import failpoint
 from imgsvc.base.fsutil import boot_id, free_space, lock_exclusive, private_dir, reserve_blocks
-from imgsvc.base.metadb import pagecheck as lmdbcheck
+from imgsvc.base.metadb import pagecheck
 from imgsvc.base.oci import GIB, MIB
 
 log = logging.getLogger(__name__)
@@ -426,7 +426,7 @@ def _lock(path: Path) -> int:
 
 def _open_env(path: Path, sync: bool, tables: int) -> lmdb.Environment:
     try:
-        damage = lmdbcheck.damage(path / _DATA)
+        damage = pagecheck.damage(path / _DATA)
     except OSError as error:
         raise from_os_error(error, "reading the metadata database", where=str(path / _DATA)) from error
     if damage:

@@ -18,7 +18,7 @@ from imgsvc.content.interfaces import Scrubber, Store
 from imgsvc.images.leases import LeaseManager
 from imgsvc.images.records import Image, ImageStore
 from imgsvc.images.rootfs import KEY_PREFIX, is_unpacked
-from imgsvc.images.upkeep import nodes as gc_sources
+from imgsvc.images.upkeep import nodes
 from imgsvc.images.upkeep.collector import CollectionReport, Collector, Keeper, Policy, Root
 from imgsvc.images.upkeep.df import disk_usage
 from imgsvc.images.upkeep.fsck import Checker, ContentChecker, ImageChecker, LayerChecker, Metadata, MetadataChecker, fsck
@@ -49,7 +49,7 @@ class ContainerKeeper:
             for info in snapshotter.walk():
                 container_id = info.id.removeprefix(KEY_PREFIX).partition("-")[0]
                 if info.id.startswith(KEY_PREFIX) and container_id in container_ids:
-                    yield Root(gc_sources.snapshot_node(name, info.id), f"container {container_id}")
+                    yield Root(nodes.snapshot_node(name, info.id), f"container {container_id}")
 
 
 class StoreCare:
@@ -78,11 +78,11 @@ class StoreCare:
         self._snapshotters = dict(snapshotters)
         self._threads = threads
         self._root = root
-        self._needs = gc_sources.Images(images, content, list(snapshotters))
-        snapshots = gc_sources.Snapshots(list(snapshotters.values()))
+        self._needs = nodes.Images(images, content, list(snapshotters))
+        snapshots = nodes.Snapshots(list(snapshotters.values()))
         self._collector = Collector(
             keepers=[self._needs, snapshots, *keepers],
-            collectables=[gc_sources.Blobs(content), gc_sources.Ingests(content), snapshots],
+            collectables=[nodes.Blobs(content), nodes.Ingests(content), snapshots],
             cache=self._needs,
             leases=leases,
             threads=threads,
@@ -107,14 +107,14 @@ class StoreCare:
 
     async def disk_usage(self) -> dict[str, Any]:
         """`imgsvc df`."""
-        sizes = await self._threads.run(gc_sources.stored_sizes, self._content, self._content, list(self._snapshotters.values()))
+        sizes = await self._threads.run(nodes.stored_sizes, self._content, self._content, list(self._snapshotters.values()))
         images = [(image, self._needs.needs(image)) for image in self._images.all()]
         return disk_usage(images, sizes).to_json()
 
     async def sizes(self) -> dict[str, int]:
         """Bytes on disk by class: "content", "ingest", "snapshot"."""
-        sizes = await self._threads.run(gc_sources.stored_sizes, self._content, self._content, list(self._snapshotters.values()))
-        return {kind: sum(size for node, size in sizes.items() if node.kind == kind) for kind in gc_sources.KINDS}
+        sizes = await self._threads.run(nodes.stored_sizes, self._content, self._content, list(self._snapshotters.values()))
+        return {kind: sum(size for node, size in sizes.items() if node.kind == kind) for kind in nodes.KINDS}
 
     async def collect(self, explain: bool) -> dict[str, Any]:
         """`imgsvc gc`, `imgsvc gc --explain`."""
@@ -168,7 +168,7 @@ class StoreCare:
 
     async def _unpack_leased(self, image: Image, position: int, snapshotter: str, key: Key) -> None:
         layer = image.layers[position]
-        needs = [gc_sources.content_node(layer.descriptor.digest), gc_sources.snapshot_node(snapshotter, layer.snapshot)]
+        needs = [nodes.content_node(layer.descriptor.digest), nodes.snapshot_node(snapshotter, layer.snapshot)]
         async with self._leases.held(needs, purpose=f"fsck of layer {layer.snapshot}"):
             await self._unpack_aside(image, position, snapshotter, key)
 

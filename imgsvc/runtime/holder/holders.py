@@ -30,7 +30,7 @@ from imgsvc.runtime.numbers import cgroups
 from imgsvc.runtime.processes.exits import alive, persistently, process_gone, start_time
 from imgsvc.runtime.records import SandboxRecord
 from imgsvc.runtime.rootfs import remove_bundle
-from imgsvc.runtime.spec import build as spec
+from imgsvc.runtime.spec.build import DEFAULT_PATH, OCI_VERSION, oom_score, sandbox_annotations
 from imgsvc.runtime.spec.seccomp import default_profile
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Holders:
         )
 
     def _annotations(self, record: SandboxRecord) -> dict[str, str]:
-        return spec.sandbox_annotations(record.id, record.config, self._core.handler_settings(record.handler).pod_annotations)
+        return sandbox_annotations(record.id, record.config, self._core.handler_settings(record.handler).pod_annotations)
 
     async def end(self, record: SandboxRecord) -> None:
         """End whatever holds a pod, whole or half-made. Idempotent. Raises: ImgsvcError when it does not go."""
@@ -163,15 +163,15 @@ class Holders:
         # Of the pod's namespace already; a kernel of the pod's own has its name from its first container.
         named = {"hostname": config.hostname} if config.hostname and pinned(pins, "uts") else {}
         return {
-            "ociVersion": spec.OCI_VERSION,
+            "ociVersion": OCI_VERSION,
             **named,
             "process": {
                 "args": ["/pause"],
-                "env": [spec.DEFAULT_PATH],  # some runtimes refuse a process without
+                "env": [DEFAULT_PATH],  # some runtimes refuse a process without
                 "cwd": "/",
                 "user": {"uid": nobody, "gid": nobody},
                 "noNewPrivileges": True,
-                "oomScoreAdj": spec.oom_score(_PAUSE_OOM_SCORE, core.host, restrict=False),
+                "oomScoreAdj": oom_score(_PAUSE_OOM_SCORE, core.host, restrict=False),
                 **label,
             },
             "root": {"path": "rootfs", "readonly": True},

@@ -19,8 +19,8 @@ from imgsvc.runtime.model import ContainerConfig, Mount, NamespaceMode, User, Us
 from imgsvc.runtime.numbers import cgroups
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord
 from imgsvc.runtime.rootfs import idmapped_volume, mapping_fd, mount_all, mount_idmapped, read_only
-from imgsvc.runtime.spec import build as spec
 from imgsvc.runtime.spec import cdi, devices, security, selinux, volumes
+from imgsvc.runtime.spec.build import STANDARD_MOUNTS, ContainerPlan, build, namespaces, process_user, working_dir
 from imgsvc.runtime.spec.users import resolve_user
 
 
@@ -111,9 +111,9 @@ class ContainerBuilder:
             pod.linux.cgroup_parent, sandbox.id, record.id, systemd=core.settings.cgroup_driver == "systemd"
         )
         directory = core.paths.sandbox(sandbox.id)
-        places = volumes.Places(bundle / "rootfs", spec.STANDARD_MOUNTS)
+        places = volumes.Places(bundle / "rootfs", STANDARD_MOUNTS)
         mounts = self._mounts(record, sandbox, image, image_volumes, places)
-        plan = spec.ContainerPlan(
+        plan = ContainerPlan(
             container_id=record.id,
             sandbox_id=sandbox.id,
             config=config,
@@ -124,8 +124,8 @@ class ContainerBuilder:
             user=user,
             host=core.host,
             rootfs=bundle / "rootfs",
-            cwd=places.find(spec.working_dir(config, image.config)),
-            namespaces=spec.namespaces(config, pod, core.paths.pins(sandbox.id), pid_path, core.host),
+            cwd=places.find(working_dir(config, image.config)),
+            namespaces=namespaces(config, pod, core.paths.pins(sandbox.id), pid_path, core.host),
             user_namespace=pod.namespaces.user,
             cgroups_path=cgroups_path,
             shm=podfiles.shm_source(directory, pod) if requested.namespace_options.ipc != NamespaceMode.CONTAINER else "",
@@ -148,13 +148,13 @@ class ContainerBuilder:
             annotation_globs=(handler.pod_annotations, handler.container_annotations),
             base=_base_spec(handler.base_runtime_spec),
         )
-        made = spec.build(plan)
+        made = build(plan)
         if config.CDI_devices:
             if not settings.enable_cdi:
                 raise FailedPrecondition("CDI devices are asked for, but enable_cdi is false")
             cdi.apply(made, cdi.edits_for([device.name for device in config.CDI_devices], settings.cdi_spec_dirs))
             made["mounts"] = volumes.in_mount_order(made["mounts"])
-        return BuiltContainer(made, spec.process_user(made), cgroups_path)
+        return BuiltContainer(made, process_user(made), cgroups_path)
 
     def _mounts(
         self,

@@ -18,7 +18,7 @@ from typing import Final
 
 from imgsvc.base.concurrency import in_thread, time_limit
 from imgsvc.base.errors import ImgsvcError, InvalidArgument, Unavailable
-from imgsvc.config import Stream
+from imgsvc.runtime.settings import StreamSettings
 from imgsvc.runtime.streaming.command import CommandSession, CommandWire, SpdyCommand, WebSocketCommand
 from imgsvc.runtime.streaming.flow import stop, until_first
 from imgsvc.runtime.streaming.forward import SpdyForward
@@ -59,7 +59,7 @@ class _Entry:
 class StreamServer:
     """Serves what exec_url(), attach_url() and port_forward_url() hand out. Lives on one event loop."""
 
-    def __init__(self, config: Stream, *, stream_creation_timeout_s: float = STREAM_CREATION_TIMEOUT_S) -> None:
+    def __init__(self, config: StreamSettings, *, stream_creation_timeout_s: float = STREAM_CREATION_TIMEOUT_S) -> None:
         self._config = config
         self._stream_creation_timeout_s = stream_creation_timeout_s
         self._tokens: Tokens[_Entry] = Tokens()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from imgsvc.config import Stream
+from imgsvc.runtime.settings import StreamSettings
 from imgsvc.runtime.streaming.server import StreamServer
 from tests.runtime.streaming.targets import LoopbackPorts
 from tests.runtime.streaming.test_server import serving
@@ -186,7 +186,7 @@ def test_websocket_channels(protocol: str) -> None:
             writer.write((await reader.readexactly(4)).upper())
             writer.close()
 
-        async with serving(Stream()) as server, listening(once) as port:
+        async with serving(StreamSettings()) as server, listening(once) as port:
             url = server.port_forward_url(LoopbackPorts(), [port, closed])
             async with websocket_session(url, protocol) as client:
                 await client.raw(masked(1, b"0YWJjZA==") if "base64" in protocol else masked(2, b"\0abcd"))

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from imgsvc.base.errors import InvalidArgument, NotFound
-from imgsvc.config import Stream
+from imgsvc.runtime.settings import StreamSettings
 from imgsvc.runtime.streaming.interfaces import Streams, StreamWants, TerminalSize
 from imgsvc.runtime.streaming.server import MAX_HANDSHAKES, StreamServer
 from tests.runtime.streaming.targets import ALL, OUTPUT, TERMINAL, LoopbackPorts, ScriptedTarget, echo, forever
@@ -39,8 +39,8 @@ TRANSPORTS = pytest.mark.parametrize("run", [run_spdy, run_websocket], ids=["spd
 
 
 @contextlib.asynccontextmanager
-async def serving(config: Stream | None = None, **settings: Any) -> AsyncIterator[StreamServer]:
-    server = StreamServer(config or Stream(), **settings)
+async def serving(config: StreamSettings | None = None, **settings: Any) -> AsyncIterator[StreamServer]:
+    server = StreamServer(config or StreamSettings(), **settings)
     await server.start()
     try:
         yield server
@@ -271,12 +271,12 @@ def test_bad_ports_get_no_address(ports: list[int]) -> None:
 @pytest.mark.parametrize("address", ["0.0.0.0", "192.0.2.1", "::", "localhost", ""])
 def test_c_c10_other_addresses_than_loopback_need_tls(address: str) -> None:
     with pytest.raises(InvalidArgument):
-        asyncio.run(StreamServer(Stream(address=address)).start())
+        asyncio.run(StreamServer(StreamSettings(address=address)).start())
 
 
 def test_ipv6_loopback() -> None:
     async def scenario() -> None:
-        async with serving(Stream(address="::1")) as server:
+        async with serving(StreamSettings(address="::1")) as server:
             url = server.exec_url(ScriptedTarget(forever), OUTPUT)
             assert url.startswith("http://[::1]:")
             assert await status_of(url, spdy_headers("v4.channel.k8s.io")) == 101
@@ -308,7 +308,7 @@ def test_streams_of_no_use_are_reset() -> None:
 def test_idle_sessions_end() -> None:
     async def scenario() -> None:
         target = ScriptedTarget(forever)
-        async with serving(Stream(idle_timeout=0.4)) as server, websocket_session(server.exec_url(target, OUTPUT)) as client:
+        async with serving(StreamSettings(idle_timeout=0.4)) as server, websocket_session(server.exec_url(target, OUTPUT)) as client:
             await client.until(lambda: client.closed)
             assert target.cancelled
 

@@ -12,15 +12,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from imgsvc.base.errors import InvalidArgument
-from imgsvc.config import Stream
+from imgsvc.runtime.settings import StreamSettings
 from imgsvc.runtime.streaming.server import StreamServer
 from tests.runtime.streaming.targets import ALL, ScriptedTarget, echo
 from tests.runtime.streaming.test_server import serving
 from tests.support.stream_client import spdy_session, upgrade
 
 
-def write_pair(directory: Path, name: str) -> Stream:
-    """A self-signed certificate for a common name, in the files a Stream names."""
+def write_pair(directory: Path, name: str) -> StreamSettings:
+    """A self-signed certificate for a common name, in the files that StreamSettings name."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = dt.datetime.now(dt.UTC)
@@ -30,7 +30,7 @@ def write_pair(directory: Path, name: str) -> Stream:
     (directory / "cert.pem").write_bytes(pem)
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (directory / "key.pem").write_bytes(private)
-    return Stream(tls_cert_file=str(directory / "cert.pem"), tls_key_file=str(directory / "key.pem"))
+    return StreamSettings(tls_cert_file=str(directory / "cert.pem"), tls_key_file=str(directory / "key.pem"))
 
 
 def trusting() -> ssl.SSLContext:
@@ -94,7 +94,7 @@ def test_a_broken_replacement_leaves_the_old_one_in_use(tmp_path: Path) -> None:
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    config = Stream(tls_cert_file=str(tmp_path / "none.pem"), tls_key_file=str(tmp_path / "none.key"))
+    config = StreamSettings(tls_cert_file=str(tmp_path / "none.pem"), tls_key_file=str(tmp_path / "none.key"))
     with pytest.raises(InvalidArgument) as caught:
         asyncio.run(StreamServer(config).start())
     assert "none.pem" in caught.value.where
