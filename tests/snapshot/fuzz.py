@@ -91,7 +91,7 @@ def mutate(data: bytes, source: random.Random) -> bytes:
     return bytes(out)
 
 
-def extract(data: bytes, root: Path, *, in_place: bool, chunk: int) -> None:
+def extract(data: bytes, root: Path, *, in_place: bool, chunk: int, max_bytes: int = 1 << 20) -> None:
     """Extract in this process. Raises: ImgsvcError on what is not a layer."""
     style = InPlaceStyle() if in_place else OverlayStyle()
     fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
@@ -104,7 +104,7 @@ def extract(data: bytes, root: Path, *, in_place: bool, chunk: int) -> None:
         return data[at - chunk : at]
 
     try:
-        Extractor(tree, style, max_entries=1000, max_bytes=1 << 20).run(TarStream(next_chunk))
+        Extractor(tree, style, max_entries=1000, max_bytes=max_bytes).run(TarStream(next_chunk))
         if isinstance(style, OverlayStyle):
             assert Journal.load(style.journal.dump()) == style.journal
     except OSError as error:

@@ -4,8 +4,8 @@ Blocks have 512 bytes, as tar has: every file's data is whole blocks of its laye
 an extra device at an address range of its own. Behind the metadata come sparse files, spelled out but for their holes.
 
     0     superblock (at 1024), device slots
-    …     inodes, with xattrs, short links and the last block of small directories behind them
-    …     blocks of directories, long links, chunk tables, data of sparse files
+    …     inodes, with xattrs, short links, the last block of small directories and tables of chunks behind them
+    …     blocks of directories, long links, data of sparse files and of what has no whole block at a stream's end
 
 Source: Linux fs/erofs/erofs_fs.h and Documentation/filesystems/erofs.rst.
 """
@@ -13,13 +13,15 @@ Source: Linux fs/erofs/erofs_fs.h and Documentation/filesystems/erofs.rst.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
-from imgsvc.base.errors import ResourceExhausted
+from imgsvc.base.errors import DataLoss, ResourceExhausted
+from imgsvc.base.oci import MIB
 from imgsvc.snapshot.erofs.merge import ROOT, FileTree
+from imgsvc.snapshot.unpack.tarheader import check_sparse
 
 BLOCK: Final = 512  # [bytes]
 MAGIC: Final = 0xE0F5E1E2
@@ -41,7 +43,10 @@ _DEVICES: Final = 8
 _PLAIN, _INLINE, _BY_CHUNK = 0, 2, 4  # layouts
 _HOLE: Final = 0xFFFFFFFF
 _MAX_XATTRS: Final = 65535 * 4 - 64  # [bytes] of one file
-_MAX_CHUNKS: Final = 1 << 20  # of one sparse file: its table has 4 bytes for each
+_CHUNK_ENTRY: Final = 4  # [bytes] of the table that a sparse file has
+_MIN_CHUNK_BITS, _MAX_CHUNK_BITS = 3, 20  # how much larger than a block a chunk is: 4 KiB to 512 MiB
+_MAX_TABLES: Final = 32 * MIB  # of all sparse files of an image together, in memory
+_MAX_FILLING: Final = 1024 * MIB  # that chunks of sparse files may take beyond their data
 _MAX_BLOCKS: Final = _HOLE - 1
 
 _TYPES: Final = {
@@ -87,28 +92,34 @@ class _Image:
         self._inline: dict[int, bytes] = {}
         self._blocks: dict[int, int] = {}  # number → first block behind the inodes, counted from there
         self._tail = bytearray()  # blocks behind the inodes
+        self._sparse: dict[int, _Sparse] = {}
 
     def write(self, write: Write, read_data: ReadData) -> Written:
         self._walk()
+        self._divide()
         start = -(-(_DEVICES_AT + _DEVICE_SLOT * len(self._layers)) // BLOCK)  # of the inodes [blocks]
         size = self._place()
         self._fill_directories()
         first = start + -(-size // BLOCK)  # of the blocks behind the inodes
-        sparse = self._sparse(first)
-        total = first + len(self._tail) // BLOCK + sum(chunk.blocks for chunks in sparse.values() for chunk in chunks)
+        at = first + len(self._tail) // BLOCK
+        for file in self._sparse.values():
+            file.first = at
+            at += file.blocks
+        total = _block(at)
         total += -total % (4096 // BLOCK)  # whole pages, as loop devices want it
         devices = self._devices(total)
-        inodes = self._inodes(size, first, sparse, devices)
+        inodes = self._inodes(size, first, devices)
         head = bytearray(start * BLOCK)
         self._head(head, start, total, devices)
         write(head)
         write(inodes)
         write(self._tail)
         written = (first * BLOCK) + len(self._tail)
-        for number, chunks in sparse.items():
-            for chunk in chunks:
-                write(self._chunk_data(number, chunk, read_data))
-                written += chunk.blocks * BLOCK
+        for number, file in self._sparse.items():
+            for parts in file.chunks.values():
+                for piece in self._chunk_data(number, parts, BLOCK << file.bits, read_data):
+                    write(piece)
+            written += file.blocks * BLOCK
         write(bytes(total * BLOCK - written))
         return Written(len(self._order), total * BLOCK)
 
@@ -155,6 +166,8 @@ class _Image:
                     at += -at % BLOCK
                 self._inline[number] = b""
                 size += tail
+            elif number in self._sparse:
+                size += self._sparse[number].table_size
             self._slots[number] = at // _SLOT
             at += size + -size % _SLOT
         return at
@@ -199,39 +212,55 @@ class _Image:
             blocks.append(b"".join(heads + names))
         return blocks
 
-    def _sparse(self, first: int) -> dict[int, list[_Chunk]]:
-        """What is there of each sparse file; tables of chunks go behind the inodes, whose blocks begin at `first`."""
-        tree = self._tree
-        found = {number: _chunks(tree.size[number], tree.sparse[number]) for number in self._order if number in tree.sparse}
-        tables = {number: -(-tree.size[number] // (BLOCK << _chunk_bits(tree.size[number]))) * 4 for number in found}
-        at = first + len(self._tail) // BLOCK + sum(-(-length // BLOCK) for length in tables.values())
-        for number, chunks in found.items():
-            table = bytearray(b"\xff" * tables[number])
-            for chunk in chunks:
-                table[chunk.index * 4 : chunk.index * 4 + 4] = _block(at).to_bytes(4, "little")
-                at += chunk.blocks
-            self._append(number, bytes(table))
-        return found
+    def _divide(self) -> None:
+        """Which files go by chunks: sparse ones, and what does not end with a whole block of its stream.
 
-    def _chunk_data(self, number: int, chunk: _Chunk, read_data: ReadData) -> bytes:
-        data = bytearray(chunk.blocks * BLOCK)
-        for at, offset, length in chunk.parts:
-            data[at : at + length] = read_data(self._tree.layer[number], self._tree.data[number] + offset, length)
-        return bytes(data)
+        Raises: ResourceExhausted where the data lies scattered over more than an image can say; DataLoss where it cannot be.
+        """
+        tree = self._tree
+        tables = filling = 0
+        for number in self._order:
+            if stat.S_IFMT(tree.mode[number]) != stat.S_IFREG:
+                continue
+            size, regions, there = tree.size[number], tree.sparse.get(number), self._layers[tree.layer[number]]
+            packed = size if regions is None else sum(length for _, length in regions)
+            end = tree.data[number] + packed
+            if end > there:
+                raise DataLoss("a layer's index names data beyond its tar stream", hint="pull the image again")
+            if regions is None and -(-end // BLOCK) * BLOCK > there and size:
+                regions = [(0, size)]  # a device has whole blocks only
+            if regions is None:
+                continue
+            check_sparse(regions, packed, size, b"")
+            file = _divided(size, regions)
+            tables += file.table_size
+            filling += file.blocks * BLOCK - packed
+            if tables > _MAX_TABLES or filling > _MAX_FILLING:
+                raise ResourceExhausted("the image has sparse files that are too large or too scattered", hint='use "overlayfs" for it')
+            self._sparse[number] = file
+
+    def _chunk_data(self, number: int, parts: Sequence[tuple[int, int, int]], width: int, read_data: ReadData) -> Iterator[bytes]:
+        at = 0
+        for start, offset, length in parts:
+            yield from _zeros(start - at)
+            for done in range(0, length, MIB):
+                yield read_data(self._tree.layer[number], self._tree.data[number] + offset + done, min(MIB, length - done))
+            at = start + length
+        yield from _zeros(width - at)
 
     def _devices(self, own: int) -> list[tuple[int, int]]:
         """(blocks, first block) of each layer's tar stream, in the address range behind the image's own."""
         devices = []
         at = own
         for size in self._layers:
-            blocks = max(1, -(-size // BLOCK))
+            blocks = max(1, size // BLOCK)
             devices.append((blocks, _block(at)))
             at += blocks
         _block(at)
         return devices
 
-    def _inodes(self, size: int, first: int, sparse: dict[int, list[_Chunk]], devices: Sequence[tuple[int, int]]) -> bytearray:
-        tree = self._tree
+    def _inodes(self, size: int, first: int, devices: Sequence[tuple[int, int]]) -> bytearray:
+        tree, sparse = self._tree, self._sparse
         out = bytearray(size + -size % BLOCK)
         pack = _INODE.pack_into
         mode, sizes = tree.mode, tree.size
@@ -241,7 +270,7 @@ class _Image:
             layout, address, links = _PLAIN, 0, self._count[number]
             if form == stat.S_IFREG:
                 if number in sparse:
-                    layout, address = _BY_CHUNK, _chunk_bits(sizes[number])
+                    layout, address = _BY_CHUNK, sparse[number].bits
                 elif sizes[number]:
                     address = devices[tree.layer[number]][1] + tree.data[number] // BLOCK
             elif form in (stat.S_IFDIR, stat.S_IFLNK):
@@ -262,6 +291,8 @@ class _Image:
                 at += len(xattrs)
             if inline := self._inline.get(number):
                 out[at : at + len(inline)] = inline
+            elif number in sparse:
+                sparse[number].write_table(out, at)
         return out
 
     def _head(self, head: bytearray, start: int, total: int, devices: Sequence[tuple[int, int]]) -> None:
@@ -275,36 +306,72 @@ class _Image:
         head[SUPERBLOCK_AT + 4 : SUPERBLOCK_AT + 8] = checksum.to_bytes(4, "little")
 
 
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """A chunk with data. parts: (offset in the chunk, offset in the packed data, length) [bytes]."""
+@dataclass(slots=True)
+class _Sparse:
+    """A file by chunks of BLOCK << bits bytes. chunks: those that are not all hole, by number ascending, each with its
+    (offset in the chunk, offset in the packed data, length) [bytes]. first: block where they begin in the image.
+    """
 
-    index: int
-    blocks: int
-    parts: list[tuple[int, int, int]]
+    size: int
+    bits: int
+    chunks: dict[int, list[tuple[int, int, int]]]
+    first: int = 0
+
+    @property
+    def blocks(self) -> int:
+        """What its data takes in the image [blocks]."""
+        return len(self.chunks) << self.bits
+
+    @property
+    def table_size(self) -> int:
+        """[bytes], behind the inode."""
+        return -(-self.size // (BLOCK << self.bits)) * _CHUNK_ENTRY
+
+    def write_table(self, out: bytearray, at: int) -> None:
+        """Where each chunk is."""
+        out[at : at + self.table_size] = b"\xff" * self.table_size
+        for position, number in enumerate(self.chunks):
+            entry = at + number * _CHUNK_ENTRY
+            out[entry : entry + _CHUNK_ENTRY] = (self.first + (position << self.bits)).to_bytes(_CHUNK_ENTRY, "little")
 
 
-def _chunk_bits(size: int) -> int:
-    """How much larger than a block a sparse file's chunks are, as a power of two: 4 KiB, more for very large files."""
-    bits = 3
-    while size > _MAX_CHUNKS * BLOCK << bits:
-        bits += 1
-    return bits
-
-
-def _chunks(size: int, regions: Sequence[tuple[int, int]]) -> list[_Chunk]:
-    """The chunks of a sparse file that are not all hole, ascending."""
-    width = BLOCK << _chunk_bits(size)
+def _divided(size: int, regions: Sequence[tuple[int, int]]) -> _Sparse:
+    """A sparse file by chunks of the size that costs least, table and filled chunks together. Raises: ResourceExhausted."""
+    costs = []
+    for bits in range(_MIN_CHUNK_BITS, _MAX_CHUNK_BITS + 1):
+        width = BLOCK << bits
+        table = -(-size // width) * _CHUNK_ENTRY
+        if table <= _MAX_TABLES:
+            costs.append((table + _touched(regions, width) * width, bits))
+    if not costs:
+        raise ResourceExhausted(f"a sparse file of {size} bytes is too large for an image", hint='use "overlayfs" for it')
+    bits = min(costs)[1]
+    width = BLOCK << bits
     found: dict[int, list[tuple[int, int, int]]] = {}
     packed = 0
     for offset, length in regions:
         at, end = offset, offset + length
         while at < end:
-            index, inside = divmod(at, width)
+            number, inside = divmod(at, width)
             count = min(end - at, width - inside)
-            found.setdefault(index, []).append((inside, packed, count))
+            found.setdefault(number, []).append((inside, packed, count))
             at, packed = at + count, packed + count
-    return [_Chunk(index, width // BLOCK, parts) for index, parts in sorted(found.items())]
+    return _Sparse(size, bits, found)
+
+
+def _touched(regions: Sequence[tuple[int, int]], width: int) -> int:
+    """How many chunks of `width` bytes ascending regions have a part in."""
+    count, last = 0, -1
+    for offset, length in regions:
+        first, end = max(offset // width, last + 1), (offset + length - 1) // width
+        count += max(0, end + 1 - first)
+        last = max(last, end)
+    return count
+
+
+def _zeros(count: int) -> Iterator[bytes]:
+    for done in range(0, count, MIB):
+        yield bytes(min(MIB, count - done))
 
 
 def _per_block(names: Sequence[bytes]) -> list[int]:

@@ -12,13 +12,15 @@ from struct import Struct, error
 from typing import Final
 
 from imgsvc.base.errors import DataLoss
-from imgsvc.snapshot.unpack.tarheader import NANO, Header
+from imgsvc.snapshot.unpack.tarheader import LINK, MAX_PATH, NANO, SYMLINK, BadLayer, Header
 from imgsvc.snapshot.unpack.tarstream import TarStream
 
 _FIXED: Final = Struct("<BBHIIqIIQQHHI")
 _XATTR: Final = Struct("<HI")
 _PART: Final = Struct("<QQ")
 _HAS_SPARSE: Final = 1
+_WITH_LINK: Final = (LINK, SYMLINK)
+_NO_XATTR: Final = 300  # [bytes] no xattr has so long a name
 FLUSH: Final = 256 * 1024  # [bytes] after which the writer hands on what it has
 
 
@@ -45,21 +47,29 @@ class Record:
 
 
 def pack(entry: Header, data: int) -> bytes:
-    """The record of an entry whose data begins at offset `data` of the tar stream."""
+    """The record of an entry whose data begins at offset `data` of the tar stream. Raises: BadLayer (names no path can have)."""
+    link = entry.link if entry.kind in _WITH_LINK else b""
+    if max(len(entry.name), len(link)) > MAX_PATH:
+        raise BadLayer("a name or a link's target beyond 4096 bytes", entry.name[:200])
     seconds, nanoseconds = divmod(entry.mtime, NANO)
     extra = b""
     flags = 0
     if entry.xattrs:
-        extra = b"".join(_XATTR.pack(len(name), len(value)) + name + value for name, value in entry.xattrs.items())
+        extra = b"".join(_XATTR.pack(len(name), len(value)) + name + value for name, value in _shortened(entry.xattrs))
     if entry.sparse is not None:
         flags = _HAS_SPARSE
         parts = b"".join(_PART.pack(*part) for part in entry.sparse)
         extra = len(parts).to_bytes(4, "little") + parts + extra
     fixed = _FIXED.pack(
         entry.kind, flags, entry.mode, entry.uid, entry.gid, seconds, nanoseconds,
-        device_number(entry.major, entry.minor), entry.real_size, data, len(entry.name), len(entry.link), len(extra),
+        device_number(entry.major, entry.minor), entry.real_size, data, len(entry.name), len(link), len(extra),
     )  # fmt: skip
-    return fixed + entry.name + entry.link + extra
+    return fixed + entry.name + link + extra
+
+
+def _shortened(xattrs: dict[bytes, bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """Names beyond what any can have stay too long, and take no room; merging leaves them out and says so."""
+    return ((name[:_NO_XATTR], value) for name, value in xattrs.items())
 
 
 def unpack(data: bytes | memoryview) -> Iterator[Record]:

@@ -20,7 +20,7 @@ from typing import Final
 from imgsvc.snapshot.erofs.index import Record
 from imgsvc.snapshot.unpack import tarheader as tar
 from imgsvc.snapshot.unpack.tarheader import BadLayer
-from imgsvc.snapshot.unpack.tree import MissingDirectory, NoDirectory, normalise
+from imgsvc.snapshot.unpack.tree import AUFS, AUFS_LINKS, MissingDirectory, NoDirectory, normalise
 from imgsvc.snapshot.xattrs import may_have, may_stand_on
 
 ROOT: Final = 0
@@ -75,6 +75,7 @@ class FileTree:
         self._known = {}
         for record in records:
             self._replay(record)
+        self.children[ROOT].pop(AUFS_LINKS, None)
         self._layers += 1
 
     def _replay(self, record: Record) -> None:
@@ -93,6 +94,9 @@ class FileTree:
         parent, _, base = path.rpartition(b"/")
         if len(base) > 255:
             raise BadLayer("a path component beyond 255 bytes", name[:200])
+        if path.startswith(AUFS) and path != _OPAQUE:
+            self._put_aufs(record, path, base)
+            return
         if _WHITEOUT in path and self._marker(path, parent, base):
             return
         directory = self._known.get(parent)
@@ -128,7 +132,7 @@ class FileTree:
         return number
 
     def _describe(self, number: int, record: Record, form: int) -> None:
-        self.mode[number] = form | record.mode
+        self.mode[number] = form | record.mode & 0o7777
         self.uid[number] = record.uid
         self.gid[number] = record.gid
         self.mtime[number] = record.mtime
@@ -161,7 +165,7 @@ class FileTree:
         if form == stat.S_IFCHR and not record.rdev:
             self.warnings["character device 0:0 (overlayfs's own mark)"] += 1
             return
-        if form == stat.S_IFLNK and (not record.link or b"\0" in record.link):
+        if form == stat.S_IFLNK and (not record.link or b"\0" in record.link or len(record.link) >= tar.MAX_PATH):
             raise BadLayer("a symbolic link without a proper target", record.name)
         names = self.children[parent]
         if base in names:
@@ -181,13 +185,25 @@ class FileTree:
         else:
             self.data[number] = record.rdev
 
+    def _put_aufs(self, record: Record, path: bytes, base: bytes) -> None:
+        """AUFS's book-keeping: only files that hard links lead to are needed, and only until the end of their layer."""
+        if path == AUFS_LINKS + b"/" + base and record.kind == tar.REGULAR_ONE:
+            names = self.children[ROOT]
+            if AUFS_LINKS not in names:
+                names[AUFS_LINKS] = self._new_directory()
+                self.parents[names[AUFS_LINKS]] = ROOT
+                self._known = {}
+            self._put_file(record, names[AUFS_LINKS], base)
+
     def _put_link(self, record: Record, parent: int, base: bytes) -> None:
         target = normalise(record.link)
         if not target:
             raise BadLayer("a hard link to nothing", record.name)
         above, _, name = target.rpartition(b"/")
+        place = ROOT
         try:
-            number = self.children[self._directory(above, create=False)].get(name)
+            place = self._directory(above, create=False)
+            number = self.children[place].get(name)
         except MissingDirectory:
             number = None
         if number is None:
@@ -197,8 +213,16 @@ class FileTree:
             raise BadLayer("a hard link to a directory", record.name)
         names = self.children[parent]
         if base in names and names[base] != number:
+            if self._is_below(place, names[base]):
+                raise BadLayer("a hard link in place of the directory that its target is in", record.name)
             self._clear(parent, base)
         names[base] = number
+
+    def _is_below(self, directory: int, top: int) -> bool:
+        """Whether a directory is `top` or lies somewhere below it."""
+        while directory not in (ROOT, top):
+            directory = self.parents[directory]
+        return directory == top
 
     def _clear(self, parent: int, base: bytes) -> None:
         """Remove what is in an entry's way."""

@@ -27,7 +27,7 @@ from imgsvc.base.removal import remove_at
 from imgsvc.snapshot.unpack import tarheader as tar
 from imgsvc.snapshot.unpack.tarheader import BadLayer, Header
 from imgsvc.snapshot.unpack.tarstream import TarStream
-from imgsvc.snapshot.unpack.tree import MissingDirectory, NoDirectory, Tree, is_whiteout, measure, normalise, rounded
+from imgsvc.snapshot.unpack.tree import AUFS, AUFS_LINKS, MissingDirectory, NoDirectory, Tree, is_whiteout, measure, normalise, rounded
 from imgsvc.snapshot.xattrs import may_have
 
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -35,8 +35,6 @@ _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DOT: Final = ord(".")
 _WHITEOUT: Final = b".wh."
 _OPAQUE: Final = b".wh..wh..opq"
-_AUFS: Final = b".wh..wh."  # at the root: what AUFS keeps for itself
-_AUFS_LINKS: Final = b".wh..wh.plnk"  # among it, the files that hard links of the layer lead to
 _BAD_NAMES: Final = (errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EFBIG, errno.EMLINK)
 _DEFAULT_ACL: Final = b"system.posix_acl_default"
 
@@ -189,7 +187,7 @@ class Extractor:
             self._root(entry)
             return None
         parent, _, base = path.rpartition(b"/")
-        if path.startswith(_AUFS) and path != _OPAQUE:
+        if path.startswith(AUFS) and path != _OPAQUE:
             return self._aufs(entry, path, base)
         if _WHITEOUT in path and self._marker(path, parent, base):
             return None
@@ -206,15 +204,15 @@ class Extractor:
 
         Source: Docker's pkg/archive (UnpackLayer); there each link is a copy of its own, here they stay one file.
         """
-        if path != _AUFS_LINKS + b"/" + base or entry.kind != tar.REGULAR_ONE:
+        if path != AUFS_LINKS + b"/" + base or entry.kind != tar.REGULAR_ONE:
             return None
         if self._aufs_links < 0:
             root = self._tree.root_fd
             self._style.touch(root, b"")
-            self._make_room(root, _AUFS_LINKS, _AUFS_LINKS)
-            os.mkdir(_AUFS_LINKS, 0o700, dir_fd=root)
-            self._aufs_links = os.open(_AUFS_LINKS, _OPEN_DIR, dir_fd=root)
-        return self._aufs_links, _AUFS_LINKS, base
+            self._make_room(root, AUFS_LINKS, AUFS_LINKS)
+            os.mkdir(AUFS_LINKS, 0o700, dir_fd=root)
+            self._aufs_links = os.open(AUFS_LINKS, _OPEN_DIR, dir_fd=root)
+        return self._aufs_links, AUFS_LINKS, base
 
     def _drop_aufs_links(self) -> None:
         """What no hard link of the layer has taken goes; the rest has its own name by now."""
@@ -223,7 +221,7 @@ class Extractor:
         os.close(fd)
         self.size -= sum(rounded(status.st_size, self._unit) for status in unused)
         self.inodes -= len(unused)
-        remove_at(self._tree.root_fd, _AUFS_LINKS)
+        remove_at(self._tree.root_fd, AUFS_LINKS)
         self._tree.forget()
 
     def _marker(self, path: bytes, parent: bytes, base: bytes) -> bool:
@@ -416,7 +414,7 @@ class Extractor:
                     self._clear(here, base, path)
                     os.link(name, base, src_dir_fd=there, dst_dir_fd=here, follow_symlinks=False)
             self._style.placeholder_linked(path, where + b"/" + name if where else name)
-            if where == _AUFS_LINKS:
+            if where == AUFS_LINKS:
                 self._tree.forget()  # entries get into that directory by _aufs alone
         finally:
             os.close(here)

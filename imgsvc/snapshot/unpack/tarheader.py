@@ -245,7 +245,7 @@ def check_sparse(parts: list[tuple[int, int]], packed: int, real_size: int, name
             raise BadLayer("the sparse map is out of order or beyond the file's end", name)
         at = offset + length
         total += length
-    if total != packed or real_size > MAX_NUMBER:
+    if total != packed or not 0 <= real_size <= MAX_NUMBER:
         raise BadLayer("the sparse map does not add up to the entry's size", name)
     return [part for part in parts if part[1]]
 

@@ -21,6 +21,8 @@ from imgsvc.snapshot.unpack.tarheader import BadLayer
 _OPEN_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _BENEATH: Final = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS
 _MAX_HELD: Final = 200  # descriptors; layers come in directory order, more would hardly be hit
+AUFS: Final = b".wh..wh."  # at the root: what AUFS keeps for itself
+AUFS_LINKS: Final = b".wh..wh.plnk"  # among it, the files that hard links of the layer lead to
 _MAX_LINKS: Final = 40  # symbolic links in one look-up, as the kernel has it
 
 

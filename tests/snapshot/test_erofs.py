@@ -1,0 +1,161 @@
+"""EROFS images of what tar streams seldom have, and of what no stream has, against the files that other drivers lay down."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from imgsvc.base.errors import DataLoss
+from imgsvc.base.oci import MIB
+from imgsvc.snapshot.erofs.image import write_image
+from imgsvc.snapshot.erofs.index import Record
+from imgsvc.snapshot.erofs.merge import FileTree
+from imgsvc.snapshot.unpack.tarheader import BadLayer
+from tests.snapshot import fuzz, fuzz_erofs
+from tests.snapshot.layers import END, Entry, directory, link, padded, pax_block, raw_header, record, tar
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(params=["file", "loop device"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """Where images lie: on a file system that EROFS mounts files of, and on one it needs loop devices for."""
+    if request.param == "file":
+        yield tmp_path
+    else:
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+            yield Path(directory)
+
+
+def same(layers: Sequence[bytes], place: Path) -> dict[str, object]:
+    """What the kernel shows of layers, which is what the other drivers lay down."""
+    assert not fuzz_erofs.write_image(layers, place, random.Random(0))
+    found = fuzz_erofs.read_image(len(layers), place)
+    assert found == fuzz_erofs.model(layers, place / "model")
+    return found
+
+
+def sparse(size: int, parts: Sequence[tuple[int, bytes]], name: bytes = b"sparse") -> bytes:
+    """A sparse file in PAX format 1.0."""
+    numbers = [len(parts), *(number for at, data in parts for number in (at, len(data)))]
+    packed = padded(b"".join(b"%d\n" % number for number in numbers)) + b"".join(data for _, data in parts)
+    facts = [(b"major", b"1"), (b"minor", b"0"), (b"name", name), (b"realsize", b"%d" % size)]
+    records = b"".join(record(b"GNU.sparse." + key, value) for key, value in facts)
+    return pax_block(records) + raw_header(b"x", len(packed)) + padded(packed)
+
+
+def test_sparse_files(place: Path) -> None:
+    some = [(1000, b"a" * 3000), (9000, b"b"), (3 * MIB - 5, b"c" * 5)]
+    stream = sparse(3 * MIB, some, b"some") + sparse(5, [(0, b"whole")], b"whole") + sparse(70_000, [], b"none") + sparse(0, [], b"empty")
+    found = same([tar([Entry("below", data=b"x" * 700)]), stream + raw_header(b"next", 3) + padded(b"abc") + END], place)
+    assert found.keys() >= {"some", "whole", "none", "empty", "next"}
+
+
+def test_a_huge_sparse_file(tmp_path: Path) -> None:
+    assert not fuzz_erofs.write_image([sparse(1 << 43, [(0, b"start"), ((1 << 43) - 3, b"end")]) + END], tmp_path, random.Random(0))
+    with fuzz_erofs.mounted(1, tmp_path) as root, (root / "sparse").open("rb") as file:
+        assert os.fstat(file.fileno()).st_size == 1 << 43
+        assert file.read(5) == b"start"
+        file.seek(-4096, os.SEEK_END)
+        assert file.read() == bytes(4093) + b"end"
+    assert (tmp_path / "image").stat().st_size < 40 * MIB
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [sparse(2**63 - 1, [(0, b"x")]), b"".join(sparse(1 << 43, [(i << 30, b"x") for i in range(99)], b"%d" % n) for n in range(99))],
+    ids=["too large", "too scattered"],
+)
+def test_sparse_files_that_take_too_much_are_refused(stream: bytes, tmp_path: Path) -> None:
+    assert "sparse" in fuzz_erofs.write_image([stream + END], tmp_path, random.Random(0))
+
+
+@pytest.mark.parametrize("size", [1, 511, 513, 5000])
+def test_a_stream_that_ends_within_a_block(place: Path, size: int) -> None:
+    same([raw_header(b"first", 600) + padded(b"1" * 600) + raw_header(b"last", size) + b"l" * size, tar([Entry("above")])], place)
+
+
+def test_an_empty_layer(place: Path) -> None:
+    same([END, tar([Entry("file", data=b"x")]), END], place)
+
+
+def test_links_into_what_aufs_kept_for_itself(place: Path) -> None:
+    base = [directory(".wh..wh.plnk"), Entry(".wh..wh.plnk/1.2", data=b"x"), Entry(".wh..wh.plnk/3.4"), Entry(".wh..wh.aufs")]
+    found = same([tar([*base, link("one", ".wh..wh.plnk/1.2"), link("two", ".wh..wh.plnk/1.2")]), tar([Entry("above")])], place)
+    assert found[""] == [["one", "two"]]
+    refused = fuzz_erofs.write_image([tar(base), tar([link("one", ".wh..wh.plnk/1.2")])], place, random.Random(0))
+    assert "does not exist" in refused
+
+
+def test_many_layers(place: Path) -> None:
+    layers = [[Entry(f"file-{number}", data=b"%d" % number), Entry("all", data=b"%d" % number)] for number in range(150)]
+    layers += [[Entry(f".wh.file-{number}")] for number in range(100, 130)]
+    assert len(same([tar(layer) for layer in layers], place)) == 150 - 30 + 3
+
+
+def test_names_and_times_at_their_limits(tmp_path: Path) -> None:
+    times = [0.0, -(2.0**31), -1.5, 2.0**31, 2.0**33]
+    entries = [directory("d"), *(Entry(f"d/{number:03}" + "n" * 252, mtime=times[number % 5]) for number in range(300))]
+    same([tar([*entries, Entry("d/" + "/".join("p" * 200 for _ in range(15)), data=b"deep")])], tmp_path)
+
+
+@pytest.mark.parametrize("facts", [{b"path": b"p" * 70_000}, {b"linkpath": b"l" * 70_000}, {b"path": b"n" * 256}])
+def test_names_beyond_their_limits_are_refused(tmp_path: Path, facts: dict[bytes, bytes]) -> None:
+    records = b"".join(record(key, value) for key, value in facts.items())
+    stream = pax_block(records) + raw_header(b"x", 0, b"2", link=b"t") + END
+    assert "beyond" in fuzz_erofs.write_image([stream], tmp_path, random.Random(0))
+
+
+def test_an_xattr_whose_name_none_can_have_is_left_out(tmp_path: Path) -> None:
+    stream = pax_block(record(b"SCHILY.xattr.user." + b"n" * 70_000, b"v")) + raw_header(b"x") + END
+    same([stream], tmp_path)
+
+
+def test_a_directory_of_very_many_files(tmp_path: Path) -> None:
+    stream = b"".join(raw_header(b"large/%d" % number) for number in range(60_000)) + END
+    assert not fuzz_erofs.write_image([stream], tmp_path, random.Random(0))
+    with fuzz_erofs.mounted(1, tmp_path) as root:
+        assert sorted(os.listdir(root / "large")) == sorted(map(str, range(60_000)))
+        assert all((root / "large" / str(number)).is_file() for number in range(0, 60_000, 997))
+
+
+def test_as_many_layers_as_hide_one_another(place: Path) -> None:
+    source = random.Random(3)
+    layers = []
+    for _ in range(30):
+        layer = [Entry(f"d{source.randrange(4)}/f{source.randrange(20)}", data=source.randbytes(source.randrange(900))) for _ in range(8)]
+        layer += [Entry(source.choice([f"d{source.randrange(4)}/.wh.f{source.randrange(20)}", f".wh.d{source.randrange(4)}"]))]
+        layers.append(tar([*layer, *([Entry("d1/.wh..wh..opq")] if source.random() < 0.2 else [])]))
+    same(layers, place)
+
+
+def lies() -> dict[str, Callable[[Record], object]]:
+    """What a worker that was taken over could write into an index."""
+    return {
+        "data beyond the stream": lambda r: setattr(r, "data", 1 << 40),
+        "size beyond the stream": lambda r: setattr(r, "size", 2**64 - 1),
+        "sparse out of order": lambda r: setattr(r, "sparse", [(3, 1), (0, 1)]),
+        "sparse beyond the end": lambda r: setattr(r, "sparse", [(0, 2**63)]),
+        "sparse without data": lambda r: (setattr(r, "sparse", [(2**62, 5)]), setattr(r, "size", 2**63)),
+    }
+
+
+@pytest.mark.parametrize("lie", lies())
+def test_an_index_is_not_believed(lie: str) -> None:
+    entry = Record(ord("0"), 0o644, 0, 0, 0, 0, 0, 5, 512, b"file", b"", None, None)
+    lies()[lie](entry)
+    tree = FileTree()
+    tree.apply([entry])
+    with pytest.raises((DataLoss, BadLayer)):
+        write_image(tree, [2048], lambda data: None, lambda layer, offset, size: bytes(size))
+
+
+def test_made_up_images_show_what_files_show(tmp_path: Path) -> None:
+    kmsg, layers = fuzz_erofs.KernelLog(), fuzz.seeds()
+    for seed in range(25):
+        fuzz_erofs.once(seed, tmp_path, kmsg, layers)
