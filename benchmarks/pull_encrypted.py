@@ -38,17 +38,17 @@ def build(trees: list[Path], incompressible: int) -> BuiltDocument:
     return image([*(tree_layer([tree])[0] for tree in trees), layer(tar(noise))])
 
 
-def compare(peer: Peer, rounds: int) -> float:
-    """Pull both in turn. Returns the median ratio of wall times."""
+def compare(peer: Peer, rounds: int, size: int) -> float:
+    """Pull both, of `size` bytes, in turn. Returns the median ratio of wall times."""
     costs: dict[str, list[Cost]] = {"plain": [], "encrypted": []}
     for _ in range(rounds):
         for name, found in costs.items():
             found.append(peer.measure(f"{HOST}/bench/{name}:latest"))
-            peer.remove(f"{HOST}/bench/{name}:latest")
+            peer.remove(f"{HOST}/bench/{name}:latest", size)
     for name, found in costs.items():
         wall, cpu = statistics.median(c.wall for c in found), statistics.median(c.cpu for c in found)
         peak = peer.peak(f"{HOST}/bench/{name}:latest")
-        peer.remove(f"{HOST}/bench/{name}:latest")
+        peer.remove(f"{HOST}/bench/{name}:latest", size)
         print(f"{name:10} wall {wall:7.3f} s   cpu {cpu:7.3f} s   peak {peak / MIB:5.0f} MiB")
     return statistics.median(e.wall / p.wall for p, e in zip(costs["plain"], costs["encrypted"], strict=True))
 
@@ -74,7 +74,7 @@ def running(directory: Path, registry: RealRegistry, key: rsa.RSAPrivateKey) -> 
     hosts = directory / "hosts.d" / HOST
     hosts.mkdir(parents=True)
     (hosts / "hosts.toml").write_text(f'server = "http://{registry.address}"\n')
-    peer = imgsvc(directory / "imgsvc", hosts.parent, f'[decrypt]\nkeys_path = "{directory}/keys"\n')
+    peer = imgsvc("imgsvc", directory / "imgsvc", hosts.parent, f'[decrypt]\nkeys_path = "{directory}/keys"\n')
     try:
         yield peer
     finally:
@@ -91,7 +91,8 @@ def main() -> None:
     arguments = parser.parse_args()
     packages = Path(next(p for p in sys.path if p.endswith("site-packages")))
     document = build(arguments.tree or [packages, Path(sysconfig.get_path("stdlib"))], arguments.incompressible)
-    print(f"{len(document.blobs) - 1} layers, {sum(map(len, document.blobs.values())) / MIB:.0f} MiB compressed, {arguments.rounds} rounds")
+    size = sum(map(len, document.blobs.values()))
+    print(f"{len(document.blobs) - 1} layers, {size / MIB:.0f} MiB compressed, {arguments.rounds} rounds")
     key = rsa.generate_private_key(65537, 2048)
     with playground(arguments.directory) as directory:
         store = directory / "registry"
@@ -99,8 +100,8 @@ def main() -> None:
         with real_registry(store) as registry, running(directory, registry, key) as peer:
             registry.push(document, "bench/plain")
             registry.push(encrypted(document, wrap_jwe(key)), "bench/encrypted")
-            compare(peer, 1)  # both warm: page cache, unpack server
-            ratio = compare(peer, arguments.rounds)
+            compare(peer, 1, size)  # both warm: page cache, unpack server
+            ratio = compare(peer, arguments.rounds, size)
     print(f"encrypted / plain: {ratio:.2f} (goal: at most {GOAL})")
 
 

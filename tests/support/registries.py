@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import shutil
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -17,6 +18,7 @@ import httpx
 import pytest
 
 from imgsvc.base.oci import Digest
+from tests.registry.certs import authority
 from tests.support.images import BuiltDocument
 
 
@@ -30,18 +32,24 @@ def free_port() -> int:
 
 @dataclass(frozen=True, slots=True)
 class RealRegistry:
-    """A running docker-registry. address: "127.0.0.1:PORT"."""
+    """A running docker-registry. address: "127.0.0.1:PORT". authority: file of the CA whose certificate it has; None for plain HTTP."""
 
     address: str
+    authority: Path | None = None
 
     @property
     def url(self) -> str:
         """Base URL."""
-        return f"http://{self.address}"
+        return f"https://{self.address}" if self.authority else f"http://{self.address}"
+
+    @property
+    def trusted(self) -> ssl.SSLContext | bool:
+        """What httpx is to verify it by."""
+        return ssl.create_default_context(cafile=self.authority) if self.authority else True
 
     def push(self, document: BuiltDocument, repository: str, tag: str = "latest") -> Digest:
-        """Upload a manifest or index with everything below it, over plain HTTP. Returns its digest."""
-        with httpx.Client(base_url=f"{self.url}/v2/{repository}/", timeout=30) as client:
+        """Upload a manifest or index with everything below it, without credentials. Returns its digest."""
+        with httpx.Client(base_url=f"{self.url}/v2/{repository}/", timeout=60, verify=self.trusted) as client:
             _push(client, document, tag)
         return document.digest
 
@@ -58,7 +66,7 @@ def _push(client: httpx.Client, document: BuiltDocument, reference: str) -> None
 
 
 @contextmanager
-def real_registry(directory: Path) -> Iterator[RealRegistry]:
+def real_registry(directory: Path, *, tls: bool = False) -> Iterator[RealRegistry]:
     """Debian's docker-registry with its data in `directory`, for a `with` block; skips the test where it is absent."""
     program = shutil.which("docker-registry")
     if program is None:
@@ -67,21 +75,27 @@ def real_registry(directory: Path) -> Iterator[RealRegistry]:
     config = directory / "config.yml"
     config.write_text(
         "version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\n"
-        f"storage: {{filesystem: {{rootdirectory: {directory}}}, delete: {{enabled: true}}}}\nhttp: {{addr: {address}}}\n"
+        f"storage: {{filesystem: {{rootdirectory: {directory}}}, delete: {{enabled: true}}}}\nhttp:\n  addr: {address}\n"
     )
+    registry = RealRegistry(address)
+    if tls:
+        certificate, key = authority().issue().write(directory, "server")
+        config.write_text(f"{config.read_text()}  tls: {{certificate: {certificate}, key: {key}}}\n")
+        (directory / "ca.pem").write_bytes(authority().pem)
+        registry = RealRegistry(address, directory / "ca.pem")
     with (directory / "log").open("wb") as log, subprocess.Popen([program, "serve", str(config)], stdout=log, stderr=log) as process:
         try:
-            _wait_until_up(f"http://{address}/v2/", process)
-            yield RealRegistry(address)
+            _wait_until_up(registry, process)
+            yield registry
         finally:
             process.kill()
 
 
-def _wait_until_up(url: str, process: subprocess.Popen[bytes]) -> None:
+def _wait_until_up(registry: RealRegistry, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 60
     while True:
         try:
-            if httpx.get(url).status_code == 200:
+            if httpx.get(f"{registry.url}/v2/", verify=registry.trusted).status_code == 200:
                 return
         except httpx.TransportError:
             if process.poll() is not None or time.monotonic() > deadline:
