@@ -141,16 +141,19 @@ class Records:
 
         self._db.write(change)
 
-    def grow(self, name: str, added: Usage) -> None:
-        """A committed snapshot takes that much more. Raises: NotFound."""
+    def set_added(self, name: str, added: Usage) -> None:
+        """A committed snapshot takes that much beside what it was committed with. Raises: NotFound."""
 
         def change(txn: WriteTxn) -> None:
             record = txn.get(_TABLE, self._prefix + name)
             if record is None:
                 raise NotFound(f'no snapshot "{printable(name, 120)}"', where=self._prefix.rstrip("/"))
-            record.update(size=record["size"] + added.size, inodes=record["inodes"] + added.inodes)
+            old = record.get("added", {"size": 0, "inodes": 0})
+            more = Usage(added.size - old["size"], added.inodes - old["inodes"])
+            record["added"] = {"size": added.size, "inodes": added.inodes}
+            record.update(size=record["size"] + more.size, inodes=record["inodes"] + more.inodes)
             txn.put(_TABLE, self._prefix + name, record)
-            self._add_usage(txn, added.size, added.inodes)
+            self._add_usage(txn, more.size, more.inodes)
 
         self._db.write(change)
 

@@ -5,18 +5,27 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from imgsvc.base.errors import DataLoss
+from imgsvc.base import kernel
+from imgsvc.base.errors import DataLoss, InvalidArgument, NotFound
+from imgsvc.base.metadb.database import MetaDB
 from imgsvc.base.oci import MIB
+from imgsvc.base.removal import unmount_below
+from imgsvc.snapshot.erofs.build import OpenLayer, build_image
+from imgsvc.snapshot.erofs.driver import ErofsSnapshotter
 from imgsvc.snapshot.erofs.image import write_image
 from imgsvc.snapshot.erofs.index import Record
 from imgsvc.snapshot.erofs.merge import FileTree
+from imgsvc.snapshot.interfaces import Key, Name
 from imgsvc.snapshot.unpack.tarheader import BadLayer
 from tests.snapshot import fuzz, fuzz_erofs
+from tests.snapshot.bench import Bench
 from tests.snapshot.layers import END, Entry, directory, link, padded, pax_block, raw_header, record, tar
 
 pytestmark = pytest.mark.root
@@ -30,6 +39,13 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     else:
         with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
             yield Path(directory)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.close()
 
 
 def same(layers: Sequence[bytes], place: Path) -> dict[str, object]:
@@ -159,3 +175,71 @@ def test_made_up_images_show_what_files_show(tmp_path: Path) -> None:
     kmsg, layers = fuzz_erofs.KernelLog(), fuzz.seeds()
     for seed in range(25):
         fuzz_erofs.once(seed, tmp_path, kmsg, layers)
+
+
+def overwritten(image: Path) -> None:
+    """Another byte in the superblock."""
+    with image.open("r+b") as stream:
+        stream.seek(1050)
+        stream.write(b"\xff")
+
+
+@pytest.mark.parametrize("damage", [lambda image: image.write_bytes(b""), lambda image: os.truncate(image, 2048), overwritten, Path.unlink])
+def test_an_image_that_is_lost_or_damaged_is_made_again(bench: Bench, damage: Callable[[Path], object]) -> None:
+    name = bench.streamed([tar([Entry("below", data=b"x")]), tar([Entry("file", data=b"content")])])
+    with bench.shown(bench.erofs, name):
+        usage = bench.erofs.total_usage()
+    (image,) = (bench.root / "erofs").rglob("layer.erofs")
+    kernel.umount(image.parent / "mnt")
+    damage(image)
+    with bench.shown(bench.erofs, name) as root:
+        assert (root / "file").read_bytes() == b"content"
+    assert bench.erofs.total_usage() == usage
+
+
+def test_a_failed_image_leaves_nothing(bench: Bench) -> None:
+    with pytest.raises(InvalidArgument):
+        bench.streamed([tar([Entry("file")]), tar([link("name", "nowhere")])])
+    assert not [path for path in (bench.root / "erofs").rglob("*") if path.name.endswith(".erofs")]
+
+
+def test_images_are_made_side_by_side(tmp_path: Path) -> None:
+    """One that takes long keeps nobody else waiting; two who want the same one make it once."""
+    both, builds = threading.Barrier(2, timeout=20), []
+
+    def build(layers: Sequence[OpenLayer], output: int) -> None:
+        builds.append(output)
+        both.wait()
+        build_image(layers, output)
+
+    db = MetaDB(tmp_path / "db", sync=False)
+    driver = ErofsSnapshotter(tmp_path / "erofs", db, build=build)
+    try:
+        for name in ("one", "two"):
+            key = Key(f"key-{name}")
+            (mount,) = driver.prepare(key, None)
+            (Path(mount.source) / name).touch()
+            driver.commit(Name(name), key)
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(driver.seal, map(Name, ["one", "two", "one", "two"])))
+        assert len(builds) == 2
+    finally:
+        driver.close()
+        unmount_below(tmp_path / "erofs")
+        db.close()
+
+
+def test_a_removed_layer_is_not_mounted_any_more(bench: Bench) -> None:
+    names = [bench.streamed([tar([Entry(f"file-{number}", data=b"x" * 5000)])]) for number in range(20)]
+    with ThreadPoolExecutor(8) as threads:
+        keys = [bench.key() for _ in names[:10]]
+        uses = [threads.submit(bench.erofs.view, key, name) for key, name in zip(keys, names[:10], strict=True)]
+        gone = [threads.submit(bench.erofs.remove, name) for name in names[10:]]
+        again = [threads.submit(bench.erofs.seal, name) for name in names[10:]]
+        assert all(len(future.result()) == 1 for future in uses)
+        assert not any(future.exception() for future in gone)
+        assert all(future.exception() is None or isinstance(future.exception(), NotFound) for future in again)
+    bench.erofs.close()
+    mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines() if f"{bench.root}/erofs" in line]
+    assert len(mounted) == 10
+    assert not list((bench.root / "erofs/trash").iterdir())

@@ -17,6 +17,8 @@ has its own mount and its own page cache.
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,12 +42,15 @@ from imgsvc.snapshot.overlay import OverlayOptions, OverlaySnapshotter
 from imgsvc.snapshot.records import Stored
 from imgsvc.snapshot.unpack.tarstream import TarStream
 
+log = logging.getLogger(__name__)
+
 NAME: Final = "erofs"
 _TAR: Final = "layer.tar"
 _INDEX: Final = "layer.index"
 _IMAGE: Final = "layer.erofs"
 _PARTIAL: Final = ".layer.erofs"
 _MOUNT: Final = "mnt"
+_DAMAGED: Final = (errno.ENOENT, errno.EUCLEAN, errno.EBADMSG, errno.EINVAL, errno.EIO)  # what the kernel says of an image it cannot use
 
 Build = Callable[[Sequence[OpenLayer], int], object]  # layers, base first, and the descriptor to write their image to; blocking
 
@@ -57,7 +62,8 @@ class ErofsSnapshotter(OverlaySnapshotter):
         """root: ROOT/snapshots/erofs, created with mode 0700. build: as build_image, maybe in a process of its own."""
         super().__init__(root, db, options, name=NAME)
         self._build = build
-        self._lock = threading.Lock()  # images are made and mounted one at a time
+        self._locks: dict[int, threading.Lock] = {}  # by number: one thread makes, mounts or discards a snapshot's image
+        self._locks_lock = threading.Lock()
 
     def prepare_stream(self, key: Key) -> list[Mount]:
         """See StreamSnapshotter."""
@@ -139,9 +145,16 @@ class ErofsSnapshotter(OverlaySnapshotter):
         return {"tar": tar.st_size, "index": found.st_size}, lambda: Usage((tar.st_blocks + found.st_blocks) * 512, 2)
 
     def _discard(self, number: int) -> None:
-        while kernel.umount(self._directories.path(number) / _MOUNT):
-            pass
-        super()._discard(number)
+        with self._locked(number):
+            while kernel.umount(self._directories.path(number) / _MOUNT):
+                pass
+            super()._discard(number)
+        with self._locks_lock:
+            self._locks.pop(number, None)
+
+    def _locked(self, number: int) -> threading.Lock:
+        with self._locks_lock:
+            return self._locks.setdefault(number, threading.Lock())
 
     def _parents(self, name: str | None) -> list[Path]:
         """The one directory that shows a committed snapshot with all below it."""
@@ -149,24 +162,35 @@ class ErofsSnapshotter(OverlaySnapshotter):
 
     def _mounted(self, name: str) -> Path:
         """Where a committed snapshot is mounted, with all below it. Raises: NotFound, also when files of one are lost."""
-        chain = self._records.chain(name)
-        directories = [self._directories.path(stored.number) for stored in chain]
-        place = directories[0] / _MOUNT
-        with self._lock:
+        number = self._records.must_get(name).number
+        place = self._directories.path(number) / _MOUNT
+        with self._locked(number):
+            chain = self._records.chain(name)  # within: what is discarded has no record by then
             if os.path.ismount(place):
                 return place
+            directories = [self._directories.path(stored.number) for stored in chain]
             for stored, directory in zip(chain, directories, strict=True):
                 if fault := self._fault(stored):
                     raise NotFound(f"layer {stored.info.id} cannot be used, {fault}", where=str(directory), hint="pull the image again")
             try:
-                image = directories[0] / _IMAGE
-                if not image.exists():
-                    self._make_image(chain[0], directories)
                 place.mkdir(mode=0o700, exist_ok=True)
-                mount_image(image, [directory / _TAR for directory in reversed(directories)], place)
+                self._mount(chain[0], directories, place)
             except OSError as error:
                 raise from_os_error(error, "mounting an image", where=str(directories[0])) from error
         return place
+
+    def _mount(self, top: Stored, directories: Sequence[Path], place: Path) -> None:
+        """Mount the image of a chain of layers, nearest first. One that is lost, or that the kernel takes for damaged, is made again."""
+        image, streams = directories[0] / _IMAGE, [directory / _TAR for directory in reversed(directories)]
+        try:
+            mount_image(image, streams, place)
+        except OSError as error:
+            if error.errno not in _DAMAGED:
+                raise
+            if error.errno != errno.ENOENT:
+                log.warning("%s is damaged (%s); it is made again", image, error.strerror)
+            self._make_image(top, directories)
+            mount_image(image, streams, place)
 
     def _make_image(self, top: Stored, directories: Sequence[Path]) -> None:
         """Write the image of a chain of layers, nearest first, beside the nearest. Raises: BadLayer, DataLoss, OSError."""
@@ -175,12 +199,16 @@ class ErofsSnapshotter(OverlaySnapshotter):
             layers = [OpenLayer(_open(directory / _TAR, stack), _open(directory / _INDEX, stack)) for directory in reversed(directories)]
             output = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             stack.callback(os.close, output)
-            self._build(layers, output)
+            try:
+                self._build(layers, output)
+            except BaseException:
+                partial.unlink()
+                raise
             size = os.fstat(output).st_blocks * 512
         failpoint("snapshot.image_built")
         os.rename(partial, directories[0] / _IMAGE)
         sync_dir(directories[0])
-        self._records.grow(top.info.id, Usage(size, 1))
+        self._records.set_added(top.info.id, Usage(size, 1))
 
 
 def stream_snapshotter(root: Path, db: MetaDB, options: OverlayOptions | None = None) -> StreamSnapshotter:

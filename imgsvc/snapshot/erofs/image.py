@@ -13,7 +13,7 @@ Source: Linux fs/erofs/erofs_fs.h and Documentation/filesystems/erofs.rst.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final
@@ -47,6 +47,7 @@ _CHUNK_ENTRY: Final = 4  # [bytes] of the table that a sparse file has
 _MIN_CHUNK_BITS, _MAX_CHUNK_BITS = 3, 20  # how much larger than a block a chunk is: 4 KiB to 512 MiB
 _MAX_TABLES: Final = 32 * MIB  # of all sparse files of an image together, in memory
 _MAX_FILLING: Final = 1024 * MIB  # that chunks of sparse files may take beyond their data
+_MAX_WARNINGS: Final = 20  # kinds of them, the most frequent ones: a verdict is one message
 _MAX_BLOCKS: Final = _HOLE - 1
 
 _TYPES: Final = {
@@ -66,10 +67,11 @@ ReadData = Callable[[int, int, int], bytes]  # (layer, offset, size) of tar stre
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What an image has: inodes [count], of how many bytes."""
+    """What an image has: inodes [count], of how many bytes. warnings: what was left out of it, by reason [count]."""
 
     inodes: int
     size: int
+    warnings: Mapping[str, int]
 
 
 def write_image(tree: FileTree, layers: Sequence[int], write: Write, read_data: ReadData) -> Written:
@@ -121,7 +123,7 @@ class _Image:
                     write(piece)
             written += file.blocks * BLOCK
         write(bytes(total * BLOCK - written))
-        return Written(len(self._order), total * BLOCK)
+        return Written(len(self._order), total * BLOCK, dict(self._tree.warnings.most_common(_MAX_WARNINGS)))
 
     def _walk(self) -> None:
         """Every file that has a name, directories before what is in them, files of a directory together."""

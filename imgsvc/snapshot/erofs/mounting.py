@@ -33,7 +33,7 @@ def mount_image(image: Path, devices: Sequence[Path], place: Path) -> None:
         if error.errno != errno.ENOTBLK:
             raise
         with ExitStack() as stack:
-            _mount([_loop_device(file, stack) for file in (image, *devices)], place)
+            _mount([_loop_device_of(file, stack) for file in (image, *devices)], place)
 
 
 def _mount(files: Sequence[str], place: Path) -> None:
@@ -44,6 +44,14 @@ def _mount(files: Sequence[str], place: Path) -> None:
 def _short(path: Path, stack: ExitStack) -> str:
     """A name for a file that fits into an option of a mount."""
     return str(path) if len(os.fsencode(path)) <= _MAX_OPTION else f"/proc/self/fd/{_open(path, stack)}"
+
+
+def _loop_device_of(path: Path, stack: ExitStack) -> str:
+    try:
+        return _loop_device(path, stack)
+    except OSError as error:
+        text = f"EROFS cannot be mounted from files of this file system, and there is no loop device for them ({error.strerror})"
+        raise OSError(errno.ENOTBLK, text, str(path)) from error
 
 
 def _loop_device(path: Path, stack: ExitStack) -> str:

@@ -391,9 +391,11 @@ class WorkerUnpacker:
             worker = await self.hire(subject, {"do": "merge", "layers": len(layers)}, [output])
             try:
                 await worker.give_more([fd for layer in layers for fd in layer])
-                _judged(await worker.verdict(), subject)
+                verdict = _judged(await worker.verdict(), subject)
             finally:
                 await worker.end()
+        if verdict["warnings"]:
+            log.warning("an image of %d layers: left out: %s", len(layers), verdict["warnings"])
 
     async def hire(self, subject: str, order: Mapping[str, Any], fds: Sequence[int]) -> _Worker:
         """A fresh worker process with an order. Raises: Unavailable when none can be started, or when it died at once."""

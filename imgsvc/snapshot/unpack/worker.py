@@ -254,7 +254,7 @@ def _merge(order: dict[str, Any], job: socket.socket, output: int) -> dict[str, 
             os._exit(1)  # the daemon is gone
         fds += more
     written = build_image([OpenLayer(tar, index) for tar, index in zip(fds[::2], fds[1::2], strict=True)], output)
-    return {"inodes": written.inodes, "size": written.size}
+    return {"inodes": written.inodes, "size": written.size, "warnings": written.warnings}
 
 
 def _give_everything_up() -> None:
