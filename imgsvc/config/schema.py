@@ -194,6 +194,19 @@ class Runtime:
 
 
 @dataclass(frozen=True, slots=True)
+class Nri:
+    """[nri]: plugins that watch and change pods and containers."""
+
+    disable: bool = False
+    socket_path: str = "/var/run/nri/nri.sock"
+    plugin_path: str = "/opt/nri/plugins"  # programs INDEX-NAME, started with the daemon
+    plugin_config_path: str = "/etc/nri/conf.d"  # INDEX-NAME.conf or NAME.conf, handed to them
+    plugin_registration_timeout: Duration = 5.0  # until a plugin has registered, and until it has taken in what there is
+    plugin_request_timeout: Duration = 2.0  # then it is dropped
+    disable_connections: bool = False  # only the plugins of plugin_path
+
+
+@dataclass(frozen=True, slots=True)
 class Cni:
     """[cni]: pod networks."""
 
@@ -284,6 +297,7 @@ class Config:
     decrypt: Decrypt = field(default_factory=Decrypt)
     stream_processors: dict[str, StreamProcessor] = field(default_factory=dict)
     runtime: Runtime = field(default_factory=Runtime)
+    nri: Nri = field(default_factory=Nri)
     cni: Cni = field(default_factory=Cni)
     stream: Stream = field(default_factory=Stream)
     gc: Gc = field(default_factory=Gc)

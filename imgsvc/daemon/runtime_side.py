@@ -17,7 +17,7 @@ from imgsvc.config import Config
 from imgsvc.runtime.interfaces import Images
 from imgsvc.runtime.node import RuntimeNode
 from imgsvc.runtime.service import API_VERSION, RUNTIME_NAME, RuntimeService
-from imgsvc.runtime.settings import CNISettings, HandlerSettings, RuntimeSettings, StreamSettings
+from imgsvc.runtime.settings import CNISettings, HandlerSettings, NriSettings, RuntimeSettings, StreamSettings
 from imgsvc.runtime.streaming.server import StreamServer
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def _off(settings: Config) -> str:
 
 
 def runtime_settings(settings: Config, state: Path, root: Path) -> RuntimeSettings:
-    """[runtime], [runtime.runtimes] and [cni] as the runtime takes them."""
+    """[runtime], [runtime.runtimes], [cni] and [nri] as the runtime takes them."""
     runtime = asdict(settings.runtime)
     handlers = {}
     for name, handler in runtime.pop("runtimes").items():
@@ -80,6 +80,7 @@ def runtime_settings(settings: Config, state: Path, root: Path) -> RuntimeSettin
         root_dir=root,
         handlers=handlers,
         cni=CNISettings(**cni),
+        nri=NriSettings(**asdict(settings.nri)),
         image_filesystem=str(root),
         cgroup_driver=cgroup_driver(settings.runtime.cgroup_driver),
         drain_exec_sync_io_timeout_s=runtime.pop("drain_exec_sync_io_timeout"),

@@ -12,10 +12,10 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from imgsvc.base.concurrency import Undo, in_thread, time_limit
 from imgsvc.base.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, printable
@@ -26,6 +26,7 @@ from imgsvc.runtime.handlers.oci.execerror import is_about_the_command
 from imgsvc.runtime.interfaces import Exit, NewTask, OCIRuntime, RootMount, RunnableImage
 from imgsvc.runtime.logs import check_log_directory, prepare_log
 from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, NamespaceMode
+from imgsvc.runtime.nri.messages import adjusted_resources
 from imgsvc.runtime.numbers import cgroups
 from imgsvc.runtime.numbers.oom import OomLedger
 from imgsvc.runtime.processes.exits import UNKNOWN_EXIT, alive, now_ns, persistently, start_time
@@ -34,7 +35,7 @@ from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.signals import stop_signal_name, to_number
 from imgsvc.runtime.spec import validate
 from imgsvc.runtime.spec.build import resources as resources_spec
-from imgsvc.runtime.spec.planner import BuiltContainer, ContainerBuilder, volume_key
+from imgsvc.runtime.spec.planner import BuiltContainer, ContainerBuilder, built_from, volume_key
 from imgsvc.runtime.state import (
     ContainerState,
     container_state,
@@ -95,6 +96,7 @@ class Containers:
                 async with core.locks.hold(record.id), Undo() as undo:
                     made = await self._make(record, sandbox, image, undo)
                     self._require_open(core.records.sandbox(sandbox.id))
+                    await core.nri.container_created(made)
         finally:
             if record.id not in core.records.containers:
                 core.records.release(container_name(sandbox.id, config), record.id)
@@ -143,6 +145,10 @@ class Containers:
         )
         await afailpoint("container.root")
         built = await self._build(record, sandbox, image, mounts)
+        undo.push(f"telling NRI plugins that container {record.id} will not be", core.nri.container_undone, record)
+        if adjusted := await core.nri.create_container(record, sandbox, built.spec):
+            built = await in_thread(self._write, record, built_from(adjusted))
+            record = replace(record, resources=adjusted_resources(record.resources, adjusted))
         await afailpoint("container.bundle")
         undo.push(f"deleting container {record.id}", handler.delete, record.id)
         config = record.config
@@ -163,6 +169,7 @@ class Containers:
             made = replace(made, pid=pid, pid_start=start_time(pid))
         await durable(written)
         core.records.advance_container(made, core.paths.bundle(record.id))
+        core.nri.made(record.id)
         if not start_error:
             self.watch(made)
         return made
@@ -183,12 +190,13 @@ class Containers:
         volumes: Sequence[Sequence[RootMount]],
         target: str,
     ) -> BuiltContainer:
-        bundle = self._core.paths.bundle(record.id)
         self._builder.mount_root(record, mounts, sandbox)
         if record.log_path:
             prepare_log(sandbox.config.log_directory, record.config.log_path)
-        built = self._builder.build(record, sandbox, image, volumes, target)
-        (bundle / "config.json").write_text(json.dumps(built.spec))
+        return self._write(record, self._builder.build(record, sandbox, image, volumes, target))
+
+    def _write(self, record: ContainerRecord, built: BuiltContainer) -> BuiltContainer:
+        (self._core.paths.bundle(record.id) / "config.json").write_text(json.dumps(built.spec))
         return built
 
     def _target_pid(self, record: ContainerRecord, sandbox: SandboxRecord) -> str:
@@ -223,6 +231,7 @@ class Containers:
         try:
             if record.start_error:
                 raise FailedPrecondition(record.start_error)
+            await core.nri.start_container(record)
             await core.runtime_of(record).start_task(record.id)
             await afailpoint("container.started")
             current = core.records.container(full_id)
@@ -233,6 +242,7 @@ class Containers:
                 undo.push(f"ending container {full_id}, which did not start,", self._start_failed, record, message)
                 raise
         core.events.emit(EventType.STARTED, full_id, record.sandbox_id)
+        await core.nri.container_started(core.records.container(full_id))
 
     async def _start_failed(self, record: ContainerRecord, message: str) -> None:
         core = self._core
@@ -244,6 +254,7 @@ class Containers:
         current = core.records.container(record.id)
         failed = replace(current, finished_at=now_ns(), exit_code=_START_FAILED, reason="StartError", message=message)
         await durable(core.records.put_container(failed))
+        await core.nri.stop_container(failed)
 
     def watch(self, record: ContainerRecord) -> None:
         """Note the container's end when it comes."""
@@ -289,6 +300,7 @@ class Containers:
             written = core.records.put_container(finished)
             core.events.emit(EventType.STOPPED, container_id, record.sandbox_id)
             await durable(written)
+            await core.nri.stop_container(finished)
 
     async def stop(self, container_id: str, timeout_s: float) -> None:
         """Stop signal, then SIGKILL after `timeout_s`. Unknown and ended already are successes.
@@ -371,6 +383,7 @@ class Containers:
                 record = core.records.containers.get(full_id)
                 if record is None:
                     return
+                await core.nri.remove_container(record)
                 await self.discard(record)
         core.events.emit(EventType.DELETED, full_id, record.sandbox_id)
 
@@ -426,10 +439,21 @@ class Containers:
             record = core.records.container(full_id)
             require_alive(record, core.boot_id)
             limits = resources_spec(resources, core.host, tolerate=core.settings.tolerate_missing_hugetlb_controller)
-            if limits:
-                await core.runtime_of(record).update(record.id, limits)
-            merged = merge_resources(record.resources, resources)
-            await durable(core.records.put_container(replace(core.records.container(full_id), resources=merged)))
+            limits, resources = await core.nri.update_container(record, limits, resources)
+            await self.change_limits(full_id, limits, resources)
+            await core.nri.container_updated(core.records.container(full_id))
+
+    async def change_limits(self, container_id: str, limits: Mapping[str, Any], resources: LinuxContainerResources) -> None:
+        """See nri.service.Changes. Without the container's lock: what plugins ask for comes while other containers are locked, and those
+        that wait for one another would wait for ever.
+        """
+        core = self._core
+        record = core.records.container(container_id)
+        require_alive(record, core.boot_id)
+        if limits:
+            await core.runtime_of(record).update(record.id, limits)
+        current = core.records.container(record.id)
+        await durable(core.records.put_container(replace(current, resources=merge_resources(current.resources, resources))))
 
     async def reopen_log(self, container_id: str) -> None:
         """After a rotation. Raises: NotFound, FailedPrecondition (not running: then no file is made)."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from imgsvc.base.concurrency import KeyedLock
 from imgsvc.base.errors import FailedPrecondition, InvalidArgument, from_os_error, printable
 from imgsvc.runtime.events import Events
 from imgsvc.runtime.host import Host
 from imgsvc.runtime.interfaces import Images, NetworkPlugin, OCIRuntime
+from imgsvc.runtime.nri.service import Nri
+from imgsvc.runtime.paths import Paths
 from imgsvc.runtime.records import ContainerRecord, Records, SandboxRecord
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
 
@@ -23,45 +24,6 @@ def os_errors(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise from_os_error(error, doing, where=str(error.filename or "")) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Paths:
-    """Directories of the runtime. State is on tmpfs and dies with the node; root is on disk."""
-
-    state: Path
-    root: Path
-
-    def sandbox(self, sandbox_id: str) -> Path:
-        """Generated files and pinned namespaces of a pod."""
-        return self.state / "sandboxes" / sandbox_id
-
-    def pins(self, sandbox_id: str) -> Path:
-        """Where a pod's namespaces are bound."""
-        return self.sandbox(sandbox_id) / "ns"
-
-    @property
-    def bundles(self) -> Path:
-        """Parent of all bundles."""
-        return self.state / "containers"
-
-    def bundle(self, container_id: str) -> Path:
-        """OCI bundle of a container."""
-        return self.bundles / container_id
-
-    def volumes(self, container_id: str) -> Path:
-        """Volumes that images declare, on disk."""
-        return self.root / "volumes" / container_id
-
-    @property
-    def exits(self) -> Path:
-        """Exit codes of monitored containers."""
-        return self.state / "exits"
-
-    @property
-    def sockets(self) -> Path:
-        """Attach sockets; short, because a socket's path may have 107 bytes."""
-        return self.state / "a"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +47,7 @@ class Core:
     events: Events
     locks: KeyedLock
     stopping: set[str]
+    nri: Nri
 
     def resolve_handler(self, name: str) -> str:
         """The configured handler a RuntimeClass asks for. Raises: InvalidArgument (unknown), FailedPrecondition (broken)."""

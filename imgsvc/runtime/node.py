@@ -17,15 +17,17 @@ from imgsvc.base.removal import discard
 from imgsvc.runtime import host
 from imgsvc.runtime.codec import to_json
 from imgsvc.runtime.containers import Containers
-from imgsvc.runtime.core import Core, Paths
+from imgsvc.runtime.core import Core
 from imgsvc.runtime.events import Events
 from imgsvc.runtime.handlers.known import start_earlier, start_handlers, start_later
 from imgsvc.runtime.handlers.oci.monitor import MonitorPaths
 from imgsvc.runtime.interfaces import Images
 from imgsvc.runtime.model import NamespaceMode
 from imgsvc.runtime.network.plugin import PodNetwork
+from imgsvc.runtime.nri.service import Nri
 from imgsvc.runtime.numbers.metrics import Metrics
 from imgsvc.runtime.numbers.stats import Stats
+from imgsvc.runtime.paths import Paths
 from imgsvc.runtime.processes.exits import now_ns
 from imgsvc.runtime.processes.reaper import Reaper
 from imgsvc.runtime.records import ContainerRecord, Records, SandboxRecord
@@ -72,6 +74,7 @@ class RuntimeNode:
             log.warning("enable_selinux is true, but this kernel runs no SELinux; pods get no labels")
         if not settings.disable_apparmor:
             facts = replace(facts, apparmor_profile=await load_default(facts))
+        boot = boot_id()
         core = Core(
             settings=settings,
             paths=paths,
@@ -82,13 +85,15 @@ class RuntimeNode:
             runtimes=runtimes,
             network=PodNetwork(settings.cni),
             host=facts,
-            boot_id=boot_id(),
+            boot_id=boot,
             events=Events(records),
             locks=KeyedLock(),
             stopping=set(),
+            nri=Nri(settings, records, paths, facts, boot),
         )
         node = cls(core, reaper)
         lost = await recover(core, node.sandboxes, node.containers)
+        await core.nri.start(node.containers)
         node.tasks.append(asyncio.create_task(stop_lost(node.sandboxes, lost), name="stop-lost"))
         if broken:
             later = start_later(working, broken, runtimes, settings, places, reaper)
@@ -100,6 +105,7 @@ class RuntimeNode:
         for task in self.tasks:
             task.cancel()
             await ended(task)
+        await self.core.nri.close()
         await self.sandboxes.close()
         await self.containers.close()
         for runtime in set(self.core.runtimes.values()):
@@ -151,6 +157,7 @@ class RuntimeNode:
             | {k: {"problem": v} for k, v in core.broken_handlers.items()},
             "cni": dict(core.network.describe()),
             "storage": dict(core.images.describe()),
+            "nri": core.nri.describe(),
         }
 
     async def describe_sandbox(self, record: SandboxRecord) -> dict[str, str]:

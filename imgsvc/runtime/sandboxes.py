@@ -113,7 +113,10 @@ class Sandboxes:
         held = await self._holders.start(record)
         await afailpoint("sandbox.pause")
         ready = replace(held, ips=ips, started_at=now_ns())
+        undo.push(f"telling NRI plugins that pod sandbox {record.id} will not be", core.nri.pod_undone, ready)
+        await core.nri.run_pod(ready)
         core.records.advance_sandbox(ready, core.paths.sandbox(record.id))
+        core.nri.pod_made(record.id)
         self._holders.watch(ready)
         return ready
 
@@ -167,6 +170,8 @@ class Sandboxes:
         if record is None or (record.stopped_at and not record.network and not self._core.paths.sandbox(sandbox_id).exists()):
             return
         await self._containers.end_all(sandbox_id)
+        if not record.stopped_at:
+            await self._core.nri.stop_pod(record)
         await self._holders.end(record)
         problem: ImgsvcError | None = None
         try:
@@ -211,6 +216,7 @@ class Sandboxes:
             return
         await self._release(record)
         await afailpoint("sandbox.released")
+        await core.nri.remove_pod(record)
         await core.records.drop_sandbox(record)
         core.events.emit(EventType.DELETED, sandbox_id, sandbox_id)
 
@@ -246,6 +252,7 @@ class Sandboxes:
             written = core.records.put_sandbox(replace(record, stopped_at=now_ns(), pause_pid=0, pause_start=0))
             core.events.emit(EventType.STOPPED, sandbox_id, sandbox_id)
             await durable(written)
+            await core.nri.stop_pod(record)
 
     def watch(self, record: SandboxRecord) -> None:
         """Watch over a ready pod of an earlier daemon."""
@@ -281,6 +288,7 @@ class Sandboxes:
         async with core.locks.hold(full_id):
             record = core.records.sandbox(full_id)
             require_ready(record, core.boot_id)
+            await core.nri.update_pod(record, overhead, resources)
             old = record.config.linux
             linux = replace(old, overhead=overhead or old.overhead, resources=resources or old.resources)
             if record.owned_cgroup and core.settings.cgroup_driver != "systemd":  # which would undo what others write
@@ -288,7 +296,9 @@ class Sandboxes:
                 problems = await in_thread(podlimits.apply, core.host, cgroups.tree_path(record.owned_cgroup), limits)
                 if problems:
                     log.warning("limits of pod sandbox %s are not all in force: %s", full_id, "; ".join(problems))
-            await durable(core.records.put_sandbox(replace(record, config=replace(record.config, linux=linux))))
+            changed = replace(record, config=replace(record.config, linux=linux))
+            await durable(core.records.put_sandbox(changed))
+            await core.nri.pod_updated(changed)
 
 
 def namespace_plan(config: PodSandboxConfig, sysctls: dict[str, str]) -> NamespacePlan:

@@ -1,4 +1,4 @@
-"""What the edge tells the runtime: plain data, filled from [runtime], [cni] and the paths of the daemon."""
+"""What the edge tells the runtime: plain data, filled from [runtime], [cni], [nri] and the paths of the daemon."""
 
 from __future__ import annotations
 
@@ -73,6 +73,28 @@ class CNISettings:
 
 
 @dataclass(frozen=True, slots=True)
+class NriSettings:
+    """[nri]. Time-outs [s].
+
+    Attributes:
+        disable: no plugins at all.
+        socket_path: where plugins connect. disable_connections: none may; those that are installed are started all the same.
+        plugin_path: a directory of programs INDEX-NAME that are started with the daemon.
+        plugin_config_path: a directory of INDEX-NAME.conf or NAME.conf, handed to them.
+        plugin_registration_timeout: until a plugin has registered, and until it knows what there is.
+        plugin_request_timeout: for each other request.
+    """
+
+    disable: bool = False
+    socket_path: str = "/var/run/nri/nri.sock"
+    plugin_path: str = "/opt/nri/plugins"
+    plugin_config_path: str = "/etc/nri/conf.d"
+    plugin_registration_timeout: float = 5.0
+    plugin_request_timeout: float = 2.0
+    disable_connections: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RuntimeSettings:
     """Everything the runtime service is configured with.
 
@@ -88,6 +110,7 @@ class RuntimeSettings:
     cgroup_driver: str = "cgroupfs"
     conmon: str = "conmon"
     image_filesystem: str = ""
+    nri: NriSettings = field(default_factory=lambda: NriSettings(disable=True))
     max_container_log_line_size: int = 16384
     restrict_oom_score_adj: bool = False
     unset_seccomp_profile: str = ""

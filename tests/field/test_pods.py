@@ -24,9 +24,9 @@ from imgsvc.api import cri_pb2 as pb
 from imgsvc.base import procfs
 from imgsvc.base.metadb.database import MetaDB
 from imgsvc.runtime import host
-from imgsvc.runtime.core import Paths
 from imgsvc.runtime.numbers.metrics import Metrics
 from imgsvc.runtime.numbers.stats import Stats
+from imgsvc.runtime.paths import Paths
 from imgsvc.runtime.processes.exits import alive, start_time
 from imgsvc.runtime.records import ContainerRecord, Records, SandboxRecord
 from imgsvc.runtime.settings import RuntimeSettings

@@ -21,7 +21,7 @@ from google.protobuf import empty_pb2
 from imgsvc.api import cri_pb2 as pb
 from imgsvc.api import events_pb2, ttrpc_events_pb2
 from imgsvc.base import procfs
-from imgsvc.runtime.handlers.shim.ttrpc import Client
+from imgsvc.runtime.ttrpc import Client
 from tests.runtime.harness import Daemon, assert_clean, wait_for
 from tests.runtime.podshim import CPU_US, MEMORY
 

@@ -28,7 +28,7 @@ from imgsvc.api import bootstrap_pb2, cgroups_v2_pb2, cri_pb2, ttrpc_pb2, types_
 from imgsvc.api import sandbox_pb2 as api
 from imgsvc.api import task_v2_pb2 as task
 from imgsvc.base.errors import FailedPrecondition, ImgsvcError, NotFound, Unimplemented
-from imgsvc.runtime.handlers.shim.ttrpc import Frame, encode, read_frame
+from imgsvc.runtime.ttrpc import Frame, encode, read_frame
 
 MEMORY = 87_654_321  # what a pod has used [bytes]
 CPU_US = 1_234_567

@@ -294,6 +294,15 @@ _CRI_PASS: Final = [
     "drain_exec_sync_io_timeout",
 ]
 
+_NRI_PASS: Final = (
+    "disable",
+    "socket_path",
+    "plugin_path",
+    "plugin_config_path",
+    "plugin_registration_timeout",
+    "plugin_request_timeout",
+    "disable_connections",
+)
 _AUTH: Final = ("username", "password", "auth", "identitytoken")
 
 _TABLE: Final[dict[str, Rule]] = {
@@ -450,7 +459,11 @@ _PLUGINS: Final[dict[str, dict[str, Rule]]] = {
     "monitor.container.v1.restart": {"**": na("containers are restarted by the kubelet")},
     "monitor.task.v1.cgroups": {"**": na("container statistics come from CRI")},
     "monitor.v1.cgroups": {"**": na("container statistics come from CRI")},
-    "nri.v1.nri": {"**": na("NRI plugins are not called; what they did to containers will not happen")},
+    "nri.v1.nri": {
+        **{name: to(f"nri.{name}") for name in _NRI_PASS},
+        "default_validator.enable": only((False,), "there is no validator built in", "install a validating plugin"),
+        "default_validator.**": na("the validator it belongs to is off"),
+    },
     "differ.v1.erofs": {"**": na("layers are applied by imgsvc itself")},
     "grpc.v1.images": {"**": na("that is containerd's own interface")},
 }

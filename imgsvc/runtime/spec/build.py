@@ -287,7 +287,7 @@ def resources(wanted: LinuxContainerResources | None, host: Host, *, tolerate: b
     if wanted.unified:
         if not host.unified:
             raise FailedPrecondition("`unified` resources need cgroup version 2")
-        out["unified"] = _unified(wanted.unified)
+        out["unified"] = unified_limits(wanted.unified)
     return out
 
 
@@ -301,7 +301,8 @@ def _memory(wanted: LinuxContainerResources, host: Host) -> dict[str, int]:
     return memory
 
 
-def _unified(values: Mapping[str, str]) -> dict[str, str]:
+def unified_limits(values: Mapping[str, str]) -> dict[str, str]:
+    """Files of a cgroup directory and what is written to them. Raises: InvalidArgument."""
     for key in values:
         if "/" in key or key.startswith(".") or key.split(".")[0] == "cgroup":
             raise InvalidArgument(f'"{printable(key, 80)}" is not a cgroup limit')

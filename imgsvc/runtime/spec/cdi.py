@@ -138,12 +138,17 @@ def _add_network_device(linux: dict[str, Any], device: Mapping[str, Any]) -> Non
 
 
 def _rdt(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A linux.intelRdt object. The class is a directory of resctrl, "/" its root."""
+    """A linux.intelRdt object."""
     found = {key: value[key] for key in _RDT if value.get(key)}
-    name = str(found.get("closID", ""))
+    rdt_class(str(found.get("closID", "")))
+    return found
+
+
+def rdt_class(name: str) -> str:
+    """The name itself, if it can be an RDT class: a directory of resctrl, "/" its root. Raises: InvalidArgument."""
     if name != "/" and (name in (".", "..") or "/" in name or "\n" in name or len(name) >= _MAX_CLASS):
         raise InvalidArgument(f'"{printable(name, 60)}" is not an RDT class')
-    return found
+    return name
 
 
 def _device(device: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -154,7 +154,7 @@ class ContainerBuilder:
                 raise FailedPrecondition("CDI devices are asked for, but enable_cdi is false")
             cdi.apply(made, cdi.edits_for([device.name for device in config.CDI_devices], settings.cdi_spec_dirs))
             made["mounts"] = volumes.in_mount_order(made["mounts"])
-        return BuiltContainer(made, process_user(made), cgroups_path)
+        return built_from(made)
 
     def _mounts(
         self,
@@ -223,6 +223,11 @@ class ContainerBuilder:
         view.mkdir(mode=0o711)
         kernel.mount(bound.source, str(view), "", kernel.MS_BIND)
         return replace(bound, source=str(view))
+
+
+def built_from(spec: dict[str, Any]) -> BuiltContainer:
+    """A finished specification, with what the record keeps of it."""
+    return BuiltContainer(spec, process_user(spec), spec["linux"]["cgroupsPath"])
 
 
 def _base_spec(path: str) -> Mapping[str, Any]:

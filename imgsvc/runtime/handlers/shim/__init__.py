@@ -10,7 +10,6 @@
     stuck        the end of a shim that does not answer
     events       what shims tell: the daemon's side
     eventprocess ... and a process beside the daemon, so that they can always tell it
-    ttrpc        the RPC protocol: frames, a client
     sessions     exec and attach
     logs         a container's log, which a shim does not write itself
     logprocess   FIFO -> CRI log: a process for each container, beside the daemon

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final, TypeVar
 
 from imgsvc.runtime.handlers.shim.bootstrap import NAMESPACE, Endpoint
-from imgsvc.runtime.handlers.shim.ttrpc import Client
+from imgsvc.runtime.ttrpc import Client
 
 R = TypeVar("R")
 
