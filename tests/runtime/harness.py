@@ -27,7 +27,7 @@ from imgsvc.base.metadb.database import MetaDB
 from imgsvc.daemon.rpc import ErrorInterceptor
 from imgsvc.runtime.node import RuntimeNode
 from imgsvc.runtime.service import RuntimeService
-from imgsvc.runtime.settings import CNISettings, HandlerSettings, RuntimeSettings
+from imgsvc.runtime.settings import CNISettings, HandlerSettings, NriSettings, RuntimeSettings
 from tests.runtime.images import BUSYBOX, BusyboxImages
 
 TIMEOUT_S = 120.0
@@ -36,7 +36,7 @@ TIMEOUT_S = 120.0
 def settings_for(directory: Path, extra: Mapping[str, Any]) -> RuntimeSettings:
     """Settings below a test's directory. extra: handlers {name: {field: value}} and plain fields."""
     handlers = extra.get("handlers") or {"default": {}}
-    plain = {k: v for k, v in extra.items() if k not in ("handlers", "cni")}
+    plain = {k: v for k, v in extra.items() if k not in ("handlers", "cni", "nri")}
     cni: dict[str, Any] = {"conf_dir": str(directory / "cni.d"), "cache_dir": str(directory / "cni"), "bin_dirs": ("/usr/lib/cni",)} | (
         extra.get("cni") or {}
     )
@@ -45,6 +45,7 @@ def settings_for(directory: Path, extra: Mapping[str, Any]) -> RuntimeSettings:
         root_dir=directory / "root",
         handlers={name: HandlerSettings(name, **fields) for name, fields in handlers.items()},
         cni=_cni(cni),
+        nri=NriSettings(**extra.get("nri", {"disable": True})),
         **plain,
     )
 

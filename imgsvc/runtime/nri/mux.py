@@ -12,6 +12,7 @@ PLUGIN_SERVICE: Final = 1  # what the plugin serves
 RUNTIME_SERVICE: Final = 2  # what the runtime serves
 _HEADER: Final = struct.Struct(">II")
 _MAX_PAYLOAD: Final = MAX_FRAME + 10  # a whole ttrpc frame
+_GO_BUFFER: Final = 4096  # of bufio.Reader, into which containerd/nri's multiplexer must be able to put a frame whole
 _MAX_UNREAD: Final = 2 * _MAX_PAYLOAD  # [bytes] that a connection may hold
 
 
@@ -45,10 +46,10 @@ class Connection:
         self._stream.feed_eof()
 
     def write(self, data: bytes, /) -> None:
-        """See ttrpc.Writer."""
-        for start in range(0, len(data), _MAX_PAYLOAD):
-            part = data[start : start + _MAX_PAYLOAD]
-            self._trunk.write(_HEADER.pack(self._number, len(part)) + part)
+        """See ttrpc.Writer. data: one whole ttrpc frame, which is sent as plugins in Go read it: their buffer's worth, then the rest."""
+        for part in (data[:_GO_BUFFER], data[_GO_BUFFER:]):
+            if part:
+                self._trunk.write(_HEADER.pack(self._number, len(part)) + part)
 
     def close(self) -> None:
         """Both connections end with the socket."""
