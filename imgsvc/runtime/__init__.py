@@ -9,6 +9,7 @@
     handlers/                  what runs containers: an OCI runtime's command, or containerd shims
     holder/                    what holds a pod while none of its containers runs
     network/                   CNI
+    nri/                       plugins that watch and change pods and containers
     numbers/                   statistics, metrics, limits of a pod
     processes/                 short programs, ends of processes, orphans
     streaming/                 exec, attach, port-forward

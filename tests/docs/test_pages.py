@@ -48,6 +48,7 @@ def test_what_a_page_says_works(page: str, make_daemon: Callable[..., Daemon], r
         "/etc/containerd": f"{place}/containerd",
         "/opt/containerd": f"{place}/opt",
         "/srv": f"{place}",
+        "/var/run/nri": f"{place}",
         "https://mirror.example": f"http://{registry.address}",
         "https://registry-1.docker.io": f"http://{registry.address}",
         "127.0.0.1:5001": f"127.0.0.1:{free_port()}",

@@ -227,6 +227,7 @@ def new_daemon(*, network: bool, settings: str = "") -> Daemon:
         f'version = 1\nroot = "{daemon.root}"\nstate = "{daemon.state}"\nimports = []\n'
         f'[registry]\nconfig_path = "{directory / "hosts.d"}"\n'
         f'[cni]\nconf_dir = "{directory / "cni"}"\nbin_dirs = ["/usr/lib/cni"]\n'
+        f'[nri]\nsocket_path = "{directory / "nri.sock"}"\nplugin_path = "{directory / "nri"}"\n'
         f'[runtime]\ncgroup_driver = "cgroupfs"\n{settings}'
     )
     return daemon
