@@ -369,6 +369,18 @@ async def ended(future: asyncio.Future[Any]) -> None:
         raise cancelled
 
 
+async def stop(*tasks: asyncio.Future[Any]) -> list[Exception]:
+    """Cancel tasks and wait until all have ended, however often the caller is cancelled meanwhile.
+
+    Returns what those failed with that did not end by being cancelled.
+    """
+    for task in tasks:
+        task.cancel()
+    results = asyncio.gather(*tasks, return_exceptions=True)
+    await ended(results)
+    return [result for result in results.result() if isinstance(result, Exception)]
+
+
 async def _call(work: Callable[[], Awaitable[T]]) -> T:
     return await work()
 

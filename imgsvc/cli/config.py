@@ -69,7 +69,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     from imgsvc.daemon import preflight
 
     loaded = config.load(arguments.file)
-    found = preflight.look(loaded)
+    found = preflight.inspect(loaded)
     for problem in found.problems:
         warn(problem)
     for warning in found.warnings:

@@ -29,7 +29,7 @@ from imgsvc.images.upkeep.fsck import (
     recover,
 )
 from imgsvc.snapshot import native, overlay
-from imgsvc.snapshot.interfaces import CheckedSnapshotter, Name
+from imgsvc.snapshot.interfaces import Name, ScrubbableSnapshotter
 
 METADATA = "metadata"  # below the root
 
@@ -65,13 +65,13 @@ def check_offline(root: Path, *, deep: bool, repair: bool) -> FsckReport:
     return FsckReport((*lost, *findings, *report.findings), report.seconds)
 
 
-def _open(root: Path, db: MetaDB, stack: ExitStack) -> tuple[ImageStore, LocalStore, list[CheckedSnapshotter], Iterable[Finding]]:
+def _open(root: Path, db: MetaDB, stack: ExitStack) -> tuple[ImageStore, LocalStore, list[ScrubbableSnapshotter], Iterable[Finding]]:
     """What a daemon would find, after the repair that every daemon's start does."""
     images = ImageStore(db)
     content = LocalStore(root, db, sync=True)
     findings = recover(content, db.last_end, budget=sys.float_info.max)
     makers = {overlay.NAME: overlay.OverlaySnapshotter, native.NAME: native.NativeSnapshotter}
-    drivers: list[CheckedSnapshotter] = []
+    drivers: list[ScrubbableSnapshotter] = []
     for name, make in makers.items():
         if (root / "snapshots" / name).is_dir():
             drivers.append(make(root / "snapshots" / name, db))

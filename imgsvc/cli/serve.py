@@ -23,7 +23,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
 def run_serve(arguments: argparse.Namespace) -> int:
     """`imgsvc serve`. Paths are made absolute, so that origins say where a file is, whoever asks."""
     from imgsvc.daemon import logs
-    from imgsvc.daemon.build import run
+    from imgsvc.daemon.main import run
     from imgsvc.daemon.settings import decrypt
 
     failpoints.arm(os.environ.get(failpoints.ENV, ""))

@@ -159,7 +159,7 @@ class Fault(StrEnum):
     STRAY = "without a record"
 
 
-class Scrubber(Protocol):
+class Scrubbable(Protocol):
     """Comparing what is recorded with what is there, for fsck and for recovery after an unclean end."""
 
     def check(self, digest: Digest, *, deep: bool, cancel: CancelToken | None = None) -> Fault | None:
@@ -177,3 +177,7 @@ class Scrubber(Protocol):
 
 class Store(Provider, Ingester, IngestManager, Manager, Protocol):
     """A whole content store."""
+
+
+class ScrubbableStore(Store, Scrubbable, Protocol):
+    """A whole content store that can be checked."""

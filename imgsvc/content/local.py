@@ -33,7 +33,7 @@ from imgsvc.base.metadb.database import MetaDB, Record, WriteTxn
 from imgsvc.base.oci import MIB, Digest
 from imgsvc.base.removal import remove_tree
 from imgsvc.content.ingest import Finished, Ingests
-from imgsvc.content.interfaces import ContentReader, Fault, Info, IngestStatus, Scrubber, Store, Writer
+from imgsvc.content.interfaces import ContentReader, Fault, Info, IngestStatus, Scrubbable, Store, Writer
 from imgsvc.content.verify import digest_of
 
 TABLE: Final = "content"
@@ -93,7 +93,7 @@ def _utc_now() -> datetime:
 
 
 class LocalStore:
-    """See content.interfaces.Store and Scrubber. Thread-safe."""
+    """See content.interfaces.Store and Scrubbable. Thread-safe."""
 
     def __init__(
         self, root: Path, db: MetaDB, *, sync: bool, reserve: int = DEFAULT_RESERVE, clock: Callable[[], datetime] = _utc_now
@@ -213,10 +213,10 @@ class LocalStore:
                     raise from_os_error(error, "deleting a blob", where=str(self._path(digest))) from error
         failpoint("content.delete.unlinked")
 
-    # Scrubber
+    # Scrubbable
 
     def check(self, digest: Digest, *, deep: bool, cancel: CancelToken | None = None) -> Fault | None:
-        """See Scrubber."""
+        """See Scrubbable."""
         record = self._record(digest)
         while record is not None:
             fault = self._fault(digest, record, deep=deep, cancel=cancel)
@@ -227,7 +227,7 @@ class LocalStore:
         return None
 
     def strays(self) -> list[Digest]:
-        """See Scrubber."""
+        """See Scrubbable."""
         found = []
         for algorithm in ALGORITHMS:
             for name in os.listdir(self._blobs / algorithm):
@@ -238,7 +238,7 @@ class LocalStore:
         return found
 
     def adopt(self, digest: Digest, cancel: CancelToken | None = None) -> bool:
-        """See Scrubber."""
+        """See Scrubbable."""
         with self._lock(digest):
             if self._record(digest) is not None:  # stored meanwhile
                 return True
@@ -357,7 +357,7 @@ def as_store(store: LocalStore) -> Store:
     return store
 
 
-def as_scrubber(store: LocalStore) -> Scrubber:
+def as_scrubber(store: LocalStore) -> Scrubbable:
     """Lets mypy prove that the contract is met."""
     return store
 

@@ -1,142 +1,118 @@
-"""The daemon: builds every object, repairs what an unclean end left, serves the socket, stops cleanly.
+"""Builds every object of the daemon, from the bottom up, and repairs what an unclean end left.
 
-The one place, with the CLI, that names concrete classes. `build` goes from the bottom up and leaves on a stack how each
-thing is closed, so that whatever was opened is closed in reverse order whatever else fails.
+One function per side: store, registries, images, runtime, upkeep, tools. Each leaves on a stack how what it opened is
+closed, so that everything is closed in reverse order whatever else fails, and gives the reloader what can change while
+it runs. Here, and in the CLI, concrete classes are named; the settings each takes are made in settings/.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
-import os
-import resource
-import signal
-import time
-from collections.abc import Awaitable, Callable, Sequence
+import ssl
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import grpc.aio
-
-from imgsvc import __version__
-from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
-from imgsvc.base.concurrency import Threads, in_thread
-from imgsvc.base.errors import FailedPrecondition, ImgsvcError, Unavailable
+from imgsvc.api import cri_pb2_grpc
+from imgsvc.base import kernel
+from imgsvc.base.concurrency import Threads
 from imgsvc.base.fsutil import free_space, private_dir
+from imgsvc.base.http1 import server_tls
 from imgsvc.base.metadb.database import MetaDB
-from imgsvc.base.places import socket_target
-from imgsvc.config import Config, Loaded, to_json
+from imgsvc.config import Loaded, to_json
+from imgsvc.config.schema import Mirror as MirrorSettings
 from imgsvc.content.local import LocalStore
 from imgsvc.daemon import logs
-from imgsvc.daemon.image_side import Parts, Watch, open_verification, start_image_side
+from imgsvc.daemon.background import background
+from imgsvc.daemon.listen import listen_http
 from imgsvc.daemon.ownership import PublicSocket, own_directories
-from imgsvc.daemon.preflight import Standing
+from imgsvc.daemon.preflight import Preflight
 from imgsvc.daemon.reload import Commit, Live, Reloader
-from imgsvc.daemon.rpc import ErrorInterceptor
-from imgsvc.daemon.runtime_side import start_pods
 from imgsvc.daemon.services.admin import AdminService
 from imgsvc.daemon.services.cri_images import ImageService
 from imgsvc.daemon.services.image_tools import ImageTools
-from imgsvc.daemon.settings import decrypt
+from imgsvc.daemon.services.runtime_off import RuntimeOff
+from imgsvc.daemon.settings import decrypt, verify
 from imgsvc.daemon.settings import registry as registries
-from imgsvc.daemon.systemd import Notifier
+from imgsvc.daemon.settings import snapshot as snapshots
+from imgsvc.daemon.settings.runtime import runtime_settings, switched_off
+from imgsvc.daemon.settings.upkeep import collector_policy
 from imgsvc.decrypt.decryptor import LayerDecryptor
+from imgsvc.images.archive.service import Archives
 from imgsvc.images.leases import LeaseBook
+from imgsvc.images.mirror.cache import PullThrough
+from imgsvc.images.mirror.server import Mirror
+from imgsvc.images.mounts import ImageMounts
+from imgsvc.images.prepull.service import Prepull, PullPath
 from imgsvc.images.provenance import Provenance
 from imgsvc.images.pull import Puller
 from imgsvc.images.push import Pusher
 from imgsvc.images.records import ImageStore, pin_patterns
 from imgsvc.images.rootfs import ContainerRoots
-from imgsvc.images.telemetry.observer import StoreSizes, store_gauges
-from imgsvc.images.upkeep.collector import CollectionReport, Policy
-from imgsvc.images.upkeep.fsck import recover
-from imgsvc.images.upkeep.service import ContainerKeeper, StoreCare
+from imgsvc.images.storage import Storage
+from imgsvc.images.telemetry.events import EventBus
+from imgsvc.images.telemetry.metrics import Gauge, Page
+from imgsvc.images.telemetry.observer import Observer, StoreSizes, store_gauges
+from imgsvc.images.upkeep.collector import CollectionReport
+from imgsvc.images.upkeep.fsck import Finding, recover
+from imgsvc.images.upkeep.service import ContainerKeeper, Upkeep
+from imgsvc.images.verification.service import Verification
+from imgsvc.registry.client import RegistryClient
 from imgsvc.registry.http.bulk import BulkTransport
+from imgsvc.runtime.interfaces import RootMount
+from imgsvc.runtime.node import RuntimeNode
+from imgsvc.runtime.service import RuntimeService
+from imgsvc.runtime.settings import StreamSettings
 from imgsvc.runtime.streaming.server import StreamServer
-from imgsvc.snapshot import detect, native, overlay
-from imgsvc.snapshot.erofs import driver as erofs
-from imgsvc.snapshot.erofs.build import OpenLayer
-from imgsvc.snapshot.interfaces import CheckedSnapshotter, Limits
+from imgsvc.snapshot.interfaces import Mount
+from imgsvc.snapshot.mount import mount_all
+from imgsvc.snapshot.unpack.tarstream import TarStream
 from imgsvc.snapshot.unpack.unpacker import WorkerUnpacker
 
 log = logging.getLogger(__name__)
 
-STOP_GRACE_S = 5.0  # how long running calls may go on after SIGTERM; systemd waits 90 s
-_DESCRIPTORS = 1024  # open files; every soft limit is as high unless somebody lowered it
-IO_THREADS = 8  # writes and hashes of chunks, metadata reads: two cores are busy with fewer, the rest waits on disk
-TRANSFORM = "imgsvc.decrypt.aesctr:open_transform"  # what an unpack worker decrypts with
-
-
-def run(load: Callable[[], Loaded]) -> int:
-    """Serve until SIGTERM or SIGINT. `load` reads the configuration, now and at every SIGHUP. Returns the exit code."""
-    _require_descriptors()
-    loaded = load()
-    if hasattr(asyncio, "PidfdChildWatcher"):
-        # Python 3.11 would spend a thread per child; later versions use pidfds by themselves.
-        asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
-    return asyncio.run(_serve(loaded, load))
-
-
-def _require_descriptors() -> None:
-    """Raise the limit of open files to what a node needs, not further: containers inherit it. Raises: FailedPrecondition."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if resource.RLIM_INFINITY != hard < _DESCRIPTORS:
-        raise FailedPrecondition(
-            f"this process may open {hard} files, and needs {_DESCRIPTORS}",
-            hint="raise the hard limit: LimitNOFILE= of the unit, ulimit -Hn",
-        )
-    if resource.RLIM_INFINITY != soft < _DESCRIPTORS:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, hard))
-
-
-async def _serve(loaded: Loaded, load: Callable[[], Loaded]) -> int:
-    began = time.monotonic()
-    reloads: list[asyncio.Future[None]] = []  # the loop itself keeps no task alive
-    notify = Notifier()
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with AsyncExitStack() as stack:
-        # What is built now stays. With 10 000 images, looking through it for garbage takes 0.5 s each time, on this loop.
-        gc.disable()
-        services = await build(loaded, stack)
-        gc.freeze()
-        gc.enable()
-        server = await _listen(loaded.config, services)
-        loop.add_signal_handler(signal.SIGHUP, lambda: reloads.append(asyncio.ensure_future(_reload(services, load))))
-        log.info("ready: imgsvc %s on %s after %.2f s", __version__, loaded.config.address, time.monotonic() - began)
-        notify("READY=1")
-        alive = asyncio.ensure_future(notify.keep_alive(services.is_well))
-        stack.push_async_callback(_ended, alive)
-        await stop.wait()
-        notify("STOPPING=1")
-        log.info("stopping; containers keep running")
-        services.watch.bus.close()
-        services.public.withdraw()
-        await server.stop(STOP_GRACE_S)
-    log.info("stopped")
-    return 0
+IO_THREADS: Final = 8  # writes and hashes of chunks, metadata reads: two cores are busy with fewer, the rest waits on disk
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What the socket serves, and what a reload reaches."""
+    """What the socket serves, and what a reload reaches.
+
+    is_well: returns when the loop, a thread and the metadata do their work. streams: None without a runtime.
+    """
 
     images: ImageService
     admin: AdminService
     runtime: cri_pb2_grpc.RuntimeServiceServicer
     tools: ImageTools
     streams: StreamServer | None
-    is_well: Callable[[], Awaitable[object]]  # returns when the loop, a thread and the metadata do their work
+    is_well: Callable[[], Awaitable[object]]
     reloader: Reloader
-    standing: Standing
-    watch: Watch
+    preflight: Preflight
+    telemetry: Telemetry
     public: PublicSocket
+
+
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """Where what happens can be seen: the metrics page, the event bus, and the observer that fills both."""
+
+    page: Page
+    bus: EventBus
+    observer: Observer
+
+    @classmethod
+    def create(cls, images: ImageStore) -> Telemetry:
+        """An empty page, a bus without listeners, and the observer of both."""
+        page, bus = Page(), EventBus()
+        observer = Observer(page, bus)
+        images.watch(observer.image)
+        return cls(page, bus, observer)
 
 
 async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
@@ -144,7 +120,75 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
 
     Raises: FailedPrecondition (another daemon, a newer store), DataLoss, … with what to do.
     """
-    settings = loaded.config
+    reloader = Reloader(loaded, [Live(("debug.level",), lambda new: partial(logs.set_level, new.config.debug.level))])
+    store = await _open_store(reloader, stack)
+    remote = await _open_registries(reloader, store, stack)
+    images = await _open_images(reloader, store, remote)
+    pods = await _start_runtime(reloader, store, remote, images, stack)
+    upkeep = await _start_upkeep(reloader, store, images, pods, stack)
+    tools = await _start_tools(reloader, store, remote, images, stack)
+    background(stack, store.threads.run(remote.preflight.run, loaded))  # nothing waits for it
+    default, on_removed = store.default, partial(upkeep.trigger, "image removed")
+    handlers = {name: handler.snapshotter or default for name, handler in loaded.config.runtime.runtimes.items()}
+    storage, puller = store.storage, images.puller
+    return Services(
+        images=ImageService(storage.images, puller, upkeep, snapshotter=default, handlers=handlers, on_removed=on_removed),
+        admin=AdminService(
+            storage.images,
+            puller,
+            Pusher(registry=remote.registry, storage=storage, bring_back=puller.bring_back),
+            upkeep,
+            snapshotter=default,
+            loaded=lambda: reloader.loaded,
+            on_removed=on_removed,
+        ),
+        runtime=pods.service,
+        streams=pods.streams,
+        tools=tools,
+        is_well=lambda: store.threads.run(store.db.usage),
+        reloader=reloader,
+        preflight=remote.preflight,
+        telemetry=store.telemetry,
+        public=store.public,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Store:
+    """What is on this node. recovered: what an unclean end had left. described: of the snapshotters, for Status."""
+
+    root: Path
+    state: Path
+    public: PublicSocket
+    threads: Threads
+    db: MetaDB
+    recovered: Sequence[Finding]
+    storage: Storage
+    leases: LeaseBook
+    unpacker: WorkerUnpacker
+    described: dict[str, Any]
+    telemetry: Telemetry
+
+    @property
+    def default(self) -> str:
+        """The snapshotter used where none is named."""
+        return next(iter(self.storage.snapshotters))
+
+    def health(self) -> dict[str, Any]:
+        """For Status(verbose), but for what the configuration says."""
+        used, limit = self.db.usage()
+        return {
+            "lastEnd": self.db.last_end,
+            "recovered": [str(finding) for finding in self.recovered],
+            "metadataBytes": used,
+            "metadataLimit": limit,
+            "freeBytes": free_space(self.root),
+            "images": len(self.storage.images.all()),
+        }
+
+
+async def _open_store(reloader: Reloader, stack: AsyncExitStack) -> _Store:
+    settings = reloader.loaded.config
     root, state = stack.enter_context(own_directories(settings))
     public = PublicSocket(Path(settings.address.removeprefix("unix://")))
     sync = settings.images.sync == "full"
@@ -157,234 +201,213 @@ async def build(loaded: Loaded, stack: AsyncExitStack) -> Services:
     for finding in recovered:
         log.warning("%s after an unclean end: %s", "repaired" if finding.repaired else "found", finding)
     images = ImageStore(db, settings.images.pinned_images)
-    leases = LeaseBook(db)
-    watch = Watch.create(images)
-    unpacker = _unpacker(settings, watch.observer.unpack_queued)
+    telemetry = Telemetry.create(images)
+    unpacker = snapshots.open_unpacker(settings, telemetry.observer.unpack_queued)
     stack.push_async_callback(unpacker.close)
-    snapshotters, described = await _snapshotters(settings, private_dir(root / "snapshots"), db, threads, unpacker, stack)
-    default = next(iter(snapshotters))
-    bulk = BulkTransport()
-    stack.push_async_callback(bulk.close)
-    opened = registries.open_registries(loaded, watch.observer, bulk)
-    registry = opened.client
-    standing = Standing(lambda warnings: registry.directories.tell(warnings))  # noqa: PLW0108  # a reload replaces them
-    stack.push_async_callback(registry.close)
-    for directory in registry.directories.missing_roots():
-        log.info("registry.config_path: %s is not there", directory)
-    decryptor = LayerDecryptor(await threads.run(decrypt.settings, settings, root))
-    stack.push_async_callback(decryptor.close)
-    for companion in (bulk, unpacker):
-        warming = asyncio.ensure_future(companion.warm())  # beside everything else, so that the first layer need not wait
-        stack.push_async_callback(_ended, warming)
-    verification = open_verification(settings, registry, db, threads)
-    provenance = Provenance(db)
-    await provenance.adopt(images.all())
-    await provenance.tidy(images.all(), content, threads)
-    puller = Puller(
-        registry=registry,
-        content=content,
-        snapshotters=snapshotters,
-        unpacker=unpacker,
-        decryptor=decryptor,
-        images=images,
-        leases=leases,
-        threads=threads,
-        provenance=provenance,
-        verifier=verification,
-        observer=watch.observer,
-        durable=sync,
-    )
-    pusher = Pusher(registry=registry, content=content, images=images, leases=leases, threads=threads, bring_back=puller.bring_back)
-    handlers = {name: handler.snapshotter or default for name, handler in settings.runtime.runtimes.items()}
-    roots = ContainerRoots(images, snapshotters, decryptor, threads, default=default, check=verification.check, described=described)
-
-    def diagnosis() -> dict[str, Any]:
-        now = reloader.loaded
-        return {"configuration": to_json(now.config, now.origins), "warnings": standing.notes(), "store": health()}
-
-    def health() -> dict[str, Any]:
-        used, limit = db.usage()
-        return {
-            "lastEnd": db.last_end,
-            "recovered": [str(finding) for finding in recovered],
-            "metadataBytes": used,
-            "metadataLimit": limit,
-            "freeBytes": free_space(root),
-            "minFreeBytes": reloader.loaded.config.gc.min_free,
-            "images": len(images.all()),
-        }
-
-    pods = await start_pods(settings, state, root, db, roots, standing.notes, diagnosis, stack)
-    keeper = ContainerKeeper(pods.container_ids, snapshotters)
-    tidying: set[asyncio.Future[None]] = set()
-
-    def collected(report: CollectionReport | None) -> None:
-        watch.observer.collected(report)
-        task = asyncio.ensure_future(provenance.tidy(images.all(), content, threads))
-        tidying.add(task)
-        task.add_done_callback(tidying.discard)
-
-    care = StoreCare(
-        images,
-        content,
-        snapshotters,
-        db,
-        puller.unpack_aside,
-        leases,
-        threads,
-        root,
-        _policy(settings),
-        [keeper],
-        collected,
-    )
-    await care.start(stack)
-    expiry = asyncio.ensure_future(leases.expire_forever(lambda: care.trigger("lease expired")))
-    stack.push_async_callback(_ended, expiry)
-
-    def on_removed() -> None:
-        care.trigger("image removed")
-
-    watch.page.add(*store_gauges(images, db, StoreSizes(care.sizes, watch.page)))
-    parts = Parts(root, registry, content, images, puller, provenance, leases, db, threads, verification, roots, default)
-    tools, lives = await start_image_side(settings, parts, watch, stack)
+    drivers = await snapshots.open_drivers(settings, private_dir(root / "snapshots"), db, threads, unpacker, stack)
+    leases = LeaseBook(db)
+    storage = Storage(content, images, leases, threads, drivers.by_name)
 
     def pins(new: Loaded) -> Commit:
         pin_patterns(new.config.images.pinned_images)
         return partial(images.pin, new.config.images.pinned_images)
 
-    lives += [
-        Live(("debug.level",), lambda new: partial(logs.set_level, new.config.debug.level)),
+    reloader.add(
         Live(("images.pinned_images",), pins),
+        Live(snapshots.UNPACKER_KEYS, partial(snapshots.reconfigure, unpacker)),
+    )
+    return _Store(root, state, public, threads, db, recovered, storage, leases, unpacker, drivers.described, telemetry)
+
+
+@dataclass(frozen=True, slots=True)
+class _Remote:
+    """What reaches registries, and what judges and opens what comes from there."""
+
+    registry: RegistryClient
+    decryptor: LayerDecryptor
+    verification: Verification
+    preflight: Preflight
+
+
+async def _open_registries(reloader: Reloader, store: _Store, stack: AsyncExitStack) -> _Remote:
+    loaded = reloader.loaded
+    bulk = BulkTransport()
+    stack.push_async_callback(bulk.close)
+    registry = registries.open_registries(loaded, store.telemetry.observer, bulk).client
+    stack.push_async_callback(registry.close)
+    preflight = Preflight(lambda warnings: registry.directories.tell(warnings))  # noqa: PLW0108  # a reload replaces them
+    for directory in registry.directories.missing_roots():
+        log.info("registry.config_path: %s is not there", directory)
+    decryptor = LayerDecryptor(await store.threads.run(decrypt.settings, loaded.config, store.root))
+    stack.push_async_callback(decryptor.close)
+    for companion in (bulk, store.unpacker):
+        background(stack, companion.warm())  # beside everything else, so that the first layer need not wait
+    verification = verify.open_verification(loaded.config, registry, store.db, store.threads)
+    reloader.add(
         Live(registries.KEYS, partial(registries.prepare, registry)),
-        Live(
-            ("images.max_concurrent_unpacks", "images.limits"),
-            lambda new: partial(unpacker.configure, new.config.images.max_concurrent_unpacks, _limits(new.config)),
-        ),
-        Live(("gc", "images.discard_unpacked_layers"), lambda new: partial(care.go_by, _policy(new.config))),
-    ]
-    reloader = Reloader(loaded, lives)
-    looking = asyncio.ensure_future(threads.run(standing.look, loaded))  # nobody need wait for it
-    stack.push_async_callback(_ended, looking)
-    return Services(
-        images=ImageService(images, puller, care, snapshotter=default, handlers=handlers, on_removed=on_removed),
-        admin=AdminService(
-            images,
-            puller,
-            pusher,
-            care,
-            snapshotter=default,
-            loaded=lambda: reloader.loaded,
-            on_removed=on_removed,
-        ),
-        runtime=pods.service,
-        streams=pods.streams,
-        tools=tools,
-        is_well=lambda: threads.run(db.usage),
-        reloader=reloader,
-        standing=standing,
-        watch=watch,
-        public=public,
+        Live(("verify",), partial(verify.prepare, verification, store.threads)),
     )
+    return _Remote(registry, decryptor, verification, preflight)
 
 
-async def _ended(task: asyncio.Future[None]) -> None:
-    """Stop a task of the daemon's own; what it failed with was no reason to stop serving."""
-    task.cancel()
-    for error in await asyncio.gather(task, return_exceptions=True):
-        if isinstance(error, Exception):
-            log.warning("a background task failed: %s", error)
+@dataclass(frozen=True, slots=True)
+class _Images:
+    """The use cases others build on."""
+
+    puller: Puller
+    provenance: Provenance
+    roots: ContainerRoots
 
 
-def _policy(settings: Config) -> Policy:
-    budget = 0 if settings.images.discard_unpacked_layers else settings.gc.blob_cache
-    return Policy(settings.gc.startup_delay, settings.gc.schedule_delay, budget, settings.gc.min_free)
-
-
-def _limits(settings: Config) -> Limits:
-    limits = settings.images.limits
-    return Limits(limits.unpacked_bytes, limits.entries, limits.ratio)
-
-
-async def _snapshotters(
-    settings: Config, root: Path, db: MetaDB, threads: Threads, unpacker: WorkerUnpacker, stack: AsyncExitStack
-) -> tuple[dict[str, CheckedSnapshotter], dict[str, Any]]:
-    """The drivers this node can use, the default one first, and what to say of them in Status. Raises: FailedPrecondition when the configured one cannot work."""
-    detected = await threads.run(detect.detect, root / overlay.NAME)
-    wanted = detected.driver if settings.images.snapshotter == "auto" else settings.images.snapshotter
-    if wanted == overlay.NAME and detected.options is None:
-        raise FailedPrecondition(detected.reason, where="images.snapshotter", hint='use "native", or another file system for root')
-    if wanted == erofs.NAME and detected.without_erofs:
-        raise FailedPrecondition(f"this kernel cannot do it: {detected.without_erofs}", where="images.snapshotter", hint='use "overlayfs"')
-    log.info("snapshotter %s: %s", wanted, detected.reason)
-    drivers: dict[str, CheckedSnapshotter] = {}
-    described: dict[str, Any] = {"snapshotter": wanted, "detected": detected.reason, native.NAME: {"idmapped": detected.idmapped}}
-    if detected.options is not None:
-        options = replace(detected.options, **asdict(settings.images.overlayfs))
-        drivers[overlay.NAME] = overlay.OverlaySnapshotter(root / overlay.NAME, db, options)
-        described[overlay.NAME] = asdict(options)
-        if not detected.without_erofs:
-            drivers[erofs.NAME] = erofs.ErofsSnapshotter(root / erofs.NAME, db, options, build=_build_by(unpacker))
-        described[erofs.NAME] = detected.without_erofs or "usable"
-    drivers[native.NAME] = native.NativeSnapshotter(root / native.NAME, db, idmapped=detected.idmapped)
-    for driver in drivers.values():
-        stack.callback(driver.close)
-        if count := await threads.run(driver.cleanup):
-            log.warning("snapshotter %s: %d unfinished snapshots cleaned up", driver.name, count)
-    return {wanted: drivers.pop(wanted), **drivers}, described
-
-
-def _build_by(unpacker: WorkerUnpacker) -> erofs.Build:
-    """Images are made by workers, as layers are; the drivers that ask for them run on threads."""
-    loop = asyncio.get_running_loop()
-
-    def build(layers: Sequence[OpenLayer], output: int) -> None:
-        pairs = [(layer.tar, layer.index) for layer in layers]
-        asyncio.run_coroutine_threadsafe(unpacker.merge(pairs, output), loop).result()
-
-    return build
-
-
-def _unpacker(settings: Config, queued: Callable[[float], None]) -> WorkerUnpacker:
-    return WorkerUnpacker(
-        max_concurrent=settings.images.max_concurrent_unpacks,
-        limits=_limits(settings),
-        transform=TRANSFORM,
-        queued=queued,
+async def _open_images(reloader: Reloader, store: _Store, remote: _Remote) -> _Images:
+    storage = store.storage
+    provenance = Provenance(store.db)
+    await provenance.adopt(storage.images.all())
+    await provenance.tidy(storage.images.all(), storage.content, store.threads)
+    puller = Puller(
+        registry=remote.registry,
+        storage=storage,
+        unpacker=store.unpacker,
+        decryptor=remote.decryptor,
+        provenance=provenance,
+        verifier=remote.verification,
+        observer=store.telemetry.observer,
+        durable=reloader.loaded.config.images.sync == "full",
     )
-
-
-async def _listen(settings: Config, services: Services) -> grpc.aio.Server:
-    server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(services.watch.observer.rpc)],
-        options=[
-            ("grpc.max_receive_message_length", settings.grpc.max_recv_message_size),
-            ("grpc.max_send_message_length", settings.grpc.max_send_message_size),
-            ("grpc.so_reuseport", 0),
-        ],
+    roots = ContainerRoots(
+        storage.images,
+        storage.snapshotters,
+        remote.decryptor,
+        store.threads,
+        default=store.default,
+        check=remote.verification.check,
+        described=store.described,
     )
-    cri_pb2_grpc.add_ImageServiceServicer_to_server(services.images, server)
-    cri_pb2_grpc.add_RuntimeServiceServicer_to_server(services.runtime, server)
-    admin_pb2_grpc.add_AdminServicer_to_server(services.admin, server)
-    imagetools_pb2_grpc.add_ImageToolsServicer_to_server(services.tools, server)
-    private = os.umask(0o177 if not settings.grpc.gid else 0o117)
-    try:
-        server.add_insecure_port(socket_target(str(services.public.private)))
-        await server.start()
-        services.public.publish(settings.grpc.uid, settings.grpc.gid)
-    except (OSError, RuntimeError) as error:
-        raise Unavailable(f"cannot listen: {error}", where=settings.address) from error
-    finally:
-        os.umask(private)
-    return server
+    return _Images(puller, provenance, roots)
 
 
-async def _reload(services: Services, load: Callable[[], Loaded]) -> None:
-    """SIGHUP. A bad file changes nothing; hosts.toml, policy, key and pre-pull files are read as they are needed anyway."""
-    try:
-        new = await in_thread(load)
-        if services.streams is not None:
-            await services.streams.reload_certificate()
-        services.reloader.reload(new)
-        await in_thread(services.standing.look, services.reloader.loaded)
-    except ImgsvcError as error:
-        log.error("configuration not reloaded: %s", error)
+@dataclass(frozen=True, slots=True)
+class _Pods:
+    """service: what the socket serves. container_ids: all that have a root file system. streams: None without a runtime."""
+
+    service: cri_pb2_grpc.RuntimeServiceServicer
+    container_ids: Callable[[], Iterable[str]]
+    streams: StreamServer | None
+
+
+async def _start_runtime(reloader: Reloader, store: _Store, remote: _Remote, images: _Images, stack: AsyncExitStack) -> _Pods:
+    """Start the runtime and recover its pods. Without root or when switched off: images only."""
+    settings = reloader.loaded.config
+    if reason := switched_off(settings):
+        log.warning("the runtime service is off: %s", reason)
+        return _Pods(RuntimeOff(reason), lambda: (), None)  # type: ignore[abstract]  # what is missing answers UNIMPLEMENTED
+
+    def diagnosis() -> dict[str, Any]:
+        now = reloader.loaded
+        health = {**store.health(), "minFreeBytes": now.config.gc.min_free}
+        return {"configuration": to_json(now.config, now.origins), "warnings": remote.preflight.notes(), "store": health}
+
+    streams = StreamServer(StreamSettings(**asdict(settings.stream)))
+    await streams.start()
+    stack.push_async_callback(streams.close)
+    node = await RuntimeNode.start(runtime_settings(settings, store.state, store.root), store.db, images.roots)
+    stack.push_async_callback(node.close)
+    return _Pods(RuntimeService(node, streams, remote.preflight.notes, diagnosis), node.root_keys, streams)
+
+
+async def _start_upkeep(reloader: Reloader, store: _Store, images: _Images, pods: _Pods, stack: AsyncExitStack) -> Upkeep:
+    storage, telemetry = store.storage, store.telemetry
+    tidying: set[asyncio.Future[None]] = set()  # the loop itself keeps no task alive
+
+    def collected(report: CollectionReport | None) -> None:
+        telemetry.observer.collected(report)
+        task = asyncio.ensure_future(images.provenance.tidy(storage.images.all(), storage.content, store.threads))
+        tidying.add(task)
+        task.add_done_callback(tidying.discard)
+
+    upkeep = Upkeep(
+        storage,
+        store.db,
+        images.puller.unpack_aside,
+        store.root,
+        collector_policy(reloader.loaded.config),
+        [ContainerKeeper(pods.container_ids, storage.snapshotters)],
+        collected,
+    )
+    await upkeep.start(stack)
+    background(stack, store.leases.expire_forever(lambda: upkeep.trigger("lease expired")))
+    telemetry.page.add(*store_gauges(storage.images, store.db, StoreSizes(upkeep.sizes, telemetry.page)))
+    reloader.add(Live(("gc", "images.discard_unpacked_layers"), lambda new: partial(upkeep.go_by, collector_policy(new.config))))
+    return upkeep
+
+
+async def _start_tools(reloader: Reloader, store: _Store, remote: _Remote, images: _Images, stack: AsyncExitStack) -> ImageTools:
+    """Archives, mounts, pre-pulls, the metrics page and the mirror. Raises: Unavailable (an address is taken), InvalidArgument."""
+    settings, storage, telemetry, default = reloader.loaded.config, store.storage, store.telemetry, store.default
+    archives = Archives(storage=storage, puller=images.puller, open_tar=TarStream)
+    prepull = Prepull(
+        Path(settings.prepull.directory),
+        root=store.root,
+        path=PullPath(images.puller.pull, remote.registry, default),
+        images=storage.images,
+        db=store.db,
+        threads=store.threads,
+    )
+    telemetry.page.add(Gauge("imgsvc_prepull_images", "Images of pre-pull files by state.", ("state",), prepull.counts))
+    await listen_http("metrics", settings.metrics.address, telemetry.page.handle, stack)
+    await _start_mirror(reloader, store, remote, images, stack)
+    background(stack, prepull.run())
+    reloader.add(Live(("prepull",), lambda new: partial(prepull.watch, Path(new.config.prepull.directory))))
+    unmount = partial(kernel.umount, in_use=False)
+    mounts = ImageMounts(storage.images, images.roots, storage.leases, store.threads, default, _mount_all, unmount)
+    return ImageTools(archives, prepull, telemetry.bus, mounts, snapshotter=default)
+
+
+async def _start_mirror(reloader: Reloader, store: _Store, remote: _Remote, images: _Images, stack: AsyncExitStack) -> None:
+    mirror = reloader.loaded.config.mirror
+    if not mirror.address:
+        return
+    through = PullThrough(
+        namespaces=mirror.pull_through,
+        keep=timedelta(seconds=mirror.keep),
+        registry=remote.registry,
+        blobs=images.puller.blobs,
+        documents=images.puller.documents,
+        provenance=images.provenance,
+        storage=store.storage,
+        verifier=remote.verification,
+        db=store.db,
+    )
+    await through.tidy()
+    server = Mirror(
+        store.storage.images,
+        store.storage.content,
+        store.threads,
+        provenance=images.provenance,
+        check=remote.verification.check,
+        private=mirror.private_images == "certificate",
+        through=through,
+        served=store.telemetry.observer.served,
+    )
+    tls = server_tls(mirror.tls_cert_file, mirror.tls_key_file, mirror.client_ca_file) if mirror.tls_cert_file else None
+    await listen_http("mirror", mirror.address, server.handle, stack, tls)
+    reloader.add(Live(("mirror.private_images", "mirror.pull_through", "mirror.keep"), partial(_share, mirror, server, through, tls)))
+
+
+def _share(started: MirrorSettings, server: Mirror, through: PullThrough, tls: ssl.SSLContext | None, new: Loaded) -> Commit:
+    """What puts other settings of the mirror in force, and its certificate as it is now. started: the settings it listens by."""
+    wanted = new.config.mirror
+    if tls is not None:
+        server_tls(started.tls_cert_file, started.tls_key_file, started.client_ca_file)  # to see whether the files are good
+
+    def commit() -> None:
+        server.share(private=wanted.private_images == "certificate")
+        through.fetch_for(wanted.pull_through, timedelta(seconds=wanted.keep))
+        if tls is not None:
+            tls.load_cert_chain(started.tls_cert_file, started.tls_key_file)  # OpenSSL takes what is loaded last
+
+    return commit
+
+
+def _mount_all(mounts: Sequence[RootMount], target: str) -> None:
+    mount_all([Mount(mount.type, mount.source, mount.options) for mount in mounts], target)

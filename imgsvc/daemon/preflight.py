@@ -24,34 +24,34 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Report:
     """problems: something will not work, or the daemon will not start. warnings: it will work, and somebody should know."""
 
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
-class Standing:
-    """What was found when somebody looked last, for CRI's Status."""
+class Preflight:
+    """Runs the checks, and keeps the last report for CRI's Status."""
 
     def __init__(self, tell: Callable[[Iterable[str]], None]) -> None:
         """tell: logs warnings, those of a registry's files only once, for a pull comes upon them, too."""
         self._tell = tell
-        self.found = Found((), ())
+        self.report = Report((), ())
 
-    def look(self, loaded: Loaded) -> None:
-        """Look anew, and log what is not well. Blocking."""
-        self.found = look(loaded)
-        for problem in self.found.problems:
+    def run(self, loaded: Loaded) -> None:
+        """Check again, and log what is not well. Blocking."""
+        self.report = inspect(loaded)
+        for problem in self.report.problems:
             log.error("%s", problem)
-        self._tell(self.found.warnings)
+        self._tell(self.report.warnings)
 
     def notes(self) -> tuple[str, ...]:
         """All of it."""
-        return self.found.problems + self.found.warnings
+        return self.report.problems + self.report.warnings
 
 
-def look(loaded: Loaded) -> Found:
+def inspect(loaded: Loaded) -> Report:
     """Read everything. Blocking."""
     problems: list[str] = []
     warnings: list[str] = list(_warnings(loaded.config))
@@ -70,7 +70,7 @@ def look(loaded: Loaded) -> Found:
                 problems.append(str(error))
     except ImgsvcError as error:
         problems.append(str(error))
-    return Found(tuple(problems), tuple(dict.fromkeys(warnings)))
+    return Report(tuple(problems), tuple(dict.fromkeys(warnings)))
 
 
 def _warnings(settings: Config) -> Iterator[str]:

@@ -43,6 +43,10 @@ class Reloader:
         self.loaded = loaded
         self._lives = tuple(lives)
 
+    def add(self, *lives: Live) -> None:
+        """More settings that can change; for whoever is built later."""
+        self._lives += lives
+
     def reload(self, new: Loaded) -> None:
         """Go by a new configuration as far as that is possible. Raises: ImgsvcError, and nothing has changed then."""
         effective = Loaded(self._merged(self.loaded.config, new.config, ()), self._origins(new))

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from imgsvc.base.concurrency import Threads, all_of, to_the_end
+from imgsvc.base.concurrency import all_of, to_the_end
 from imgsvc.base.errors import DataLoss, NotFound
 from imgsvc.base.failpoints import afailpoint
 from imgsvc.base.oci import Descriptor, Digest, ImageConfig, Manifest, Platform
@@ -33,11 +33,11 @@ from imgsvc.images.choosing import Chosen, choose
 from imgsvc.images.documents import Documents
 from imgsvc.images.downloads import Blobs
 from imgsvc.images.layers import LayerPlan, Layers, PullReporter, Silent, layer_names, layer_secrets, unwrap_layers
-from imgsvc.images.leases import LeaseManager
 from imgsvc.images.provenance import Provenance, Witness
-from imgsvc.images.records import Image, ImageStore, build_image
+from imgsvc.images.records import Image, build_image
+from imgsvc.images.storage import Storage
 from imgsvc.registry.interfaces import Attempt, BlobSource, Credential, Registry, Resolved, identity
-from imgsvc.snapshot.interfaces import Key, Name, Snapshotter, Unpacker
+from imgsvc.snapshot.interfaces import Key, Name, Unpacker
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +102,9 @@ class Puller:
         self,
         *,
         registry: Registry,
-        content: Store,
-        snapshotters: Mapping[str, Snapshotter],
+        storage: Storage,
         unpacker: Unpacker,
         decryptor: Decryptor,
-        images: ImageStore,
-        leases: LeaseManager,
-        threads: Threads,
         provenance: Provenance,
         verifier: Verifier | None = None,
         observer: PullObserver | None = None,
@@ -118,15 +114,15 @@ class Puller:
         self._verifier = verifier or Trusting()
         self._observer = observer
         self._registry = registry
-        self._content = content
-        self._snapshotters = snapshotters
+        self._content = storage.content
+        self._snapshotters = storage.snapshotters
         self._decryptor = decryptor
-        self._images = images
-        self._leases = leases
-        self._threads = threads
-        self.blobs = Blobs(content, threads)  # shared with whoever else downloads into the store
-        self._layers = Layers(self.blobs, snapshotters, unpacker, decryptor, threads, durable=durable)
-        self.documents = Documents(content, threads, provenance)  # likewise
+        self._images = storage.images
+        self._leases = storage.leases
+        self._threads = storage.threads
+        self.blobs = Blobs(storage.content, storage.threads)  # shared with whoever else downloads into the store
+        self._layers = Layers(self.blobs, storage.snapshotters, unpacker, decryptor, storage.threads, durable=durable)
+        self.documents = Documents(storage.content, storage.threads, provenance)  # likewise
         self._provenance = provenance
 
     async def pull(self, request: PullRequest) -> Pulled:

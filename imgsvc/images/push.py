@@ -23,8 +23,8 @@ from imgsvc.base.reference import Reference
 from imgsvc.content.interfaces import ContentReader, Store
 from imgsvc.content.verify import read_verified
 from imgsvc.images.layers import PullReporter, Silent
-from imgsvc.images.leases import LeaseManager
-from imgsvc.images.records import Image, ImageStore
+from imgsvc.images.records import Image
+from imgsvc.images.storage import Storage
 from imgsvc.registry.interfaces import Credential, Registry, Repository
 
 UPLOADS: Final = 3  # blobs of one push at a time; more make registries answer 429 and one link no faster
@@ -65,21 +65,12 @@ class _Parts:
 class Pusher:
     """Pushes images of this node. bring_back: has blobs of layers of an image in the store again, as Puller.bring_back."""
 
-    def __init__(
-        self,
-        *,
-        registry: Registry,
-        content: Store,
-        images: ImageStore,
-        leases: LeaseManager,
-        threads: Threads,
-        bring_back: BringBack,
-    ) -> None:
+    def __init__(self, *, registry: Registry, storage: Storage, bring_back: BringBack) -> None:
         self._registry = registry
-        self._content = content
-        self._images = images
-        self._leases = leases
-        self._threads = threads
+        self._content = storage.content
+        self._images = storage.images
+        self._leases = storage.leases
+        self._threads = storage.threads
         self._bring_back = bring_back
 
     async def push(self, request: PushRequest) -> Pushed:

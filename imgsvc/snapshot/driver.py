@@ -143,28 +143,28 @@ class DirectoryDriver(ABC):
         return dropped + len(orphans)
 
     def check(self, name: Name) -> LayerFault | None:
-        """See LayerCare."""
+        """See ScrubbableLayers."""
         stored = self._records.get(name)
         return None if stored is None else self._fault(stored)
 
     def strays(self) -> list[str]:
-        """See LayerCare. Directories first: a record comes before its directory."""
+        """See ScrubbableLayers. Directories first: a record comes before its directory."""
         present = self._directories.numbers()
         return [str(number) for number in sorted(present - {stored.number for stored in self._records.walk()})]
 
     def discard_stray(self, directory: str) -> None:
-        """See LayerCare."""
+        """See ScrubbableLayers."""
         self._discard(int(directory))
 
     def forget(self, name: Name) -> list[Name]:
-        """See LayerCare."""
+        """See ScrubbableLayers."""
         gone = self._records.forget(name)
         for stored in gone:
             self._discard(stored.number)
         return [Name(stored.info.id) for stored in gone]
 
     def difference(self, name: Name, key: Key, cancel: CancelToken) -> str:
-        """See LayerCare."""
+        """See ScrubbableLayers."""
         one, other = (self._files(self._records.must_get(each)) for each in (name, key))
         try:
             return difference(one, other, cancel)

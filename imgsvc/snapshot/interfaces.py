@@ -86,7 +86,7 @@ class Snapshotter(Protocol):
         """Snapshots can be mounted with owners shifted; else a user namespace needs prepare(mapping=…), which copies."""
 
     def stat(self, key_or_name: str) -> SnapshotInfo | None:
-        """The record, or None; None also for a committed snapshot whose files are lost (LayerCare.check)."""
+        """The record, or None; None also for a committed snapshot whose files are lost (ScrubbableLayers.check)."""
 
     def usage(self, key_or_name: str) -> Usage:
         """Disk use; recorded for committed snapshots, measured for active ones. Raises: NotFound."""
@@ -186,7 +186,7 @@ class LayerFault(StrEnum):
     UNREADABLE = "its directory cannot be read"
 
 
-class LayerCare(Protocol):
+class ScrubbableLayers(Protocol):
     """Looking after what lies on disk; a snapshotter that keeps its layers somewhere else has none of this."""
 
     @property
@@ -215,7 +215,7 @@ class LayerCare(Protocol):
         """What a committed snapshot has other than an active one, in words; "" for nothing. Blocking: reads both."""
 
 
-class CheckedSnapshotter(Snapshotter, LayerCare, Protocol):
+class ScrubbableSnapshotter(Snapshotter, ScrubbableLayers, Protocol):
     """A snapshotter that can be checked."""
 
 

@@ -30,7 +30,7 @@ GOOD = '[registry]\nconfig_path = "/nowhere"\n[prepull]\ndirectory = "/nowhere"\
     ],
 )
 def test_what_will_not_work_is_a_problem(text: str, what: str) -> None:
-    found = preflight.look(config.parse(f"version = 1\n{GOOD}{text}", "file"))
+    found = preflight.inspect(config.parse(f"version = 1\n{GOOD}{text}", "file"))
 
     assert len(found.problems) == 1
     assert what in found.problems[0]
@@ -44,7 +44,7 @@ def test_broken_files_of_registries_and_pre_pull_are_all_told_of(tmp_path: Path)
     (tmp_path / "pre" / "a.toml").write_text("version = 2\n")
     text = f'[registry]\nconfig_path = "{tmp_path}/hosts"\n[prepull]\ndirectory = "{tmp_path}/pre"\n[mirror]\naddress = "0.0.0.0:1"\n'
 
-    found = preflight.look(config.parse(f"version = 1\n{text}", "file"))
+    found = preflight.inspect(config.parse(f"version = 1\n{text}", "file"))
 
     assert [problem.partition(":")[0].removeprefix(str(tmp_path)) for problem in found.problems] == [
         "/pre/a.toml",

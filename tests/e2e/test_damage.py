@@ -265,7 +265,7 @@ def test_c_d5_images_are_whole_after_a_reboot_without_a_check(node: Daemon, tmp_
         assert cri.image_status(node.images(), image) is not None
         Expected(tmp_path / image.replace("/", "-"), LAYERS[image]).check(disk, disk.images()[image])
     last = node.log.rpartition("stopped")[2]
-    assert "WARNING" not in last.replace("the runtime service is off", "").replace("WARNING imgsvc.daemon.runtime_side", ""), last
+    assert "WARNING" not in last.replace("the runtime service is off", "").replace("WARNING imgsvc.daemon.build", ""), last
 
 
 def test_c_d4_no_container_is_made_of_a_layer_that_lost_its_files(pod_daemon: Daemon) -> None:

@@ -302,7 +302,7 @@ def test_K1_root_state_and_socket_below_links_and_outside_ascii_serve_pods(
     ],
 )
 def test_K1_the_check_refuses_directories_that_cannot_be_used(text: str, what: str) -> None:
-    (problem,) = preflight.look(
+    (problem,) = preflight.inspect(
         config.parse(f"version = 1\n{text}\n[registry]\nconfig_path = '/nowhere'\n[prepull]\ndirectory = '/nowhere'\n", "file")
     ).problems
     assert what in problem

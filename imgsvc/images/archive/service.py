@@ -7,17 +7,16 @@ import concurrent.futures
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
-from imgsvc.base.concurrency import Threads, ended
+from imgsvc.base.concurrency import ended
 from imgsvc.base.errors import Cancelled, FailedPrecondition, NotFound, printable
 from imgsvc.base.oci import Digest, Platform
 from imgsvc.base.reference import Reference
-from imgsvc.content.interfaces import Store
 from imgsvc.images.archive.reading import ArchiveReader, Named, OpenTar
 from imgsvc.images.archive.source import ArchiveSource
 from imgsvc.images.archive.writing import Exported, blobs_of, write_archive
-from imgsvc.images.leases import LeaseManager
 from imgsvc.images.pull import Puller, PullRequest
-from imgsvc.images.records import Image, ImageStore
+from imgsvc.images.records import Image
+from imgsvc.images.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +31,12 @@ class Target:
 class Archives:
     """Images to and from files."""
 
-    def __init__(
-        self, *, content: Store, images: ImageStore, puller: Puller, leases: LeaseManager, threads: Threads, open_tar: OpenTar
-    ) -> None:
-        self._content = content
-        self._images = images
+    def __init__(self, *, storage: Storage, puller: Puller, open_tar: OpenTar) -> None:
+        self._content = storage.content
+        self._images = storage.images
         self._puller = puller
-        self._leases = leases
-        self._threads = threads
+        self._leases = storage.leases
+        self._threads = storage.threads
         self._open_tar = open_tar
 
     async def load(self, chunks: AsyncIterator[bytes], name: str, target: Target) -> list[tuple[Reference, Image]]:

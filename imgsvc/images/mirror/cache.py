@@ -32,12 +32,11 @@ from imgsvc.base.http1 import FileBody, StreamBody
 from imgsvc.base.metadb.database import MetaDB, Record
 from imgsvc.base.oci import KIB, Descriptor, Digest, Index, parse_document
 from imgsvc.base.reference import Reference
-from imgsvc.content.interfaces import Store
 from imgsvc.images.documents import Documents
 from imgsvc.images.downloads import Blobs
-from imgsvc.images.leases import LeaseManager
 from imgsvc.images.provenance import Provenance, Witness
 from imgsvc.images.pull import Verifier
+from imgsvc.images.storage import Storage
 from imgsvc.registry.interfaces import PullFailed, Registry, Resolved
 
 log = logging.getLogger(__name__)
@@ -75,9 +74,7 @@ class PullThrough:
         blobs: Blobs,
         documents: Documents,
         provenance: Provenance,
-        content: Store,
-        leases: LeaseManager,
-        threads: Threads,
+        storage: Storage,
         verifier: Verifier,
         db: MetaDB,
     ) -> None:
@@ -86,9 +83,9 @@ class PullThrough:
         self._blobs = blobs
         self._documents = documents
         self._provenance = provenance
-        self._content = content
-        self._leases = leases
-        self._threads = threads
+        self._content = storage.content
+        self._leases = storage.leases
+        self._threads = storage.threads
         self._verifier = verifier
         self._db = db
         self._coming: Shared[_Coming] = Shared(_Coming)

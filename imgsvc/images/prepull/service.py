@@ -63,6 +63,15 @@ class _Loaded:
     throttle: Throttle | None
 
 
+@dataclass(frozen=True, slots=True)
+class PullPath:
+    """How one image is pulled. pull: as Puller.pull. registry: what a throttled pull reads from. snapshotter: what it unpacks into."""
+
+    pull: Callable[[PullRequest], Awaitable[Pulled]]
+    registry: Registry
+    snapshotter: str
+
+
 class Prepull:
     """One per daemon; `run` is its life."""
 
@@ -71,24 +80,20 @@ class Prepull:
         directory: Path,
         *,
         root: Path,
-        pull: Callable[[PullRequest], Awaitable[Pulled]],
-        registry: Registry,
+        path: PullPath,
         images: ImageStore,
         db: MetaDB,
         threads: Threads,
-        snapshotter: str,
         clock: Callable[[], float] = time.time,
         poll_s: float = POLL_S,
     ) -> None:
         """directory: of the files; root: where images live, for min_free."""
         self._directory = directory
         self._root = root
-        self._pull = pull
-        self._registry = registry
+        self._path = path
         self._images = images
         self._db = db
         self._threads = threads
-        self._snapshotter = snapshotter
         self._clock = clock
         self._poll_s = poll_s
         self._files: dict[str, _Loaded] = {}
@@ -243,9 +248,9 @@ class Prepull:
         try:
             async with window:
                 credential = await self._threads.run(wanted.credential)
-                source = ThrottledRegistry(self._registry, throttle) if throttle else None
-                request = PullRequest(wanted.reference, credential, wanted.platform, self._snapshotter, source=source)
-                pulled = await self._pull(request)
+                source = ThrottledRegistry(self._path.registry, throttle) if throttle else None
+                request = PullRequest(wanted.reference, credential, wanted.platform, self._path.snapshotter, source=source)
+                pulled = await self._path.pull(request)
             await afailpoint("prepull.pulled")
             now = self._clock()
             await self._keep(wanted, Memory(now, now, 0, "", pulled.image.image_id))

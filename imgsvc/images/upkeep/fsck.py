@@ -17,10 +17,10 @@ from imgsvc.base.errors import Cancelled, FailedPrecondition, ImgsvcError
 from imgsvc.base.failpoints import failpoint
 from imgsvc.base.metadb.database import LastEnd
 from imgsvc.base.oci import Digest
-from imgsvc.content.interfaces import Fault, Manager, Provider, Scrubber
+from imgsvc.content.interfaces import Fault, Manager, Provider, Scrubbable
 from imgsvc.content.verify import wrong_size
 from imgsvc.images.records import Image
-from imgsvc.snapshot.interfaces import Kind, LayerCare, Name, SnapshotInfo, Snapshotter
+from imgsvc.snapshot.interfaces import Kind, Name, ScrubbableLayers, SnapshotInfo, Snapshotter
 
 RECOVERY_BUDGET: Final = 10.0  # [s] of hashing before the socket answers; what is left waits for `imgsvc fsck --repair`
 
@@ -66,7 +66,7 @@ class Checker(Protocol):
         """Blocking. deep: read everything. Raises: Cancelled; ImgsvcError and OSError when it cannot go on."""
 
 
-class Blobs(Manager, Scrubber, Protocol):
+class Blobs(Manager, Scrubbable, Protocol):
     """What checking content needs of a store."""
 
 
@@ -136,7 +136,7 @@ Compare = Callable[[str, Name, CancelToken], str]  # (snapshotter, layer) → ho
 class LayerChecker:
     """Directories of layers against their records and, when deep, their files against the blobs they came from."""
 
-    def __init__(self, snapshotters: Iterable[LayerCare], compare: Compare) -> None:
+    def __init__(self, snapshotters: Iterable[ScrubbableLayers], compare: Compare) -> None:
         """compare: blocking; raises ImgsvcError, NotFound among them, when it cannot be done."""
         self._snapshotters = list(snapshotters)
         self._compare = compare
@@ -163,7 +163,7 @@ class LayerChecker:
             for directory in snapshotter.strays():
                 yield self._stray(snapshotter, directory, repair)
 
-    def _broken(self, snapshotter: LayerCare, name: Name, problem: str, repair: bool) -> Finding:
+    def _broken(self, snapshotter: ScrubbableLayers, name: Name, problem: str, repair: bool) -> Finding:
         def mend() -> str:
             gone = snapshotter.forget(name)
             return "forgotten" + (f" with {len(gone) - 1} on top of it" if len(gone) > 1 else "") + ", the next pull unpacks it"
@@ -174,7 +174,7 @@ class LayerChecker:
         except FailedPrecondition as error:
             return Finding("layer", label, f"{problem}; it stays because {error.what}")
 
-    def _stray(self, snapshotter: LayerCare, directory: str, repair: bool) -> Finding:
+    def _stray(self, snapshotter: ScrubbableLayers, directory: str, repair: bool) -> Finding:
         def mend() -> str:
             snapshotter.discard_stray(directory)
             return "deleted"

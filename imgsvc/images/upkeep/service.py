@@ -1,4 +1,4 @@
-"""Store care as one daemon does it: collecting garbage, checking, disk use, file system usage.
+"""Upkeep of the store as one daemon does it: collecting garbage, checking, disk use, file system usage.
 
 The wiring of gc, fsck and df with this daemon's content store, snapshotters, images and containers.
 """
@@ -8,26 +8,20 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from imgsvc.base.concurrency import CancelToken, Threads
+from imgsvc.base.concurrency import CancelToken, stop
 from imgsvc.base.errors import DataLoss, NotFound
-from imgsvc.content.interfaces import Scrubber, Store
-from imgsvc.images.leases import LeaseManager
-from imgsvc.images.records import Image, ImageStore
+from imgsvc.images.records import Image
 from imgsvc.images.rootfs import KEY_PREFIX, is_unpacked
+from imgsvc.images.storage import Storage
 from imgsvc.images.upkeep import nodes
 from imgsvc.images.upkeep.collector import CollectionReport, Collector, Keeper, Policy, Root
 from imgsvc.images.upkeep.df import disk_usage
 from imgsvc.images.upkeep.fsck import Checker, ContentChecker, ImageChecker, LayerChecker, Metadata, MetadataChecker, fsck
-from imgsvc.snapshot.interfaces import CheckedSnapshotter, Key, Name, Snapshotter
-
-
-class CheckedStore(Store, Scrubber, Protocol):
-    """A content store that can be checked."""
-
+from imgsvc.snapshot.interfaces import Key, Name, ScrubbableSnapshotter, Snapshotter
 
 UnpackAside = Callable[[Image, int, str, Key], Coroutine[Any, Any, None]]
 
@@ -52,18 +46,14 @@ class ContainerKeeper:
                     yield Root(nodes.snapshot_node(name, info.id), f"container {container_id}")
 
 
-class StoreCare:
+class Upkeep:
     """Answers `imgsvc df`, `gc`, `fsck` and ImageFsInfo, and collects in the background while started."""
 
     def __init__(
         self,
-        images: ImageStore,
-        content: CheckedStore,
-        snapshotters: Mapping[str, CheckedSnapshotter],
+        storage: Storage,
         metadata: Metadata,
         unpack_aside: UnpackAside,
-        leases: LeaseManager,
-        threads: Threads,
         root: Path,
         policy: Policy,
         keepers: Iterable[Keeper] = (),
@@ -72,20 +62,20 @@ class StoreCare:
         """keepers: who needs things beside images and what is in progress. unpack_aside: Puller.unpack_aside. collected: see Collector."""
         self._metadata = metadata
         self._unpack_aside = unpack_aside
-        self._leases = leases
-        self._images = images
-        self._content = content
-        self._snapshotters = dict(snapshotters)
-        self._threads = threads
+        self._leases = storage.leases
+        self._images = storage.images
+        self._content = storage.content
+        self._snapshotters = dict(storage.snapshotters)
+        self._threads = storage.threads
         self._root = root
-        self._needs = nodes.Images(images, content, list(snapshotters))
-        snapshots = nodes.Snapshots(list(snapshotters.values()))
+        self._needs = nodes.Images(storage.images, storage.content, list(storage.snapshotters))
+        snapshots = nodes.Snapshots(list(storage.snapshotters.values()))
         self._collector = Collector(
             keepers=[self._needs, snapshots, *keepers],
-            collectables=[nodes.Blobs(content), nodes.Ingests(content), snapshots],
+            collectables=[nodes.Blobs(storage.content), nodes.Ingests(storage.content), snapshots],
             cache=self._needs,
-            leases=leases,
-            threads=threads,
+            leases=storage.leases,
+            threads=storage.threads,
             root=root,
             policy=policy,
             collected=collected,
@@ -93,8 +83,7 @@ class StoreCare:
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Collect in the background until the stack is closed."""
-        task = asyncio.ensure_future(self._collector.run())
-        stack.push_async_callback(_stopped, task)
+        stack.push_async_callback(stop, asyncio.ensure_future(self._collector.run()))
 
     def go_by(self, policy: Policy) -> None:
         """Collect by this policy from now on."""
@@ -156,7 +145,7 @@ class StoreCare:
             self._collector.trigger("checked")  # blobs that were fetched for comparing may be more than the cache may hold
 
     def _differs(
-        self, image: Image, position: int, snapshotter: CheckedSnapshotter, loop: asyncio.AbstractEventLoop, cancel: CancelToken
+        self, image: Image, position: int, snapshotter: ScrubbableSnapshotter, loop: asyncio.AbstractEventLoop, cancel: CancelToken
     ) -> str:
         """How an unpacked layer differs from its blob; unpacks it a second time, and fetches a blob that was given up. On a thread."""
         key = Key(f"fsck-{uuid.uuid4().hex}")
@@ -189,9 +178,3 @@ class StoreCare:
     def container_fs(self) -> tuple[str, int, int]:
         """As image_fs: containers write to the same file system."""
         return self.image_fs()
-
-
-async def _stopped(task: asyncio.Future[None]) -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task

@@ -94,7 +94,7 @@ class ErofsSnapshotter(OverlaySnapshotter):
             raise from_os_error(error, "cannot put a layer on disk", where=str(self._directories.root)) from error
 
     def difference(self, name: Name, key: Key, cancel: CancelToken) -> str:
-        """See LayerCare: two streams are compared, byte for byte."""
+        """See ScrubbableLayers: two streams are compared, byte for byte."""
         one, other = (self._directories.path(self._records.must_get(each).number) for each in (name, key))
         try:
             for file in (_TAR, _INDEX):

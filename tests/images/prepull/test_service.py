@@ -16,7 +16,7 @@ from imgsvc.base.metadb.database import MetaDB
 from imgsvc.base.oci import MIB, Platform
 from imgsvc.base.reference import Reference
 from imgsvc.images.prepull.plan import Wanted
-from imgsvc.images.prepull.service import FIRST_RETRY_S, LAST_RETRY_S, Memory, Prepull, next_try
+from imgsvc.images.prepull.service import FIRST_RETRY_S, LAST_RETRY_S, Memory, Prepull, PullPath, next_try
 from imgsvc.images.prepull.throttle import Throttle
 from imgsvc.images.pull import Pulled, PullRequest
 from imgsvc.images.records import ImageStore
@@ -47,12 +47,10 @@ class Node:
         return Prepull(
             self.directory,
             root=self.directory,
-            pull=self.pull,
-            registry=None,  # type: ignore[arg-type]  # asked for only with a bandwidth
+            path=PullPath(self.pull, None, "native"),  # type: ignore[arg-type]  # the registry is asked only with a bandwidth
             images=self.images,
             db=self.db,
             threads=self.threads,
-            snapshotter="native",
             clock=lambda: self.now,
             poll_s=0.01,
         )
