@@ -18,7 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.api import cri_pb2_grpc
+import grpc.aio
+
+from imgsvc.api import admin_pb2_grpc, cri_pb2_grpc, imagetools_pb2_grpc
 from imgsvc.base import kernel
 from imgsvc.base.concurrency import Threads
 from imgsvc.base.fsutil import free_space, private_dir
@@ -96,6 +98,13 @@ class Services:
     preflight: Preflight
     telemetry: Telemetry
     public: PublicSocket
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Have them served."""
+        cri_pb2_grpc.add_ImageServiceServicer_to_server(self.images, server)
+        cri_pb2_grpc.add_RuntimeServiceServicer_to_server(self.runtime, server)
+        admin_pb2_grpc.add_AdminServicer_to_server(self.admin, server)
+        imagetools_pb2_grpc.add_ImageToolsServicer_to_server(self.tools, server)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ async def _serve(loaded: Loaded, load: Callable[[], Loaded]) -> int:
         services = await build(loaded, stack)
         gc.freeze()
         gc.enable()
-        server = await listen_grpc(loaded.config, services)
+        server = await listen_grpc(loaded.config, services.public, services.add_to, services.telemetry.observer.rpc)
         loop.add_signal_handler(signal.SIGHUP, lambda: reloads.append(asyncio.ensure_future(_reload(services, load))))
         log.info("ready: imgsvc %s on %s after %.2f s", __version__, loaded.config.address, time.monotonic() - began)
         notify("READY=1")

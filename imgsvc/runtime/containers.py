@@ -23,6 +23,7 @@ from imgsvc.base.failpoints import afailpoint
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType
 from imgsvc.runtime.handlers.oci.execerror import is_about_the_command
+from imgsvc.runtime.holder.choice import holder_of
 from imgsvc.runtime.interfaces import Exit, NewTask, OCIRuntime, RootMount, RunnableImage
 from imgsvc.runtime.logs import check_log_directory, prepare_log
 from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, NamespaceMode
@@ -203,9 +204,9 @@ class Containers:
         """The PID namespace to join: of the pod's pause process, or of a container (for debugging)."""
         options = record.config.security.namespace_options
         if options.pid == NamespaceMode.POD:
-            if not alive(sandbox.pause_pid, sandbox.pause_start):
+            if not (pid := holder_of(self._core, sandbox).pid(sandbox)):
                 raise FailedPrecondition("the pod has no shared PID namespace")
-            return f"/proc/{sandbox.pause_pid}/ns/pid"
+            return f"/proc/{pid}/ns/pid"
         if options.pid != NamespaceMode.TARGET:
             return ""
         target = self._core.records.container(options.target_id)

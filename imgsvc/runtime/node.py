@@ -21,6 +21,7 @@ from imgsvc.runtime.core import Core
 from imgsvc.runtime.events import Events
 from imgsvc.runtime.handlers.known import start_earlier, start_handlers, start_later
 from imgsvc.runtime.handlers.oci.monitor import MonitorPaths
+from imgsvc.runtime.holder.choice import holder_of
 from imgsvc.runtime.interfaces import Images
 from imgsvc.runtime.model import NamespaceMode
 from imgsvc.runtime.network.plugin import PodNetwork
@@ -165,7 +166,7 @@ class RuntimeNode:
         pins = self.core.paths.pins(record.id)
         linux = record.config.linux
         info: dict[str, Any] = {
-            "pid": record.pause_pid,
+            "pid": record.holder_pid,
             "handler": record.handler,
             "namespaces": str(pins),
             "cgroupParent": linux.cgroup_parent,
@@ -173,10 +174,7 @@ class RuntimeNode:
             "overhead": to_json(linux.overhead) if linux.overhead else None,
             "resources": to_json(linux.resources) if linux.resources else None,
         }
-        runtime = self.core.find_runtime(record)
-        if record.sandboxer and runtime and runtime.pods:
-            info["sandboxer"] = record.sandboxer
-            info["shim"] = dict(await runtime.pods.pod_info(record.id))
+        info |= await holder_of(self.core, record).info(record)
         return {"info": json.dumps(info)}
 
     def describe_container(self, record: ContainerRecord) -> dict[str, str]:

@@ -25,7 +25,7 @@ from imgsvc.runtime.model import ContainerConfig, LinuxContainerResources, PodSa
 
 log = logging.getLogger(__name__)
 
-VERSION: Final = 1
+VERSION: Final = 2  # 1: sandboxes with sandboxer, pause_pid, pause_start
 SANDBOXES: Final = "sandboxes"
 CONTAINERS: Final = "containers"
 _NOTE: Final = "record.json"
@@ -43,11 +43,11 @@ class SandboxRecord:
         network: CNI networks were asked for it, so a DEL is owed.
         owned_cgroup: the pod's cgroup when we made it and so remove it; "" when it is the kubelet's.
         selinux: label of its processes, "" where SELinux is off; its level is the pod's alone.
-        sandboxer: "shim" when the shim makes the pod itself.
         runtime: what its handler ran as when the pod was made (HandlerSettings.describe), so that its pods can be stopped and removed when
             the handler has left the configuration, or means another program now. "" in records of earlier versions.
-        pause_pid, pause_start: the process that keeps a shared PID namespace, or the one the shim named, and its start time
-            [clock ticks].
+        holder: the driver that holds the pod, see holder/choice.py.
+        holder_pid, holder_start: the process that holds the pod, or the one its shim named, and its start time [clock ticks];
+            0 for none.
     """
 
     id: str
@@ -62,10 +62,10 @@ class SandboxRecord:
     owned_cgroup: str = ""
     ips: tuple[str, ...] = ()
     selinux: str = ""
-    sandboxer: str = ""
     runtime: str = ""
-    pause_pid: int = 0
-    pause_start: int = 0
+    holder: str = ""
+    holder_pid: int = 0
+    holder_start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +273,17 @@ def _decode(cls: type[R], key: str, raw: dict[str, Any]) -> R | None:
     if raw.get("version", 0) > VERSION:
         raise FailedPrecondition(f"{cls.__name__} {key} has version {raw['version']}, this imgsvc knows {VERSION}")
     try:
-        return from_json(cls, raw)
+        return from_json(cls, _upgraded(cls, raw))
     except (KeyError, TypeError, ValueError) as error:
         log.error("record %s of %s cannot be read and is left alone: %s", key, cls.__name__, error)
         return None
+
+
+def _upgraded(cls: type, raw: dict[str, Any]) -> dict[str, Any]:
+    """A record of any version as this one writes it."""
+    if cls is not SandboxRecord or raw.get("version", 0) > 1:
+        return raw
+    pid = raw.get("pause_pid", 0)
+    # Of a half-made pod version 1 did not say whether it was to have a pause process: one is looked for.
+    holder = "shim" if raw.get("sandboxer") else "pause" if pid or not raw.get("started_at") else "namespaces"
+    return {**raw, "holder": holder, "holder_pid": pid, "holder_start": raw.get("pause_start", 0)}

@@ -23,10 +23,11 @@ from imgsvc.base.errors import ImgsvcError
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core
 from imgsvc.runtime.handlers.oci.exec import end_interrupted
+from imgsvc.runtime.holder.choice import holder_of
 from imgsvc.runtime.holder.namespaces import pinned
 from imgsvc.runtime.interfaces import Exit
 from imgsvc.runtime.model import NamespaceMode
-from imgsvc.runtime.processes.exits import UNKNOWN_EXIT, alive, now_ns
+from imgsvc.runtime.processes.exits import UNKNOWN_EXIT, now_ns
 from imgsvc.runtime.records import ContainerRecord, SandboxRecord, durable
 from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.sandboxes import Sandboxes
@@ -87,7 +88,9 @@ async def _sandbox(core: Core, sandboxes: Sandboxes, record: SandboxRecord, lost
         log.warning("pod sandbox %s was half-made when the daemon died; it is removed", record.id)
         await sandboxes.roll_back(record)
         return
-    if not record.stopped_at and (record.boot_id != core.boot_id or not _pins_there(core, record) or _pause_ended(record)):
+    if not record.stopped_at and (
+        record.boot_id != core.boot_id or not _pins_there(core, record) or holder_of(core, record).has_ended(record)
+    ):
         log.warning("pod sandbox %s did not survive; it is not ready any more", record.id)
         lost.append(record.id)
         await durable(core.records.put_sandbox(replace(record, stopped_at=now_ns())))
@@ -95,10 +98,6 @@ async def _sandbox(core: Core, sandboxes: Sandboxes, record: SandboxRecord, lost
         sandboxes.watch(record)
     elif record.network:
         lost.append(record.id)
-
-
-def _pause_ended(record: SandboxRecord) -> bool:
-    return bool(record.pause_pid) and not record.sandboxer and not alive(record.pause_pid, record.pause_start)
 
 
 def _pins_there(core: Core, record: SandboxRecord) -> bool:

@@ -1,6 +1,6 @@
 """The life of a pod sandbox.
 
-Run: record, namespaces, files, network, what else holds it (holder.py), done. What each step needs
+Run: record, namespaces, files, network, what holds it (holder/), done. What each step needs
 to be undone is owed from before it begins; a failure or a caller that leaves pays, backwards.
 Stop and remove go on where an earlier, interrupted one ended; both may be repeated, and are, by recovery.
 """
@@ -18,6 +18,7 @@ from imgsvc.runtime import podfiles
 from imgsvc.runtime.containers import Containers
 from imgsvc.runtime.core import Core, os_errors
 from imgsvc.runtime.events import EventType
+from imgsvc.runtime.holder.choice import suitable
 from imgsvc.runtime.holder.holders import Holders
 from imgsvc.runtime.holder.namespaces import NamespacePlan, pin, pinned, set_network_sysctls
 from imgsvc.runtime.model import LinuxContainerResources, NamespaceMode, PodSandboxConfig
@@ -59,8 +60,8 @@ class Sandboxes:
             network=config.namespaces.network != NamespaceMode.NODE,
             selinux=self._label(config, handler),
             runtime=core.handler(handler).description,
-            sandboxer="shim" if core.handler_settings(handler).sandboxer == "shim" else "",
         )
+        record = replace(record, holder=suitable(core, record)[0].name)
         core.records.reserve(sandbox_name(config), record.id)
         try:
             with os_errors("making a pod sandbox"):
@@ -184,7 +185,7 @@ class Sandboxes:
         await afailpoint("sandbox.stopped")
         if not record.stopped_at or problem is None:
             first = not record.stopped_at
-            record = replace(record, stopped_at=record.stopped_at or now_ns(), pause_pid=0, pause_start=0)
+            record = replace(record, stopped_at=record.stopped_at or now_ns(), holder_pid=0, holder_start=0)
             await durable(self._core.records.put_sandbox(record))
             if first:
                 self._core.events.emit(EventType.STOPPED, sandbox_id, sandbox_id)
@@ -249,7 +250,7 @@ class Sandboxes:
             if record is None or record.stopped_at:
                 return
             log.warning("what held pod sandbox %s has ended; it is not ready any more", sandbox_id)
-            written = core.records.put_sandbox(replace(record, stopped_at=now_ns(), pause_pid=0, pause_start=0))
+            written = core.records.put_sandbox(replace(record, stopped_at=now_ns(), holder_pid=0, holder_start=0))
             core.events.emit(EventType.STOPPED, sandbox_id, sandbox_id)
             await durable(written)
             await core.nri.stop_pod(record)

@@ -16,7 +16,7 @@ from imgsvc.base.errors import AlreadyExists, FailedPrecondition, ImgsvcError, I
 from imgsvc.base.metadb.database import MetaDB
 from imgsvc.runtime.codec import fill_proto, from_json, from_proto, to_json
 from imgsvc.runtime.events import MAX_WAITING, Events, EventType
-from imgsvc.runtime.holder.pause import pause_program
+from imgsvc.runtime.holder.pause_program import pause_program
 from imgsvc.runtime.model import ContainerConfig, ContainerMetadata, KeyValue, NamespaceMode, PodSandboxConfig, User
 from imgsvc.runtime.numbers import cgroups
 from imgsvc.runtime.numbers.usage import parse_pressure
@@ -274,3 +274,27 @@ def test_cgroup_paths_of_both_drivers() -> None:
     assert cgroups.tree_path("/kubepods/pod1/c") == "/kubepods/pod1/c"
     with pytest.raises(ImgsvcError):
         cgroups.runtime_path("/kubepods/pod1", "s", "c", systemd=True)
+
+
+@pytest.mark.parametrize(
+    "old, holder, pid",
+    [
+        ({"started_at": 1, "pause_pid": 7, "pause_start": 8}, "pause", 7),
+        ({"started_at": 1, "sandboxer": "shim", "pause_pid": 7, "pause_start": 8}, "shim", 7),
+        ({"started_at": 1, "sandboxer": "shim"}, "shim", 0),
+        ({"started_at": 1}, "namespaces", 0),
+        ({}, "pause", 0),
+    ],
+)
+def test_sandboxes_of_version_1_have_a_holder(tmp_path: Path, old: dict[str, object], holder: str, pid: int) -> None:
+    database = MetaDB(tmp_path / "db")
+    database.write(lambda txn: txn.put("sandboxes", "s", {"version": 1, "id": "s", **old}))
+    records = Records(database)
+    records.load()
+    record = records.sandboxes["s"]
+    assert (record.holder, record.holder_pid, record.holder_start) == (holder, pid, 8 if pid else 0)
+    records.put_sandbox(record).result()
+    again = Records(database)
+    again.load()
+    assert again.sandboxes == {"s": record}
+    database.close()

@@ -9,6 +9,7 @@ Source: namespaces(7), user_namespaces(7).
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import socket
@@ -19,12 +20,16 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from imgsvc.base import kernel
 from imgsvc.base.errors import FailedPrecondition, Internal
 from imgsvc.base.removal import discard, unmount_below
+from imgsvc.runtime.core import Core
+from imgsvc.runtime.holder.interfaces import Kind
 from imgsvc.runtime.model import IDMapping, UserNamespace
+from imgsvc.runtime.numbers.usage import Usage
+from imgsvc.runtime.records import SandboxRecord
 from imgsvc.runtime.spec import sysctls
 
 KINDS: Final[Mapping[str, int]] = {"net": kernel.CLONE_NEWNET, "ipc": kernel.CLONE_NEWIPC, "uts": kernel.CLONE_NEWUTS}
@@ -213,3 +218,40 @@ def userns_fd(user: UserNamespace) -> int:
     finally:
         child.kill()
         child.communicate()
+
+
+class NamespaceHolder:
+    """Holds a pod by its pinned namespaces alone; there is no process. Satisfies PodHolder."""
+
+    def __init__(self, core: Core) -> None:
+        pass
+
+    async def start(self, record: SandboxRecord) -> int:
+        """Nothing to do: the namespaces are pinned."""
+        return 0
+
+    async def end(self, record: SandboxRecord) -> None:
+        """Nothing to do: the namespaces go with the pod's files."""
+
+    def has_ended(self, record: SandboxRecord) -> bool:
+        """False."""
+        return False
+
+    async def wait(self, record: SandboxRecord) -> None:
+        """For ever: bind mounts do not end by themselves."""
+        await asyncio.Event().wait()
+
+    def pid(self, record: SandboxRecord) -> int:
+        """0: it has no PID namespace."""
+        return 0
+
+    async def info(self, record: SandboxRecord) -> Mapping[str, Any]:
+        """Nothing."""
+        return {}
+
+    async def usage(self, record: SandboxRecord) -> Usage | None:
+        """None: the pod's cgroup says it."""
+        return None
+
+
+KIND: Final = Kind("namespaces", lambda core, record: True, NamespaceHolder, can_end=False)

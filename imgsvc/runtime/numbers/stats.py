@@ -20,6 +20,7 @@ from imgsvc.base.concurrency import in_thread
 from imgsvc.base.errors import ImgsvcError
 from imgsvc.runtime.codec import fill_proto
 from imgsvc.runtime.core import Core
+from imgsvc.runtime.holder.choice import holder_of
 from imgsvc.runtime.model import NamespaceMode
 from imgsvc.runtime.numbers import cgroups, usage
 from imgsvc.runtime.numbers.usage import Stalls, Usage
@@ -144,8 +145,7 @@ class Stats:
         by_id = {c.attributes.id: c for c in containers}
         looks, networks = await in_thread(self._look_at_pods, records, members)
         for record in records:
-            runtime = core.find_runtime(record)
-            if record.sandboxer and runtime and runtime.pods and (used := await runtime.pods.pod_usage(record.id)):
+            if used := await holder_of(core, record).usage(record):
                 looks[record.id] = used
         return [self._sandbox(r, looks[r.id], networks[r.id], [by_id[c.id] for c in members[r.id]]) for r in records]
 

@@ -22,7 +22,7 @@ from imgsvc.runtime.handlers.oci.attach import AttachTarget
 from imgsvc.runtime.handlers.oci.criu import dump_failed, require_criu
 from imgsvc.runtime.handlers.oci.exec import DRAIN_S, ExecTarget, exec_sync
 from imgsvc.runtime.handlers.oci.monitor import CREATE_TIMEOUT_S, Conmon, MonitorPaths, runtime_message
-from imgsvc.runtime.holder.pause import write_pause
+from imgsvc.runtime.holder.pause_program import write_pause
 from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask, OCIRuntime
 from imgsvc.runtime.processes.reaper import Reaper
 from imgsvc.runtime.processes.run import Finished, kill_group, run

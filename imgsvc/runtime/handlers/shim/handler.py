@@ -25,9 +25,9 @@ from imgsvc.runtime.handlers.shim.connections import CALL_TIMEOUT_S, Connections
 from imgsvc.runtime.handlers.shim.events import ShimEvents
 from imgsvc.runtime.handlers.shim.figures import usage_of
 from imgsvc.runtime.handlers.shim.logs import ContainerLog
+from imgsvc.runtime.handlers.shim.pods import ShimPods, join_pod, made_by_shim
 from imgsvc.runtime.handlers.shim.sessions import ShimAttach, ShimExec
 from imgsvc.runtime.handlers.shim.stuck import kill_listener
-from imgsvc.runtime.holder.shim_pod import ShimPods, join_pod, made_by_shim
 from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask, OCIRuntime
 from imgsvc.runtime.numbers import cgroups
 from imgsvc.runtime.numbers.usage import Usage
