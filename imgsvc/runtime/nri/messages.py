@@ -39,7 +39,7 @@ def pod(record: SandboxRecord, pins: Path) -> nri.PodSandbox:
         annotations=record.config.annotations,
         runtime_handler=record.runtime_handler,
         linux=nri.LinuxPodSandbox(cgroup_parent=linux.cgroup_parent, cgroups_path=parent, namespaces=_pod_namespaces(record, pins)),
-        pid=record.pause_pid,
+        pid=record.holder_pid,
         ips=record.ips,
     )
     if linux.overhead:
@@ -56,8 +56,8 @@ def _pod_namespaces(record: SandboxRecord, pins: Path) -> list[nri.LinuxNamespac
         found |= {"network": pins / "net", "uts": pins / "uts"}
     if options.ipc != NamespaceMode.NODE:
         found["ipc"] = pins / "ipc"
-    if options.pid == NamespaceMode.POD and record.pause_pid:
-        found["pid"] = Path(f"/proc/{record.pause_pid}/ns/pid")
+    if options.pid == NamespaceMode.POD and record.holder_pid:
+        found["pid"] = Path(f"/proc/{record.holder_pid}/ns/pid")
     return [nri.LinuxNamespace(type=kind, path=str(path)) for kind, path in found.items()]
 
 
