@@ -1,10 +1,11 @@
 # make run    set up what the daemon needs, then run it in the foreground (ARGS="--root … --address …")
+# make quick  lint, types, and the tests that start no process: under a minute on a quiet machine
 # make test   set up what the tests need, then lint, types and all tests (PYTEST_ARGS="-k …")
 # make test-vm only the tests in an emulated machine with systemd and cgroup version 2, which are part of make test
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run setup test test-vm lint bench proto lock
+.PHONY: run setup quick test test-vm lint bench proto lock
 .DEFAULT_GOAL := run
 unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of daemons; compiling everything for each nearly doubles that
 
@@ -17,6 +18,9 @@ setup:
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+quick: lint
+	$(BIN)/python -m pytest --quick -q -rfE $(PYTEST_ARGS)
 
 test-vm: setup
 	$(BIN)/python -m pytest tests/vm $(PYTEST_ARGS)

@@ -11,9 +11,21 @@ import pytest
 
 from tests.decrypt.foreign import Foreign, foreign
 from tests.support.daemon import Daemon, new_daemon
+from tests.support.quick import Quick
 from tests.support.registries import RealRegistry, ScriptedRegistry, real_registry, scripted_registry
 
 BUSYBOX = "docker.io/library/busybox:latest"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--quick`: see tests/support/quick.py."""
+    parser.addoption("--quick", action="store_true", help="only tests that start no process and take no more than seconds")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Install what `--quick` means."""
+    if config.getoption("--quick"):
+        config.pluginmanager.register(Quick(), "quick")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

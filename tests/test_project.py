@@ -54,3 +54,25 @@ def test_the_daemon_needs_fewer_debian_packages_than_the_tests() -> None:
 def test_the_environment_is_made_anew_when_its_room_differs() -> None:
     assert setup.fingerprint("run") != setup.fingerprint("test")
     assert setup.fingerprint("run") == setup.fingerprint("run")
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/decisions/README.md"])
+def test_links_of_pages_lead_to_files(page: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text())
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+def test_every_decision_is_listed() -> None:
+    decisions = ROOT / "docs" / "decisions"
+    listed = set(re.findall(r"\]\(([\w.-]+\.md)\)", (decisions / "README.md").read_text()))
+    assert listed == {page.name for page in decisions.glob("*.md")} - {"README.md"}
+
+
+def test_commands_that_contributors_are_told_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    fenced = "".join(re.findall(r"```sh\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL))
+    told = set(re.findall(r"^make ([\w-]+)", fenced, re.MULTILINE))
+    assert {"quick", "test"} <= told <= targets
+    assert [
+        path for path in re.findall(r"`((?:tests|docs)/[\w./-]+)`", (ROOT / "CONTRIBUTING.md").read_text()) if not (ROOT / path).exists()
+    ] == []
