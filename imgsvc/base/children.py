@@ -1,6 +1,6 @@
 """Children that live longer than a call: processes of ours beside the daemon, and whose exit status will be asked for.
 
-The reaper of orphans (imgsvc.runtime.processes.reaper) takes what has been a zombie for a while. Whoever does not wait for a child at
+The reaper of orphans (imgsvc.runtime.processes.reaper) takes what has been a zombie for a while. Code that does not wait for a child at
 once, such as a server that is looked after only when it is needed, says so here; otherwise its status would be lost, which
 `subprocess` reports as success.
 """
@@ -15,7 +15,7 @@ from collections.abc import Set as AbstractSet
 
 from imgsvc.base.concurrency import in_thread, to_the_end
 
-# Process IDs. None of them can be given anew before its owner has waited for it. Added and removed by any thread.
+# Process IDs. The kernel reuses none of them before its owner has waited for it. Added and removed by any thread.
 _owed: set[int] = set()
 
 
@@ -52,7 +52,7 @@ class Companion:
         self._control: socket.socket | None = None
 
     async def connect(self) -> socket.socket:
-        """Our end of its socket, non-blocking. One that died is noticed by whoever uses it, who then calls stop(). Raises: OSError."""
+        """Our end of its socket, non-blocking. A caller that finds the process dead calls stop(). Raises: OSError."""
         if self._is_killed:
             self.stop()
         if self._control is None:
@@ -78,7 +78,7 @@ class Companion:
         return subprocess.Popen(command, pass_fds=(control,), stdin=null, stdout=null, env=self._environment, cwd="/", process_group=0)
 
     def kill(self) -> None:
-        """One that does not answer any more: whoever uses its sockets notices that it has died, and connect() starts another."""
+        """Kill a process that no longer answers: users of its sockets notice its death, and connect() starts another."""
         if self._process is not None:
             self._process.kill()
             self._is_killed = True

@@ -84,7 +84,7 @@ def time_limit(seconds: float | None) -> asyncio.Timeout | _TimeLimit:
 
 
 class KeyedLock:
-    """Mutual exclusion per key; keys nobody holds or awaits cost nothing."""
+    """Mutual exclusion per key; keys that are neither held nor awaited cost nothing."""
 
     def __init__(self) -> None:
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
@@ -124,7 +124,7 @@ class SingleFlight(Generic[T]):
     async def run(self, key: str, work: Callable[[], Awaitable[T]]) -> T:
         """Join the flight for `key`, starting it with `work` when there is none. Runs for one key never overlap."""
         while (flight := self._flights.get(key)) and not flight.users and not flight.task.done():
-            # Everybody left and it is giving back what it holds (a lock, an ingest) before the next one needs it.
+            # All callers left. The task is releasing what it holds (a lock, an ingest), which the next one needs.
             await asyncio.wait([flight.task])
         if flight is None or flight.task.done():
             flight = self._flights[key] = _Flight(asyncio.ensure_future(_call(work)))
@@ -152,7 +152,7 @@ class SingleFlight(Generic[T]):
 
 
 class Slots:
-    """A number of places. Of those who wait for one, who has the lowest order comes next; among equals, who came first."""
+    """A number of places. The waiter with the lowest order comes next; among equals, the first to arrive."""
 
     def __init__(self, count: int) -> None:
         self._free = count
@@ -175,7 +175,7 @@ class Slots:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether somebody waits for a place."""
+        """Whether a caller waits for a place."""
         return any(not turn.done() for _, _, turn in self._waiting)
 
     def release(self) -> None:
@@ -242,7 +242,7 @@ _shared = Threads(_SHARED_THREADS, "shared")  # makes its threads as they are ne
 
 
 async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Threads.run on a pool of the whole process: for short calls that nobody else may hold up, such as mounting or reading a file.
+    """Threads.run on a pool of the whole process: for short calls that must not queue behind long ones, such as mounting or reading a file.
 
     What may take long (gigabytes, a program that hangs) has a pool of its own. A call never waits for another one of this pool.
     """
@@ -283,7 +283,7 @@ class Undo:
 
 
 class Shared(Generic[T]):
-    """Objects that exist while somebody uses them, one per key."""
+    """Objects that exist while they are in use, one per key."""
 
     def __init__(self, make: Callable[[], T], drop: Callable[[T], None] = lambda _: None) -> None:
         self._make = make
@@ -307,7 +307,7 @@ class Shared(Generic[T]):
 
 
 class Coalesced:
-    """One costly call that serves everybody who asked before it began (a sync of a whole file system)."""
+    """One costly call that serves every caller who asked before it began (a sync of a whole file system)."""
 
     def __init__(self, call: Callable[[], Awaitable[None]]) -> None:
         self._call = call
@@ -355,7 +355,7 @@ async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
 async def ended(future: asyncio.Future[Any]) -> None:
     """Wait for something, however often the caller is cancelled meanwhile; the cancellation is raised then.
 
-    The outcome counts as taken, else asyncio logs a failure that nobody is left to take as never retrieved.
+    Marks the outcome as retrieved; otherwise asyncio logs a failure that has no reader left as "never retrieved".
     """
     cancelled: asyncio.CancelledError | None = None
     while not future.done():

@@ -1,10 +1,10 @@
-"""What a helper process of the daemon's gives up before it looks at a stranger's bytes: users, files, system calls.
+"""What a helper process of the daemon gives up before it reads untrusted bytes: users, files, system calls.
 
-A helper that parses what strangers send may be taken over. Each layer here works alone, and is left out where this kernel or
-the daemon's own rights do not have it:
+A helper that parses untrusted input may be taken over. Each measure works alone and is left out where this kernel or the
+daemon's own rights do not allow it:
 
-* a user of its own (become_stranger), as root only: nothing on the node belongs to it, and no process is its own.
-* a root directory without a way out (enter), as root only: a mount that hangs nowhere, with devices and programs off.
+* a user of its own (become_stranger), as root only: it owns no file and no other process on the node.
+* a root directory without a way out (enter), as root only: a detached mount, with devices and programs off.
 * Landlock (only_below), for a daemon that is not root: opening and changing names below one directory only. It does not cover
   chmod, chown and times, which is why it is the second choice. From Linux 5.13 on.
 * a system call filter (allow_only): a list of what is needed; all else fails as on a kernel that does not have the call, so that
@@ -42,7 +42,7 @@ def become_stranger() -> bool:
         if error.errno not in (errno.EPERM, errno.EINVAL):  # EINVAL: this user namespace has no such ID
             raise
     kernel.keep_capabilities(0)
-    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # nobody else of this user may look into it
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # other processes of this user must not inspect it
     return os.getuid() == STRANGER
 
 

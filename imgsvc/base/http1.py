@@ -246,7 +246,7 @@ class _Connection:
 
 
 class _Length:
-    """Stands for data of that length."""
+    """A placeholder for data of that length."""
 
     def __init__(self, length: int) -> None:
         self._length = length

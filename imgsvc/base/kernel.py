@@ -276,7 +276,7 @@ def umount(target: str | bytes | Path, *, in_use: bool = True) -> bool:
 
 
 def make_private(target: str | bytes) -> None:
-    """Take a mount and all below it out of their peer groups: neither is told of the other's mounts from now on. Raises: OSError."""
+    """Take a mount and all below it out of their peer groups: mounts no longer propagate in either direction. Raises: OSError."""
     _check(_libc.mount(None, os.fsencode(target), None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None), target)
 
 
@@ -414,7 +414,7 @@ def stand_back() -> None:
         with open("/proc/self/oom_score_adj", "w", encoding="ascii") as stream:
             stream.write(str(_HELPER_OOM_SCORE))
     except OSError:
-        pass  # no /proc, or a container that forbids it: only a preference is lost
+        pass  # no /proc, or a container that forbids it: only a preference, so nothing breaks
 
 
 def keep_freed_memory() -> None:
@@ -429,9 +429,9 @@ def keep_freed_memory() -> None:
 
 
 def fixed_memory(name: str, size: int) -> int:
-    """A memfd of so many bytes, for the caller to close, whose size nobody it is shared with can change.
+    """A memfd of so many bytes, for the caller to close, whose size is fixed for every process it is shared with.
 
-    Whoever reads a mapping beyond its end dies, and one that grows takes memory nobody counts. Raises: OSError.
+    A process that reads a mapping beyond its end dies, and a memfd that grows takes memory that no limit counts. Raises: OSError.
     """
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 def whole_number(text: str, most: int) -> int | None:
-    """The number a text of ASCII digits stands for, however many zeros it starts with; None for any other text.
+    """The value of a text of ASCII digits, with any number of leading zeros; None for any other text.
 
     Every number above `most` comes back as `most` + 1, so that text of any length costs nothing and compares right.
     """

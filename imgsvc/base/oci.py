@@ -92,7 +92,7 @@ class Digest(str):
 
     @classmethod
     def from_hash(cls, algorithm: str, hexdigest: str) -> Digest:
-        """The digest a finished hash object stands for."""
+        """The digest of a finished hash object."""
         return cls(f"{algorithm}:{hexdigest}")
 
 
@@ -330,7 +330,7 @@ def parse_document(data: bytes, content_type: str, where: str) -> Manifest | Ind
 
     Args:
         data: the document; at most MAX_DOCUMENT bytes.
-        content_type: what the registry or the parent descriptor called it; "" when nobody did.
+        content_type: its media type by the registry or the parent descriptor; "" when neither gave one.
         where: reference or URL, for errors.
     Raises:
         InvalidArgument: malformed, ambiguous (GHSA-5j5w-g665-5m35), schema 1, or of another type than announced.
@@ -463,7 +463,7 @@ def _digest(value: object, name: str, where: str) -> Digest:
 
 
 def _inline(value: object, digest: Digest, size: int, where: str) -> bytes:
-    """Embedded content, verified here so that nobody can use it unverified. Source: descriptor.md#embedded-content."""
+    """Embedded content, verified here so that it cannot be used unverified. Source: descriptor.md#embedded-content."""
     try:
         data = base64.b64decode(_typed(value, str, "data", where), validate=True)
     except (binascii.Error, ValueError) as error:

@@ -94,7 +94,7 @@ class Process:
     Attributes:
         state: one letter, b"Z" for a zombie.
         group: its process group.
-        status: how it ended, as wait(2) has it; 0 while it lives, and for those who may not look into it.
+        status: how it ended, as wait(2) has it; 0 while it lives, and for readers without permission.
     """
 
     pid: int

@@ -1,6 +1,6 @@
 """Image references with Docker's normalisation: `nginx` is `docker.io/library/nginx:latest`. Pure.
 
-Source: distribution reference grammar; needs.md A7.3 (`index.docker.io/…` and `docker.io/…` are one name).
+Source: distribution reference grammar; `index.docker.io/…` and `docker.io/…` are one name.
 """
 
 from __future__ import annotations

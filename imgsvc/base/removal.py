@@ -1,7 +1,7 @@
 """Removing trees: the only place that deletes a directory with what is in it.
 
 Nothing is deleted through a symbolic link or on another mount than the one the removal began on, whatever is mounted where
-and whoever changes the tree meanwhile. Each directory is opened from the descriptor of its parent by a call that refuses
+and other processes that change the tree meanwhile. Each directory is opened from the descriptor of its parent by a call that refuses
 to cross into a mount, bind mounts of the same file system included; what is unlinked is unlinked from such a descriptor.
 Mounts of ours are unmounted first (unmount_below); one that stays is an error that names it.
 """
@@ -116,7 +116,7 @@ class _Walk:
     """Removes one directory.
 
     A hostile tree may be deeper than descriptors last: one is held, that goes down by name and up by "..". Up must lead
-    back to where it came from; where somebody has moved the directory meanwhile, the walk ends.
+    back to where it came from; where the directory was moved meanwhile, the walk ends.
     """
 
     def __init__(self) -> None:

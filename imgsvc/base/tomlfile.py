@@ -122,7 +122,7 @@ def load(path: Path | str) -> Document:
 
 
 def loads(text: str, name: str) -> Document:
-    """Parse text; `name` stands for the file in positions. Raises: InvalidArgument with the position."""
+    """Parse text; `name` is the file's name in positions. Raises: InvalidArgument with the position."""
     # tomllib counts lines after this replacement too, so that its positions and the scanner's agree.
     text = text.replace("\r\n", "\n")
     try:

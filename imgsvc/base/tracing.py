@@ -1,6 +1,7 @@
 """The trace that a call belongs to, handed on from a caller of the CRI to the registries that are asked for it.
 
-We record no spans; who traces sees the requests as the caller's own. Tasks inherit it from whoever starts them.
+imgsvc records no spans; a tracing backend sees the requests as the caller's own. Tasks inherit the context of the task that
+starts them.
 
 Source: W3C Trace Context (traceparent).
 """

@@ -103,7 +103,7 @@ class RemoteError(errors.ImgsvcError):
 def connect(arguments: argparse.Namespace) -> Iterator[Daemon]:
     """A connection for a `with` block; gRPC failures inside it become our errors.
 
-    Raises: WrongUsage, Unavailable and PermissionDenied when nobody answers there; RemoteError for what the daemon said.
+    Raises: WrongUsage, Unavailable and PermissionDenied when no daemon answers there; RemoteError for what the daemon said.
     """
     target = address(arguments)
     _knock(target)
@@ -115,7 +115,7 @@ def connect(arguments: argparse.Namespace) -> Iterator[Daemon]:
         try:
             grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
         except grpc.FutureTimeoutError as error:
-            raise errors.Unavailable("somebody listens there, but gives no answer", where=target, hint=_HINT) from error
+            raise errors.Unavailable("the socket accepts connections but does not answer", where=target, hint=_HINT) from error
         daemon = Daemon(channel, target)
         try:
             yield daemon
@@ -124,7 +124,7 @@ def connect(arguments: argparse.Namespace) -> Iterator[Daemon]:
 
 
 def _knock(target: str) -> None:
-    """Say at once, and exactly, why nobody answers; gRPC would go on trying."""
+    """Say at once why no daemon answers; gRPC would go on trying."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(CONNECT_TIMEOUT_S)
         try:

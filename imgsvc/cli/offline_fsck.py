@@ -1,7 +1,7 @@
 """`imgsvc fsck --root DIR`: checking a store on which no daemon runs, also one whose metadata cannot be read.
 
-Records that cannot be parsed are forgotten when repairing, and a database that cannot be opened is set aside. What it knew
-is lost: images have to be pulled again, but blobs that are what their name says are taken up again, so that little of
+Records that cannot be parsed are forgotten when repairing, and a database that cannot be opened is set aside. Image
+records are lost, so images must be pulled again. Blobs whose digest still matches are kept, so that little of
 that goes over the network.
 """
 

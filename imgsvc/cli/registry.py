@@ -14,7 +14,7 @@ from imgsvc.cli.output import print_json
 def hosts_arguments(parser: argparse.ArgumentParser) -> None:
     """`imgsvc hosts`."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    explain = actions.add_parser("explain", help="print the endpoints of an image in order, and why; asks nobody")
+    explain = actions.add_parser("explain", help="print the endpoints of an image in order, and why; sends no request")
     explain.add_argument("reference", metavar="REF", type=usage.reference)
     explain.set_defaults(run=run_explain)
     check = actions.add_parser("check", help="really ask each endpoint; without REF, those of every configured registry")
@@ -65,6 +65,6 @@ async def _check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json([result.to_json() for result in results])
     else:
-        lines = [*render(results), *(f"{path}: not asked (it stands for more than one registry; name an image of one)" for path in unasked)]
+        lines = [*render(results), *(f"{path}: not asked (it applies to more than one registry; name an image of one)" for path in unasked)]
         print("\n".join(lines or ["no registry is configured; name an image to check its registry"]))
     return 0 if all(result.ok for result in results) else 1

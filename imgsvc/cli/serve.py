@@ -21,7 +21,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
-    """`imgsvc serve`. Paths are made absolute, so that origins say where a file is, whoever asks."""
+    """`imgsvc serve`. Paths are made absolute, so that origins are right in every client's working directory."""
     from imgsvc.daemon import logs
     from imgsvc.daemon.main import run
     from imgsvc.daemon.settings import decrypt

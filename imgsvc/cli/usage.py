@@ -86,7 +86,7 @@ def _image(text: str) -> str:
 
 
 def _repository(text: str) -> str:
-    """Normalised, and without the tag that nobody typed."""
+    """Normalised, and without a tag that the user did not type."""
     from imgsvc.base.reference import Reference
 
     reference = Reference.parse(text)

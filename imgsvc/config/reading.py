@@ -67,7 +67,7 @@ def load(path: Path | None, flags: Mapping[str, tuple[str, str]] | None = None) 
 
 
 def parse(text: str, name: str) -> Loaded:
-    """A configuration from text alone, without imports. `name` stands for the file. Raises: InvalidArgument."""
+    """A configuration from text alone, without imports. `name` is the file's name in errors. Raises: InvalidArgument."""
     document = tomlfile.loads(text, name)
     values: Raw = {}
     origins: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """The sections and keys of the configuration: a field is a key, its annotation the type, its default the default.
 
-Key names are containerd's where the meaning is the same. Source: contract.md ("Configuration"); containerd's config v3.
+Key names are containerd's where the meaning is the same. Source: containerd's config v3.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REFUSED: Final = {
 }
 
 Duration = Annotated[float, "duration"]  # [seconds]; written as Go does, "1m30s", or a number of seconds
-Raw = dict[str, Any]  # a table whose keys belong to somebody else (runtime options, legacy registry tables)
+Raw = dict[str, Any]  # a table whose keys are defined elsewhere (runtime options, legacy registry tables)
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,7 @@ class IngestWriter:
                 return _status(self._record, self._ranges.prefix, updated_at)
 
     def fileno(self) -> int:
-        """A descriptor that cannot write, whoever gets it."""
+        """A read-only descriptor, safe to hand to another process."""
         return self._read_fd
 
     def truncate(self, size: int) -> None:

@@ -7,7 +7,7 @@
 A blob exists when its record does. Storing: check, sync the file, rename, sync the directory, record. Deleting: record
 first. So a kill at any moment leaves a file without a record at worst, which recovery adopts or removes.
 
-The stamp is the file's modification and change time after it was renamed. While it is the same, nobody wrote to the file
+The stamp is the file's modification and change time after it was renamed. While it is the same, the file was not written to
 through the kernel, and reading it needs no second hash; when it differs, the blob is hashed before it is served. What
 neither shows, a disk that returns other bytes than it was given, is for `fsck` and for readers that verify as they go.
 """
@@ -202,7 +202,7 @@ class LocalStore:
 
         failpoint("content.delete")
         with contextlib.ExitStack() as locked:
-            for number in sorted({hash(digest) % _LOCKS for digest in digests}):  # in one order, whoever else takes several
+            for number in sorted({hash(digest) % _LOCKS for digest in digests}):  # always in one order, so that two callers cannot deadlock
                 locked.enter_context(self._locks[number])
             self._db.write(forget)
             failpoint("content.delete.forgotten")
@@ -223,7 +223,7 @@ class LocalStore:
             now = self._record(digest)
             if fault is None or now == record:
                 return fault
-            record = now  # deleted, or stored anew, while it was looked at
+            record = now  # deleted, or deleted and stored again, during the check
         return None
 
     def strays(self) -> list[Digest]:
@@ -329,7 +329,7 @@ class LocalStore:
         return None
 
     def _restamp(self, digest: Digest, stamp: list[int]) -> None:
-        """Remember that the touched file was found sound; nobody waits for it, the next reader hashes otherwise."""
+        """Remember that the touched file was found sound. Does not wait: if the record is missing, the next reader hashes again."""
 
         def change(txn: WriteTxn) -> None:
             record = txn.get(TABLE, digest)

@@ -18,9 +18,9 @@ One screen map::
 
 Decisions. Trial decryption, not key IDs, finds the key, because writers leave key IDs out; recipients named in packets
 serve error texts only. Key material never enters an error, a log line or an argument list. A wrapped key authenticates
-nobody (anyone can wrap to a public key), so the layer's diff ID stays the last word on the plaintext.
+no sender (anyone can wrap to a public key), so the layer's diff ID stays the last word on the plaintext.
 
-What a stream processor can open shows only when it runs. Leave to use its layers is therefore bound to the files its
+Whether a stream processor can open a layer is known only when it runs. Authorisation to use its layers is therefore bound to the files its
 program, arguments and environment name: when one of them changes, the layer is decrypted again.
 
 Downside: JWE compact form and `zip`, DES in PKCS7 and ElGamal in OpenPGP are refused; no known writer of images makes them.

@@ -114,7 +114,7 @@ def _exchange(
 
 
 def _feed(selector: selectors.BaseSelector, key: selectors.SelectorKey, pending: memoryview) -> memoryview:
-    """Write what fits; close stdin when all is written or nobody reads any more."""
+    """Write what fits; close stdin when all is written or the reader has gone."""
     try:
         pending = pending[os.write(key.fd, pending) :]
     except BrokenPipeError:

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ctd-decoder", description="Decrypt an image layer for containerd.")
     parser.add_argument("--decryption-keys-path", metavar="DIR", type=Path, help="directory of private keys")
     chosen = parser.parse_args(arguments)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as every filter: end when nobody reads any more
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as every filter: end when the reader has gone
     try:
         options = _options(_read_payload(), chosen.decryption_keys_path, os.environ)
         _decode(options, sys.stdin.buffer, sys.stdout.buffer)

@@ -176,7 +176,7 @@ class LayerDecryptor:
         return key
 
     def _processor_key(self, chain: Chain, descriptor: Descriptor) -> LayerKey:
-        """Leave to run the chain. What it can open shows only when it runs, so its fingerprint covers what it depends on:
+        """Authorisation to run the chain. What it can open is known only when it runs, so its fingerprint covers what it depends on:
         the programs, and every file or directory its arguments and environment name (a key directory, say). Blocking.
         """
         names: list[str] = []

@@ -68,7 +68,7 @@ class _Process:
 
     def _on_exit(self) -> None:
         self._on_stderr()
-        # The group first: after waitpid its number may belong to somebody else.
+        # The group first: after waitpid its number may belong to another process.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._pid, signal.SIGKILL)
         _, status = os.waitpid(self._pid, 0)

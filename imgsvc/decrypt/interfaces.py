@@ -17,9 +17,9 @@ _SHOWN: Final = 8  # recipients of a packet, and packets of a layer, named in an
 
 @dataclass(frozen=True, slots=True, repr=False)
 class LayerKey:
-    """Leave to decrypt one layer.
+    """Authorisation to decrypt one layer.
 
-    secret: what the worker's cipher stage needs (aesctr.open_transform), opaque to everybody else; None when a configured
+    secret: what the worker's cipher stage needs (aesctr.open_transform), opaque to all other code; None when a configured
         stream processor decrypts this layer: run Decryptor.open_chain and unpack what comes out of it.
     fingerprint: safe to store and to compare with an earlier one of this node. Equal: the same layer key was unwrapped
         again (built-in), or nothing the processor depends on has changed. Different: decrypt the layer again.
@@ -37,7 +37,7 @@ class LayerKey:
 
 @dataclass(frozen=True, slots=True)
 class Recipient:
-    """For whom a layer key is wrapped, as far as the packet says. scheme: "jwe", "provider.NAME", …; name: fit for a terminal."""
+    """A recipient of a layer key, as far as the packet names it. scheme: "jwe", "provider.NAME", …; name: fit for a terminal."""
 
     scheme: str
     name: str
@@ -75,12 +75,12 @@ class KeyWrapper(Protocol):
         """The private options JSON. Blocking. Raises: NotOpened, and nothing else whatever the packet is."""
 
     def recipients(self, packet: bytes) -> list[str]:
-        """Whom the packet names, fit for a terminal; empty when it is damaged. Needs no key."""
+        """The recipients that the packet names, fit for a terminal; empty when it is damaged. Needs no key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One packet that was tried, for errors. recipients: whom it names."""
+    """One packet that was tried, for errors. recipients: those it names."""
 
     scheme: str
     recipients: tuple[str, ...]
@@ -142,7 +142,7 @@ class Decryptor(Protocol):
     async def unwrap(self, descriptor: Descriptor) -> LayerKey:
         """Find the key of an encrypted layer. Cheap when repeated with unchanged keys: ask before a present image is used.
 
-        Raises: KeyMissing; InvalidArgument (options nobody could use); Unimplemented (decryption is switched off).
+        Raises: KeyMissing; InvalidArgument (unusable options); Unimplemented (decryption is switched off).
         """
 
     async def open_chain(self, descriptor: Descriptor, source: int) -> ChainRun:

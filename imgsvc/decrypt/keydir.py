@@ -1,7 +1,7 @@
 """The directory of key files: found, read, and read again when something changes.
 
 Walked recursively, symbolic links followed, so that Secret volumes of Kubernetes work: there every name is a link through
-`..data` into a hidden directory, which is itself not walked. A file nobody can use is logged once and passed over; a bad
+`..data` into a hidden directory, which is itself not walked. An unusable file is logged once and skipped; a bad
 key never hides a good one. A passphrase is taken from the file configured for the key, else from `KEYFILE.password`
 beside it; one line end at its end is dropped.
 """
@@ -21,7 +21,7 @@ from imgsvc.base.errors import ImgsvcError, from_os_error, printable
 from imgsvc.decrypt.keys import KeyFileError, KeyRing, parse_key_file
 
 PASSWORD_SUFFIX: Final = ".password"  # noqa: S105 - a file name
-MAX_FILES: Final = 10_000  # per key directory; beyond it somebody pointed keys_path at the wrong place
+MAX_FILES: Final = 10_000  # per key directory; more means that keys_path points at the wrong place
 MAX_KEY_FILE: Final = 4 * 1024**2  # [bytes]; an OpenPGP ring of hundreds of keys stays below
 
 _log = logging.getLogger(__name__)

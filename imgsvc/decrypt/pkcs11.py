@@ -5,7 +5,7 @@ The module is foreign code that wants environment variables and may hang or cras
 not there now and then while another process opens them. The PIN travels on the child's stdin.
 
 Needs the optional package of `imgsvc[pkcs11]`. Decision: without a configuration only modules in the usual directories
-may be loaded, because whoever may write a key file (a Secret, say) must not choose what code runs as root.
+may be loaded, because write access to a key file (a Secret, say) must not decide what code runs as root.
 
 Source: RFC 7512 for the URI; ocicrypt docs/pkcs11.md for the key file, the configuration and the packet.
 """

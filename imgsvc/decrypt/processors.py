@@ -64,7 +64,7 @@ class Chain:
 
 
 def plan_chain(processors: Sequence[Processor], media_type: str) -> Chain:
-    """Follow accepts and returns until plain tar, or until nobody accepts the type. Exact match, as in containerd.
+    """Follow accepts and returns until plain tar, or until no processor accepts the type. Exact match, as in containerd.
 
     Raises: BadProcessor for a loop, or an end that cannot be unpacked.
     """

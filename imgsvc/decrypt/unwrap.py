@@ -60,7 +60,7 @@ def unwrap_layer(descriptor: Descriptor, wrappers: Sequence[KeyWrapper], *, hint
 
 
 def _unknown(items: Sequence[WrappedKey], wrappers: Sequence[KeyWrapper], provider_problem: str) -> list[Trial]:
-    """Items nobody will try: damaged ones, and those of schemes that are not there."""
+    """Items that are not tried: damaged ones, and those of schemes that are not installed."""
     known = {w.scheme for w in wrappers}
     trials = [Trial(i.scheme, (), i.reason) for i in items if i.packet is None]
     missing = dict.fromkeys(i.scheme for i in items if i.scheme not in known and i.packet is not None)
@@ -71,7 +71,7 @@ def _unknown(items: Sequence[WrappedKey], wrappers: Sequence[KeyWrapper], provid
 
 
 def layer_recipients(descriptor: Descriptor, wrappers: Sequence[KeyWrapper]) -> list[Recipient]:
-    """Everybody the layer's key is wrapped for, as far as its packets say."""
+    """All recipients of the layer's key, as far as its packets name them."""
     by_scheme = {w.scheme: w for w in wrappers}
     found = []
     try:

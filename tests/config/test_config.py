@@ -42,8 +42,8 @@ def test_a_name_that_is_imported_has_to_be_there(tmp_path: Path) -> None:
     [
         ('[proxy_plugins.stargz]\ntype = "snapshot"\n', "other processes"),
         ('[plugins."io.containerd.cri.v1.images"]\nx = 1\n', "config import"),
-        ('[runtime.runtimes.a]\nsnapshotter = "stargz"\n', "overlayfs or native"),
-        ('[images]\nsnapshotter = "stargz"\n', "overlayfs or native"),
+        ('[runtime.runtimes.a]\nsnapshotter = "stargz"\n', "overlayfs, erofs or native"),
+        ('[images]\nsnapshotter = "stargz"\n', "overlayfs, erofs or native"),
         ('[debug]\nlevel = "loud"\n', "info"),
         ("[imagess]\nx = 1\n", 'did you mean "images"'),
     ],

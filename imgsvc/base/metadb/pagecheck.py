@@ -38,7 +38,7 @@ class _Damaged(Exception):
 def damage(path: Path) -> str:
     """What is wrong with the structure of a database file, in words; "" when nothing is, or the file is not there or empty.
 
-    Blocking: reads every page in use, 100 000 records of 300 bytes in about 0.2 s. Nobody may be writing. Raises: OSError.
+    Blocking: reads every page in use, 100 000 records of 300 bytes in about 0.2 s. There must be no writer. Raises: OSError.
     """
     try:
         with path.open("rb") as file:

@@ -4,12 +4,12 @@ Every key of the file ends in one of three ways, and the report names it with it
 
     carried         the same setting here, under the name shown
     not applicable  nothing here depends on it; the reason is given
-    refused         it asks for something imgsvc does not do, or is a key nobody knows; somebody has to decide
+    refused         it asks for something imgsvc does not do, or is an unknown key; the administrator has to decide
 
 Files that the configuration imports are merged first, as containerd does it: what a key means depends on its neighbours.
 
 The CRI plugin moved from one section to three between version 2 and 3. Its keys are looked up in one table wherever they
-stand: that is more lenient than containerd, which ignores a key under an old section without a word (needs.md A2.10).
+stand: that is more lenient than containerd, which silently ignores a key under an old section.
 `rules.py` is that table, `merging.py` merges.
 
 Source: containerd 2.3 docs/cri/config.md, RELEASES.md (deprecated keys), `containerd config default`.
@@ -54,7 +54,7 @@ class Imported:
 
     @property
     def refused(self) -> list[Finding]:
-        """What somebody has to decide."""
+        """What the administrator has to decide."""
         return [f for f in self.findings if f.outcome is Outcome.REFUSED]
 
 
@@ -87,7 +87,7 @@ class _Result:
         self._from: dict[tuple[str, ...], int] = {}
 
     def add(self, finding: Finding, verdict: Verdict) -> None:
-        """One key's outcome. Two keys that stand for one of ours must agree."""
+        """One key's outcome. Two keys that map to one of ours must agree."""
         for target, value in verdict.values:
             table = self._values
             for key in target[:-1]:

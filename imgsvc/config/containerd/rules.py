@@ -1,7 +1,7 @@
 """The table: what each key of containerd means here. Pure.
 
 A pattern is a key path without the `plugins."io.containerd.…"` part; that of CRI sections is shortened to "cri", that of
-version 4's servers to the table's older name. `*` stands for one part, a final `**` for whatever follows. The first pattern
+version 4's servers to the table's older name. `*` matches one part, a final `**` for whatever follows. The first pattern
 that fits decides.
 """
 
@@ -113,7 +113,7 @@ def na(reason: str) -> Rule:
 
 
 def only(values: Sequence[Any], reason: str, hint: str) -> Rule:
-    """Nothing is lost with one of `values`; any other asks for what imgsvc does not do."""
+    """One of `values` needs no key here; any other asks for what imgsvc does not do."""
     return lambda key: _na(reason) if key.value in values else _refuse(f"{key.value!r} is not possible here: {reason}", hint)
 
 

@@ -7,11 +7,11 @@
 Decisions, and what they cost:
 
 * Blobs go into the content store while the stream is read, nothing is spooled and no order is asked for. An archive
-  that turns out to be useless leaves blobs that nobody names; the next collection takes them.
+  that turns out to be useless leaves unreferenced blobs; the next collection removes them.
 * What we write carries `index.json` and `manifest.json` over the same blobs, so that Docker, Podman, containerd and
   skopeo read one file. Layers stay compressed as they were pulled: digests survive the trip.
 * An export holds the manifest of this node's platform, not the index it was chosen from: a layout that lists manifests
   it does not contain is refused by some readers.
 
-Source: OCI image-spec image-layout.md; Docker image-spec v1.2 (manifest.json); needs.md B3, GHSA-259w-8hf6-59c2.
+Source: OCI image-spec image-layout.md; Docker image-spec v1.2 (manifest.json); GHSA-259w-8hf6-59c2.
 """

@@ -208,7 +208,7 @@ class ArchiveReader:
 
     @contextmanager
     def _only_whole(self, writer: Writer) -> Iterator[None]:
-        """A write that fails leaves nothing: nobody can resume a stream."""
+        """A write that fails leaves nothing: a stream cannot be resumed."""
         try:
             yield
         except BaseException:

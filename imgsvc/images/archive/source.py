@@ -52,7 +52,7 @@ class ArchiveSource:
         return BlobSource()
 
     async def rejected(self, descriptor: Descriptor, source: BlobSource) -> bool:
-        """See Fetcher: there is nobody else."""
+        """See Fetcher: there is no other source."""
         return False
 
     def repository(self, reference: Reference, credential: Credential | None = None) -> Repository:

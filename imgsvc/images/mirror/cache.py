@@ -1,15 +1,16 @@
 """The mirror endpoint as a cache: what is not here is fetched from the registry, and streamed on while it is stored.
 
 A tag is always asked of the registry, since only it knows where the tag stands; when it cannot be asked, what is here
-answers: which manifest a tag stood for is kept in the metadata, so that a restart changes nothing. Everything below a manifest is fetched by digest and only after somebody asked for that manifest here, so that
-sizes are known and nobody can make this node fetch arbitrary blobs. What was asked for stays for `keep` after the last
+answers: the manifest of a tag is kept in the metadata, so that a restart changes nothing. Everything below a manifest
+is fetched by digest, and only after a client asked for that manifest here, so that
+sizes are known and clients cannot make this node fetch arbitrary blobs. What was asked for stays for `keep` after the last
 time, under a lease; nothing is unpacked.
 
 Blobs are sent on before their digest is known to be right, but for the last HOLD_BACK bytes: a client never gets a whole
 blob that is wrong. They need not wait until our copy is on disk, which is nothing to the client. Clients check digests themselves in any case.
 
 An image that takes this node's credentials is private (see mirror). Policies are asked about the manifest that a tag or
-a digest stands for, every time; what it refers to is allowed with it.
+a digest names, every time; what it refers to is allowed with it.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class PullThrough:
             await self._db.awrite(lambda txn: [txn.delete(TABLE, name) for name in gone])
 
     def fetch_for(self, namespaces: Iterable[str], keep: timedelta) -> None:
-        """Say anew which registries are fetched from, and for how long what is fetched stays."""
+        """Change which registries are fetched from, and for how long what is fetched stays."""
         self._namespaces = frozenset(namespaces)
         self._keep = keep
 
@@ -202,12 +203,12 @@ class PullThrough:
         await witness.prove(blob, self._content, self._threads)
         await self._provenance.record(name.name, [blob.digest], anonymous=not (private or witness.took_credentials))
         if witness.took_credentials and not trusted:
-            raise NotFound(f"{name} is not for everybody")
+            raise NotFound(f"{name} is private")
 
     async def stream(self, name: Reference, blob: Descriptor, offset: int, count: int, *, private: bool) -> StreamBody:
         """Part of a blob that is not here, while it comes in. private: whether the client may have what takes credentials.
 
-        Raises: PullFailed when nobody has it; NotFound.
+        Raises: PullFailed when no endpoint has it; NotFound.
         """
         known = self._known[name.name, blob.digest]
         held = ExitStack()
@@ -279,7 +280,7 @@ class _BlobStream:
         await asyncio.wait([opened, self._fetch], return_when=asyncio.FIRST_COMPLETED)
         opened.cancel()
         if not self._is_ours():
-            await asyncio.wait([self._fetch])  # what somebody else brings is not for this client before it is proven
+            await asyncio.wait([self._fetch])  # another client's fetch is not for this client before its digest is proven
         if self._fetch.done():
             await self._fetch
             reopening = self._threads.holding(partial(self._blobs.stored_fd, self._blob.digest), os.close)
@@ -331,7 +332,7 @@ class _BlobStream:
 
 def _allow(known: Known, reference: Reference, *, private: bool) -> None:
     if known.private and not private:
-        raise NotFound(f"{reference} is not for everybody")
+        raise NotFound(f"{reference} is private")
 
 
 def _took_credentials(resolved: Resolved) -> bool:

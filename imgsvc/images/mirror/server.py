@@ -6,7 +6,7 @@ name the registry they want an image of in one of two ways:
     ns=docker.io                        as containerd asks its mirrors: /v2/library/app/manifests/1?ns=docker.io
     /v2/docker.io/library/app/…         as a registries.conf of Podman and skopeo can be told to; host_5000 is host:5000
 
-Who may have what: an image that this node got without credentials is for everybody who can connect, and so is one that
+Access: an image that this node got without credentials is for every client that can connect, and so is one that
 was imported. One that took credentials is not there (404) for anybody, unless private_images = "certificate" and the
 client showed a certificate. A blob is served only as part of an image that has the name it is asked under. Images that
 may not be used here (verification) are not handed on either.
@@ -14,7 +14,7 @@ may not be used here (verification) are not handed on either.
 The price of being simple: an index is served as it is, also when only this node's platform is here. Clients of another
 platform get a 404 for their manifest and go on to the next host of their configuration.
 
-Source: OCI distribution-spec 1.1; containerd docs/hosts.md (ns); needs.md A8.3, A3.5.
+Source: OCI distribution-spec 1.1; containerd docs/hosts.md (ns).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Mirror:
         self._served = served
 
     def share(self, *, private: bool) -> None:
-        """Say anew whether clients with a certificate may have images that took credentials."""
+        """Change whether clients with a certificate may have images that took credentials."""
         self._private = private
 
     async def handle(self, request: Request) -> Response:
@@ -185,7 +185,7 @@ class Mirror:
         return Response(status, headers, FileBody(fd, offset, count))
 
     async def _referrers(self, name: Reference, digest: Digest, request: Request) -> Response:
-        """Images and artifacts of that name whose subject it is. None known is a 404: somebody else may know more."""
+        """Images and artifacts of that name whose subject it is. None known is a 404: another registry may know more."""
         wanted = request.query.get("artifactType", [""])[0]
         found = []
         for image in self._named(name):

@@ -10,10 +10,8 @@ Decisions, and what they cost:
 * Every round for an image that is here is one question to the registry: has the tag moved? Nothing is fetched twice,
   since the pull itself takes what is stored.
 * When a window closes, running pulls are cancelled; their bytes stay and the next window goes on from there.
-* A pull of somebody else's that wants the same layer at the same time joins the slowed-down download. The other way
+* Another caller's pull that wants the same layer at the same time joins the throttled download. The other way
   round costs nothing: who joins a fast download is fast.
-* An image that is no longer named is no longer pinned, and stays until somebody removes it (the kubelet does when space
+* An image that is no longer named is no longer pinned, and stays until it is removed (the kubelet does when space
   runs short). Deleting by leaving out a line has surprised people.
-
-Source: needs.md A7.4.
 """

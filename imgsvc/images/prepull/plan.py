@@ -32,7 +32,7 @@ from imgsvc.registry.interfaces import Credential
 
 VERSION: Final = 1
 MAX_IMAGES: Final = 10_000  # per file
-MIN_EVERY: Final = 60.0  # [s] between two looks at a tag; registries limit those who ask more often
+MIN_EVERY: Final = 60.0  # [s] between two looks at a tag; registries limit clients that ask more often
 _MAX_SECRET: Final = 64 * KIB
 _ROOT_KEYS: Final = ("version", "windows", "concurrent", "bandwidth", "min_free", "image")
 _IMAGE_KEYS: Final = ("reference", "platform", "pin", "every", "username", "password_file")

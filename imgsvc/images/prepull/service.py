@@ -213,7 +213,7 @@ class Prepull:
         self._images.pin([*(str(wanted.reference) for wanted in pinned), *ids], owner="prepull")
 
     async def _forget(self) -> None:
-        """Drop what is remembered of images that nobody wants any more, unless a file cannot be read."""
+        """Drop what is remembered of images that no file wants any more, unless a file cannot be read."""
         if any(loaded.plan is None for loaded in self._files.values()):
             return
         wanted = {w.key for w in self._wanted()}
@@ -275,7 +275,7 @@ class Prepull:
         await self._db.awrite(lambda txn: txn.put(TABLE, wanted.key, record))
 
     def _is_here(self, wanted: Wanted, memory: Memory) -> bool:
-        """Whether the image is here, under its name; for another platform than the node's the name may be somebody else's."""
+        """Whether the image is here, under its name; for another platform than the node's, another pull may own the name."""
         if wanted.platform == Platform.host():
             found = self._images.named(wanted.reference)
             return found is not None and found.image_id == memory.image_id

@@ -53,7 +53,7 @@ class ThrottledRegistry:
         return self._registry.repository(reference, credential)
 
     async def close(self) -> None:
-        """The registry belongs to somebody else."""
+        """The registry is not ours to close."""
 
 
 def as_registry(throttled: ThrottledRegistry) -> Registry:

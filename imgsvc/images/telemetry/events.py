@@ -1,4 +1,4 @@
-"""What happens to images, told to whoever listens while it happens. Nothing is kept; who comes late has missed it.
+"""Image events, sent to current listeners. Nothing is kept; a late listener has missed them.
 
 Everything belongs to the event loop's thread. A listener that is too slow loses the oldest events and is told how many.
 """
@@ -41,7 +41,7 @@ class EventBus:
             listener.put(None)
 
     def publish(self, kind: str, subject: str, **details: Any) -> None:
-        """Tell everybody. Never waits."""
+        """Send to every listener. Never waits."""
         if self._listeners:
             event = Event(kind, subject, details)
             for listener in self._listeners:

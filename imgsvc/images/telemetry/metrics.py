@@ -3,7 +3,7 @@
 Values that come from outside (hosts, codes) go through Bounded, which calls what is too many "other". Everything belongs
 to the event loop's thread.
 
-Source: Prometheus exposition format 0.0.4; needs.md A9.1.
+Source: Prometheus exposition format 0.0.4.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Counter:
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
-    """Asked for when somebody reads it. read: label values → value."""
+    """Read when the page is scraped. read: label values → value."""
 
     name: str
     text: str

@@ -30,7 +30,7 @@ _SLOWEST_COUNTED: Final = 1 * MIB  # [bytes] a pull must have moved for its spee
 
 
 class Observer:
-    """Implements pull.PullObserver and registry.RegistryObserver; `rpc`, `served` and `image` are handed to those who report the rest."""
+    """Implements pull.PullObserver and registry.RegistryObserver; `rpc`, `served` and `image` are handed to the callers that report the rest."""
 
     def __init__(self, page: Page, bus: EventBus) -> None:
         self._bus = bus
@@ -160,7 +160,7 @@ class Observer:
 
 
 class StoreSizes:
-    """Sizes by class as of the last time somebody read the page; measured anew at most every SIZES_AGE."""
+    """Sizes by class as of the last scrape; measured at most every SIZES_AGE."""
 
     def __init__(self, measure: Callable[[], Awaitable[Mapping[str, int]]], page: Page) -> None:
         self._measure = measure

@@ -1,4 +1,4 @@
-"""Garbage collection: mark what somebody needs, sweep the rest. Knows nodes and edges, not what they stand for.
+"""Garbage collection: mark what is needed, sweep the rest. Knows nodes and edges, not their meaning.
 
     mark            pure: from the roots along references; remembers from where, so that `explain` can say why
     removal_order   pure: what refers goes before what it refers to
@@ -57,7 +57,7 @@ class Cached:
 
 
 class Keeper(Protocol):
-    """Somebody who needs things: image records, containers."""
+    """A source of roots: image records, containers."""
 
     def roots(self) -> Iterable[Root]:
         """What is needed now. Called on the event loop, where it must take its snapshot; iterated on a thread."""

@@ -20,7 +20,7 @@ SNAPSHOT: Final = "snapshot"
 INGEST: Final = "ingest"
 KINDS: Final = (CONTENT, INGEST, SNAPSHOT)
 IMAGE: Final = "image"
-INGEST_AGE: Final = timedelta(hours=24)  # an unfinished write that nobody touched for that long is not coming back
+INGEST_AGE: Final = timedelta(hours=24)  # an unfinished write untouched for that long will not be resumed
 
 
 def content_node(digest: str) -> Node:
@@ -100,7 +100,7 @@ class Writes(Provider, IngestManager, Protocol):
 class Ingests:
     """gc.Collectable: writes that will not be finished.
 
-    Nobody touched them for INGEST_AGE; or they are of a daemon that is gone, and their blob has come some other way.
+    They were untouched for INGEST_AGE, or belong to an earlier daemon and their blob has been stored since.
     """
 
     kind = INGEST
@@ -129,7 +129,7 @@ class Ingests:
 class Snapshots:
     """gc.Collectable and gc.Keeper: the snapshots of all snapshotters, each needing its parent.
 
-    Active snapshots and views made by this daemon belong to somebody who runs, a pull or a container, and are needed.
+    Active snapshots and views made by this daemon belong to a running pull or container, and are needed.
     Those of an earlier daemon need a root like everything else: a container's record or its lease.
     """
 

@@ -30,7 +30,7 @@ class ContainerKeeper:
     """gc.Keeper: a container needs its root file system and those of its image volumes."""
 
     def __init__(self, container_ids: Callable[[], Iterable[str]], snapshotters: Mapping[str, Snapshotter]) -> None:
-        """container_ids: everybody who has a root file system, running or not."""
+        """container_ids: all containers that have a root file system, running or not."""
         self._container_ids = container_ids
         self._snapshotters = dict(snapshotters)
 
@@ -128,7 +128,7 @@ class Upkeep:
                 raise NotFound("no image here names it")
             image, position = layers[snapshotter, name]
             digest = image.layers[position].descriptor.digest
-            if fault := self._content.check(digest, deep=False):  # fetching it again would be a repair nobody asked for
+            if fault := self._content.check(digest, deep=False):  # fetching it again would be a repair that was not requested
                 raise DataLoss(f"blob {digest} is {fault}")
             return self._differs(image, position, self._snapshotters[snapshotter], loop, cancel)
 

@@ -4,17 +4,17 @@
     programs     containerd's image verifiers: programs in a directory, all of which have to agree
     confine      a control group around each of them
     signatures   finding cosign's signatures and attestations, with the credentials of the pull
-    service      the one question everybody asks, and the verdicts that are remembered
+    service      whether an image may be used, and the verdicts that are remembered
 
 Decisions, and what they cost:
 
-* A verdict is about a digest. A tag that moves to another digest is asked about anew, and what is fetched afterwards is
+* A verdict is about a digest. A tag that moves to another digest is judged again, and what is fetched afterwards is
   fetched by that digest.
 * Verdicts are remembered by digest and policy, positive ones only. So a container starts from a ready image without any
   network; after a change of the policy, a key or a verifier, the first start asks again.
-* Programs are asked at every pull, as containerd does, since nobody knows what they look at; their verdict is
+* Programs are asked at every pull, as containerd does, since it is unknown what they look at; their verdict is
   remembered for starting containers only.
 * Who cannot be asked has not agreed: a registry that is down while a signature is needed refuses the image.
 
-Source: containerd docs/image-verification.md; cosign specs; needs.md A8.1, A8.2, C-E4, C-E5.
+Source: containerd docs/image-verification.md; cosign specs.
 """

@@ -1,4 +1,4 @@
-"""The one question everybody asks: may this image be used? Implements pull.Verifier and what starts containers asks."""
+"""Answers whether an image may be used. Implements pull.Verifier, and the check before a container is created."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Refused(PermissionDenied):
 
 
 class Unverifiable(ImgsvcError):
-    """Signatures are needed, and nobody can tell whether there are any. `code` is the cause's, so that callers retry what may pass."""
+    """Signatures are needed but cannot be looked up. `code` is the cause's, so that callers retry what may pass."""
 
     reason = REASON
 
@@ -45,13 +45,13 @@ class Unverifiable(ImgsvcError):
         super().__init__(f"{name} ({digest}) is refused: its signatures cannot be looked up: {cause}")
         self.digest = digest
         self.code = cause.code  # type: ignore[misc]  # an instance carries the category of its cause
-        self.retryable = cause.retryable  # type: ignore[misc]  # likewise
+        self.retryable = cause.retryable  # type: ignore[misc]  # as above
 
 
 class Verification:
     """Asks policy and programs, and remembers who agreed to what.
 
-    policy: reads the policy, anew for every question so that changes count at once; None when there is none.
+    policy: reads the policy, for every question, so that changes count at once; None when there is none.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class Verification:
         await self._flights.run(key, lambda: self._decide(reference, target, credential, policy, fingerprint))
 
     async def check(self, image: Image) -> None:
-        """Before an image that is here is used: somebody must have agreed to it under one of its names, as things stand now.
+        """Check a stored image before it is used: it must be accepted under one of its names by the current policy.
 
-        Asks anew, with the node's own credentials, where no verdict is remembered. Raises: as verify.
+        Asks again, with the node's own credentials, where no verdict is remembered. Raises: as verify.
         """
         policy = await self._threads.run(self._policy) if self._policy else None
         if policy is None and not self._fail_closed and not await self._threads.run(self._programs.any):

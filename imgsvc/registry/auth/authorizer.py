@@ -80,7 +80,7 @@ class Authorizer:
         self._flights: SingleFlight[tuple[Token, float]] = SingleFlight()
 
     def identity(self, credential: Credential | None) -> str:
-        """A name for a credential that says nothing about it and differs between any two; "" for nobody."""
+        """A name for a credential that says nothing about it and differs between any two; "" without credentials."""
         return identity(credential)
 
     async def preempt(self, peer: Peer, wanted: Sequence[str], credential: Credential | None) -> Answer | None:
@@ -134,7 +134,7 @@ class Authorizer:
     async def _fetch_to_keep(
         self, key: tuple[str, ...], peer: Peer, challenge: Challenge, scopes: Sequence[str], credential: Credential | None
     ) -> tuple[Token, float]:
-        """A new token and until when it is good. Cached before the flight ends, so that nobody in between asks once more."""
+        """A new token and until when it is good. Cached before the flight ends, so that no caller in between asks again."""
         began, outcome = time.monotonic(), "CANCELLED"
         try:
             token = await self._fetch(peer, challenge, scopes, credential)
@@ -218,7 +218,7 @@ def _checked_realm(peer: Peer, challenge: Challenge) -> str:
 
 
 def _oauth_form(service: str, scopes: Sequence[str], credential: Credential | None) -> dict[str, str]:
-    """The form of distribution's oauth2 POST; {} for nobody."""
+    """The form of distribution's oauth2 POST; {} without credentials."""
     if credential is None:
         return {}
     form = {"client_id": _CLIENT_ID, "service": service, "scope": " ".join(scopes)}

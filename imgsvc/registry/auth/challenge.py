@@ -1,6 +1,6 @@
 """WWW-Authenticate, scopes and token answers. Pure; everything here comes from a server that may be hostile.
 
-Source: RFC 9110 11.6.1 (challenges); distribution docs/spec/auth/token.md and oauth.md; needs.md A4, B2, C-R5.
+Source: RFC 9110 11.6.1 (challenges); distribution docs/spec/auth/token.md and oauth.md.
 """
 
 from __future__ import annotations

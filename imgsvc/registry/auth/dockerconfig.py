@@ -48,7 +48,7 @@ def parse_docker_config(data: bytes, where: str) -> DockerConfig:
 
 
 def _by_key(table: Mapping[str, Any], kind: type[T]) -> dict[str, list[T]]:
-    """Source: docker/cli configfile GetAuthConfig (the exact key, then any that stands for the same host)."""
+    """Source: docker/cli configfile GetAuthConfig (the exact key, then any of the same host)."""
     found: dict[str, list[T]] = {}
     exact = [key for key in table if key in (normalised_key(key), _DOCKER_SERVER)]  # the latter is docker's own key for its registry
     for key in dict.fromkeys([*exact, *table]):

@@ -1,7 +1,7 @@
 """Finding the hosts.toml of an image's registry below the config_path roots, and saying why others did not match. Blocking I/O.
 
 The first root with a directory for the registry decides. Below that directory, one named by a prefix of the repository
-that holds a hosts.toml (`docker.io/library/hosts.toml`) stands for its repositories, the longest first: containerd does
+that holds a hosts.toml (`docker.io/library/hosts.toml`) applies to its repositories, the longest first: containerd does
 not look there, so its files keep their meaning.
 
 Files are read on every call, so that a change takes effect on the next pull; a file that is there but wrong is an error
@@ -73,7 +73,7 @@ class HostDirectories:
         return sorted(found)
 
     def patterns(self) -> list[str]:
-        """Directories that stand for registries by no name of their own: `_default` and wildcards."""
+        """Directories that apply to registries they do not name: `_default` and wildcards."""
         return sorted(str(path) for path in self._directories() if _is_pattern(path.name))
 
     def _directories(self) -> Iterator[Path]:

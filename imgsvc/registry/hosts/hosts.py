@@ -1,10 +1,10 @@
-"""hosts.toml as data: which endpoints stand for a registry namespace, in which order, with which powers. Pure.
+"""hosts.toml as data: which endpoints serve a registry namespace, in which order, with which powers. Pure.
 
 The format is containerd's, read strictly, with our additions `fallback`, `blocked`, `rewrite`, `proxy`, `credentials`,
 `ns`, `token_hosts` and `insecure_credentials`. A file is for a registry, or for the repositories below a prefix that its
 directory names; it says everything about them, nothing is merged. Finding the files is hostdirs.py's job.
 
-Source: containerd docs/hosts.md; containers-registries.conf(5) (prefix, blocked, location); needs.md A2, A3, B1.
+Source: containerd docs/hosts.md; containers-registries.conf(5) (prefix, blocked, location).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Tls:
 
     @property
     def is_set(self) -> bool:
-        """Somebody wrote a TLS option, be it `skip_verify = false`."""
+        """Whether the file sets a TLS option, be it `skip_verify = false`."""
         return bool(self.ca or self.client or self.skip_verify is not None)
 
     def without_identity(self) -> Tls:
@@ -190,13 +190,13 @@ def is_below(repository: str, prefix: str) -> bool:
 
 
 def namespace_of(directory: str) -> str:
-    """The namespace a directory's name stands for: `host_port_` is `host:port`."""
+    """The namespace of a directory's name: `host_port_` is `host:port`."""
     host, _, port = directory.removesuffix("_").rpartition("_")
     return f"{host}:{port}" if directory.endswith("_") and host and port.isdigit() else directory
 
 
 def canonical_name(server: str) -> str:
-    """The namespace a server address stands for: scheme and path dropped, Docker Hub's names made one."""
+    """The namespace of a server address: scheme and path dropped, Docker Hub's names made one."""
     _, _, rest = server.rpartition("://")
     authority = rest.partition("/")[0].lower()
     return DOCKER_NAMESPACE if authority in _DOCKER_NAMES else authority
@@ -227,7 +227,7 @@ def default_host(namespace: str, origin: str, tls: Tls | None = None) -> Host:
     if port != 80:
         tls = Tls(tls.ca, tls.client, True if tls.skip_verify is None else tls.skip_verify)
     host = _guess_tls(Host(f"http://{namespace}/v2", origin, tls=tls, canonical=True))
-    # Nobody wrote `http`, we guess; the bytes do not leave this node either way.
+    # The file does not say `http`, so guess; the bytes do not leave this node either way.
     return replace(host, downgrade_is_safe=untouched, insecure_credentials=untouched)
 
 

@@ -52,7 +52,7 @@ def parse_legacy(tables: Mapping[str, Any], where: str) -> LegacyRegistry:
 
 
 def for_namespace(config: HostsConfig, namespace: str) -> HostsConfig:
-    """An entry as it stands for one namespace: the registry itself comes last, unless it is among the endpoints."""
+    """An entry as it applies to one namespace: the registry itself comes last, unless it is among the endpoints."""
     own = default_host(namespace, f"{config.origin} (the registry itself)")
     hosts = tuple(replace(host, canonical=host.authority == own.authority) for host in config.hosts)
     if not any(host.canonical for host in hosts):
