@@ -1,9 +1,9 @@
-"""Fan-out of container events to any number of listeners, in order, none of whom can hold up the others.
+"""Fan-out of container events to any number of listeners, in order; a slow listener does not hold up the others.
 
 A listener that does not read loses its stream (with an error that says so) instead of events from the middle: the
 kubelet then lists everything again, which is what evented PLEG expects.
 
-What nobody listens to is kept for the next listener, for five minutes, as containerd does: a kubelet that starts lists
+Events without a listener are kept for the next one, for five minutes, as containerd does: a kubelet that starts lists
 first and listens later. What it did not hear of in between would stay as it was listed, for as long as nothing else happens
 in that pod, and it would ask for the container that it has just made once more.
 """
@@ -22,7 +22,7 @@ from imgsvc.runtime.processes.exits import now_ns
 from imgsvc.runtime.records import ContainerRecord, Records, SandboxRecord
 
 MAX_WAITING: Final = 4096  # events one listener may lag behind, or that are kept: some ten per container of a full node
-KEPT_NS: Final = 300 * 10**9  # how long events are kept while nobody listens
+KEPT_NS: Final = 300 * 10**9  # how long events are kept without a listener
 
 
 class EventType(IntEnum):

@@ -27,7 +27,7 @@ def prepare_log(directory: str, log_path: str) -> None:
 def open_log(directory: str, log_path: str) -> int:
     """A descriptor to append to the log with, made when absent, with directories. Blocking.
 
-    No symlink below the log directory is followed, whatever somebody who can write there swaps meanwhile (C-X4).
+    No symlink below the log directory is followed, also when a process that can write there swaps entries meanwhile.
     Raises: InvalidArgument.
     """
     base = Path(directory)

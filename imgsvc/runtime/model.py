@@ -63,7 +63,7 @@ class UserNamespace:
 
 @dataclass(frozen=True, slots=True)
 class NamespaceOption:
-    """Which namespaces are shared with whom."""
+    """Which namespaces are shared, and with which pod or host."""
 
     network: NamespaceMode = NamespaceMode.POD
     pid: NamespaceMode = NamespaceMode.POD

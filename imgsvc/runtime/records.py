@@ -3,7 +3,7 @@
 A record says what is or was there; it never says a state. Writers replace the whole record.
 
 Steps forward of what dies with the node anyway, a pod that is ready, a container that was made or started, are noted in its
-directory in STATE, too: that is there at once, so that nobody waits for a disk, and what the database lacks after the
+directory in STATE, too: that is there at once, without waiting for a disk, and what the database lacks after the
 daemon's sudden end is taken from there. After a power cut there is nothing that such a step could still be true of.
 """
 

@@ -1,7 +1,7 @@
 """What a restarted daemon does with what it finds.
 
 Records tell what may exist. Half-made sandboxes and containers are rolled back; containers that ran are watched again,
-and if they ended meanwhile their stored exit code is taken; commands run in them for a caller are ended, for nobody
+and if they ended meanwhile their stored exit code is taken; commands run in them for a caller are ended, because nothing
 reads them any more; an undo that failed before is tried again. After a reboot, or when STATE was wiped,
 nothing in STATE exists any more: containers are finished with an unknown code, pods are not ready, networks are detached
 (an address manager on disk would keep their addresses for ever).

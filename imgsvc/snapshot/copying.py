@@ -19,7 +19,7 @@ _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 def copy_tree(source: Path, target: Path) -> None:
     """Fill the directory `target` with everything in `source`, metadata and hard links included. Blocking: a process.
 
-    Shares blocks where the file system can. As root, a directory that somebody replaces with a link meanwhile leads nowhere (C-X3).
+    Shares blocks where the file system can. As root, a directory that is replaced with a link meanwhile is not followed.
     Raises: ResourceExhausted (disk full), InvalidArgument (paths beyond PATH_MAX), Internal.
     """
     with contextlib.ExitStack() as opened:
@@ -41,7 +41,7 @@ def copy_tree(source: Path, target: Path) -> None:
 def _without_links(place: Path, opened: contextlib.ExitStack) -> int:
     try:
         fd = without_links(str(place))
-    except OSError:  # not root, or an older kernel; nobody else gets below our directories
+    except OSError:  # not root, or an older kernel; other users cannot enter our directories
         fd = os.open(place, _OPEN_DIR)
     opened.callback(os.close, fd)
     return fd

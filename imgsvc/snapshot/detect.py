@@ -41,7 +41,7 @@ class Detected:
 
 
 def detect(root: Path) -> Detected:
-    """Try overlayfs below `root` (created), in a mount namespace nobody else sees. Blocking: some milliseconds.
+    """Try overlayfs below `root` (created), in a private mount namespace. Blocking: some milliseconds.
 
     Returns: overlayfs with what else works, or native and the reason. Never raises for lack of features.
     """

@@ -3,7 +3,7 @@
 Idmapped lower directories (options uidmap= and gidmap=) are bound on temporary places first; the overlay keeps them after
 those are gone.
 
-Source: overlayfs.rst, mount_setattr(2); facts of runtime.md section 6.
+Source: overlayfs.rst, mount_setattr(2).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def mount_all(mounts: Sequence[Mount], target: str) -> None:
 
 
 def in_own_namespace(work: Callable[[], None]) -> None:
-    """Run `work` where its mounts are seen by nobody else and vanish afterwards. Raises: OSError, as `work`."""
+    """Run `work` in a private mount namespace: other processes do not see its mounts, which vanish afterwards. Raises: OSError, as `work`."""
 
     def run() -> None:
         kernel.unshare_mounts()

@@ -1,4 +1,4 @@
-"""Snapshots as overlayfs layers: one directory per layer, stacked by the kernel when somebody mounts them.
+"""Snapshots as overlayfs layers: one directory per layer, stacked by the kernel when they are mounted.
 
 Source: Linux Documentation/filesystems/overlayfs.rst; containerd's overlayfs snapshotter for the options' names.
 """

@@ -1,7 +1,7 @@
 """What `make quick` leaves out. A new test needs no mark: whatever starts a process is found out while it runs.
 
-Directories whose tests all need a daemon or a machine are not even collected; tests marked slow, and tests that use a fixture
-that starts a daemon or a foreign program, are deselected. Every other test runs, and the moment it starts a process it
+Directories whose tests all need a daemon or a machine are not even collected; tests marked root, slow or compat, and tests that
+use a fixture that starts a daemon or a foreign program, are deselected. Every other test runs, and the moment it starts a process it
 counts as skipped: `make test` runs it.
 """
 
@@ -15,6 +15,7 @@ from typing import Final
 import pytest
 
 _DIRECTORIES: Final = ("e2e", "vm")
+_MARKS: Final = ("root", "slow", "compat", "vm")
 _FIXTURES: Final = frozenset({"registry", "make_daemon", "outside"})
 _STARTS: Final = frozenset({"subprocess.Popen", "os.posix_spawn", "os.fork", "os.forkpty", "os.exec", "os.system"})
 _REASON: Final = "starts a process; make test runs it"
@@ -39,7 +40,7 @@ class Quick:
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Deselect what is known to be slow or to start processes."""
-        dropped = [item for item in items if item.get_closest_marker("slow") or _FIXTURES & set(getattr(item, "fixturenames", ()))]
+        dropped = [item for item in items if _marked(item) or _FIXTURES & set(getattr(item, "fixturenames", ()))]
         config.hook.pytest_deselected(items=dropped)
         gone = set(dropped)
         items[:] = [item for item in items if item not in gone]
@@ -61,3 +62,7 @@ class Quick:
             report.outcome = "skipped"
             report.longrepr = (str(item.path), item.location[1] or 0, f"Skipped: {_REASON}")
         return report
+
+
+def _marked(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(mark) for mark in _MARKS)

@@ -83,7 +83,7 @@ async def start_earlier(
     needed: Iterable[str], working: Mapping[str, OCIRuntime], settings: RuntimeSettings, paths: MonitorPaths, reaper: Reaper
 ) -> dict[str, OCIRuntime]:
     """Everything that pods are or were made with, by its description: what works, and what `needed` names beyond that because the
-    configuration, or the program it stands for, has changed since. Pods of those can be used, stopped and removed, not made.
+    configuration, or the program it names, has changed since. Pods of those can be used, stopped and removed, not made.
     """
     runtimes = {runtime.description: runtime for runtime in working.values()}
     for description in sorted(set(needed) - runtimes.keys() - {""}):

@@ -1,6 +1,6 @@
 """The pod network: which CNI networks there are, attaching and detaching a pod, whether it is ready.
 
-The configuration directory is looked at again whenever somebody asks (a few stat calls): no watcher can miss a change.
+The configuration directory is read again on every request (a few stat calls), so there is no watcher that could miss a change.
 """
 
 from __future__ import annotations

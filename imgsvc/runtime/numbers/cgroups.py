@@ -41,7 +41,7 @@ def runtime_path(parent: str, sandbox_id: str, container_id: str, *, systemd: bo
 
 
 def tree_path(cgroups_path: str) -> str:
-    """The directory, below a cgroup root, that a `cgroupsPath` stands for."""
+    """The directory of a `cgroupsPath`, below a cgroup root."""
     if cgroups_path.count(":") != 2:
         return cgroups_path
     slice_name, prefix, name = cgroups_path.split(":")
@@ -49,7 +49,7 @@ def tree_path(cgroups_path: str) -> str:
 
 
 def expand_slice(name: str) -> str:
-    """a-b.slice lies in a.slice/a-b.slice. Source: systemd.slice(5)."""
+    """a-b.slice is the directory a.slice/a-b.slice. Source: systemd.slice(5)."""
     stem = name.removesuffix(".slice")
     parts = stem.split("-")
     return "/" + "/".join("-".join(parts[: n + 1]) + ".slice" for n in range(len(parts)))
@@ -77,7 +77,7 @@ def kill(path: str) -> None:
     """
     relative = path.strip("/")
     if not relative:
-        raise InvalidArgument("the root of the cgroup tree is nobody's to kill")
+        raise InvalidArgument("the root of the cgroup tree must not be killed")
     groups = [base / relative for base in (ROOT, *ROOT.iterdir()) if (base / relative / "cgroup.procs").exists()]
     deadline = time.monotonic() + _KILL_S
     while members := {pid for group in groups for pid in _members(group)}:

@@ -16,7 +16,7 @@ from imgsvc.base.errors import ImgsvcError
 
 log = logging.getLogger(__name__)
 
-UNKNOWN_EXIT: Final = 255  # what CRI-O and containerd report when nobody saw the code
+UNKNOWN_EXIT: Final = 255  # what CRI-O and containerd report when the code is unknown
 _FIRST_RETRY_S: Final = 0.1
 _LAST_RETRY_S: Final = 30.0
 _TRIES_AFTER_END: Final = 5  # about 3 s
@@ -45,7 +45,7 @@ async def process_gone(pid: int, started: int) -> None:
     except ProcessLookupError:
         return
     try:
-        if alive(pid, started):  # it is this process that the descriptor stands for
+        if alive(pid, started):  # the descriptor refers to this process
             loop = asyncio.get_running_loop()
             ended: asyncio.Future[None] = loop.create_future()
             loop.add_reader(fd, settle, ended)
@@ -93,6 +93,6 @@ def now_ns() -> int:
 
 
 def settle(future: asyncio.Future[None]) -> None:
-    """Wake whoever awaits a future, unless somebody did already."""
+    """Complete a future, unless it is complete already."""
     if not future.done():
         future.set_result(None)

@@ -2,15 +2,15 @@
 
 Monitors, helpers of an OCI runtime, and commands of an exec whose runtime was killed end as our children. Nobody else
 waits for them, and a PID namespace cannot end while one of its processes is an unreaped zombie. Children that we started
-ourselves are left to whoever started them: their wait status is not ours to take. What is not ours is
+ourselves are left to the code that started them: their wait status is not ours to take. What is not ours is
 
-* what somebody announced as adopted (monitors);
+* processes that were announced as adopted (monitors);
 * what lives in another PID namespace, where we never start anything;
 * a member of a process group that is neither its own nor ours: what we start is either a leader or in our group;
-* what has been a zombie for three sweeps: whoever starts a child here waits for it at once, or has said in
+* what has been a zombie for three sweeps: code that starts a child here waits for it at once, or has said in
   imgsvc.base.children that it will later.
 
-Every note is on a process, never on a number alone, which may be given to a child of ours anew.
+Every note is on a process, never on a number alone, which the kernel may give to a later child of ours.
 
 Source: prctl(2) PR_SET_CHILD_SUBREAPER, proc(5) stat and status.
 """
@@ -96,7 +96,7 @@ class Reaper:
                 log.error("looking for ended processes failed, trying again in %g s: %s", _SWEEP_S, error)
 
     def sweep(self) -> None:
-        """Forget who is gone, and take for an orphan what nobody has waited for in three sweeps."""
+        """Forget ended processes, and take for an orphan what has been a zombie for three sweeps."""
         self._adopted = {p for p in self._adopted if _identity(p.pid) == p}
         unclaimed = [_Identity(found.pid, found.start) for found in _zombies() if found.pid not in children.owed()]
         self._seen = {process: self._seen.get(process, 0) + 1 for process in unclaimed}

@@ -176,7 +176,7 @@ def _process(plan: ContainerPlan) -> dict[str, Any]:
 
 
 def process_user(spec: Mapping[str, Any]) -> User:
-    """Whom a finished specification runs the process as."""
+    """The user that a finished specification runs the process as."""
     user = spec["process"]["user"]
     return User(user["uid"], user["gid"], tuple(user["additionalGids"]))
 

@@ -1,4 +1,4 @@
-"""Copies a directory of an image into a volume by descriptors, so that whoever changes the source meanwhile cannot lead us out.
+"""Copies a directory of an image into a volume by descriptors, so that a change of the source meanwhile cannot lead outside it.
 
 No name is looked up twice: what a descriptor was opened on is what is judged and copied (C-X4, CVE-2018-15664). No symbolic
 link is followed, and nothing but directories and regular files is opened for reading.
@@ -23,7 +23,7 @@ _NO_XATTRS: Final = (errno.ENOTSUP, errno.EPERM, errno.ENODATA, errno.EINVAL, er
 
 
 def copy_directory(source: int, target: Path) -> None:
-    """Fill the empty directory `target`, nobody else's, with what is in the directory `source`, and make it look like that one.
+    """Fill the empty directory `target`, which no other process uses, with the contents of `source`, and copy its attributes.
 
     Types, owners, modes, times, xattrs, holes and hard links are kept; what disappears meanwhile is left out. Blocking.
 

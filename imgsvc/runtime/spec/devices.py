@@ -50,7 +50,7 @@ class DeviceNode:
 
 
 def requested(devices: Sequence[Device]) -> list[DeviceNode]:
-    """What the pod asks for; a directory stands for all devices in it. Raises: InvalidArgument, NotFound."""
+    """The devices that the pod requests; a directory means all devices in it. Raises: InvalidArgument, NotFound."""
     found = []
     for device in devices:
         if not set(device.permissions) <= set("rwm"):

@@ -37,7 +37,7 @@ DEFAULT_CAPABILITIES: Final = frozenset(
 )
 # Hidden from every container that is not privileged, whatever else was asked for (GHSA-7ww5-4wqc-m92c).
 ALWAYS_MASKED: Final = ("/sys/devices/virtual/powercap", "/sys/firmware")
-# What Kubernetes' procMount: Default stands for.
+# The paths of Kubernetes' procMount: Default.
 USUALLY_MASKED: Final = tuple(
     "/proc/" + name
     for name in ["asound", "acpi", "interrupts", "kcore", "keys", "latency_stats", "timer_list", "timer_stats", "sched_debug", "scsi"]
@@ -184,7 +184,7 @@ def container_label(security: LinuxContainerSecurityContext, pod_label: str) -> 
 def hidden_paths(security: LinuxContainerSecurityContext, settings: RuntimeSettings, *, user_namespace: bool) -> Mapping[str, list[str]]:
     """`maskedPaths` and `readonlyPaths`: what the kubelet asks for, what is never shown, and the usual ones by default.
 
-    Two empty lists are procMount: Unmasked, which Kubernetes allows in user namespaces only; elsewhere somebody forgot them.
+    Two empty lists are procMount: Unmasked, which Kubernetes allows in user namespaces only; elsewhere they were forgotten.
     """
     if security.privileged:
         return {}

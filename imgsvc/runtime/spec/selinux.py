@@ -4,7 +4,7 @@ Every pod has a pair of categories of its own in its level, so that a process th
 What we make for a pod gets the pod's file label when it is made. A volume is relabelled only when the kubelet asks for it
 (`selinux_relabel`), and a directory of the system never (CVE-2021-43816).
 
-Source: needs.md C-C13; SELinux Notebook (security contexts, MCS); selinux contexts(5) for lxc_contexts.
+Source: SELinux Notebook (security contexts, MCS); selinux contexts(5) for lxc_contexts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Names of sysctls. Pure.
 
-Dots separate the parts of a name and a slash stands for a dot within one (`net.ipv4.conf.eth0/100.rp_filter`); in a name
+Dots separate the parts of a name and a slash is a dot within one (`net.ipv4.conf.eth0/100.rp_filter`); in a name
 whose first separator is a slash it is the other way round. Source: sysctl(8); Kubernetes takes both, too.
 """
 

@@ -39,7 +39,7 @@ class PasswdEntry:
 
 
 def parse_number(text: str, what: str) -> int | None:
-    """The ID a text of digits stands for; None when it is a name. Raises: InvalidArgument for what is neither."""
+    """The ID that a text of digits gives; None when it is a name. Raises: InvalidArgument for what is neither."""
     number = whole_number(text, MAX_ID)
     if number is not None:
         if number > MAX_ID:

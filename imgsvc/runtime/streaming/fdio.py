@@ -53,7 +53,7 @@ class FdReader:
             _resolve(self._waiter)
 
     def close(self) -> None:
-        """Close the descriptor. Idempotent; nobody may be reading."""
+        """Close the descriptor. Idempotent; no read may be in progress."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -96,7 +96,7 @@ class FdWriter:
         self._fd = fd
 
     async def write(self, data: bytes) -> None:
-        """Write all of it. Raises: OSError (BrokenPipeError when nobody reads any more, also after close)."""
+        """Write all of it. Raises: OSError (BrokenPipeError when the reader has gone, also after close)."""
         await asyncio.sleep(0)
         view = memoryview(data)
         while view:
@@ -108,7 +108,7 @@ class FdWriter:
                 await _writable(self._fd)
 
     def close(self) -> None:
-        """Close the descriptor. Idempotent; nobody may be writing."""
+        """Close the descriptor. Idempotent; no write may be in progress."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -146,7 +146,7 @@ class SocketConnection:
                 raise
 
     def close(self) -> None:
-        """Close it. Idempotent; nobody may be reading or writing."""
+        """Close it. Idempotent; no read or write may be in progress."""
         self._reader.close()
         self._sock.close()
 

@@ -41,7 +41,7 @@ class Inbox:
         self._filled.set()
 
     def discard(self) -> None:
-        """Nobody reads any more: drop what is there and what will come. Idempotent."""
+        """The reader has gone: drop what is there and what will come. Idempotent."""
         self._discarding = True
         self._chunks.clear()
         self._size = 0

@@ -182,7 +182,7 @@ class StreamServer:
         return self._route(request)
 
     def _drop_one(self) -> None:
-        """Close the oldest handshake of the address that has most: whoever has a session to start is done in a moment.
+        """Close the oldest handshake of the address that has most: a client with a session to start needs only a moment.
 
         Refusing new ones instead would let anybody on the node close the server by saying nothing.
         """

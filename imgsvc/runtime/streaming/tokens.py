@@ -1,4 +1,4 @@
-"""One-time addresses: a token is the whole authorisation to use what it stands for.
+"""One-time addresses: a token is the whole authorisation for one request.
 
 128 random bits, used once, valid for a minute (the kubelet opens the address at once), a bounded number outstanding.
 """
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Tokens(Generic[T]):
-    """Tokens and what they stand for. Not thread-safe."""
+    """Tokens and their requests. Not thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -36,7 +36,7 @@ class Tokens(Generic[T]):
         return token
 
     def peek(self, token: str) -> T | None:
-        """What a valid token stands for; it stays valid."""
+        """The request of a valid token, which stays valid."""
         self._expire()
         entry = self._entries.get(token)
         return entry[1] if entry else None

@@ -4,8 +4,8 @@ ROOT/snapshots/erofs/NUMBER/ has, of a committed snapshot,
 
     layer.tar     the layer's tar stream, byte for byte: its digest is the diff ID
     layer.index   what that stream says, see index.py
-    layer.erofs   the image of this layer on top of all below it; made when it is first needed, and again when it is lost
-    mnt           where that is mounted, once for everybody
+    layer.erofs   the image of this layer on top of all below it; made when it is first needed, and again when it is missing
+    mnt           where that is mounted, once for all containers
 
 and, of an active one, what OverlaySnapshotter has: what a container writes goes to an upper directory of its own.
 

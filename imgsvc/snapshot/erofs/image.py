@@ -1,4 +1,4 @@
-"""A file tree as an EROFS image: metadata only, in front of nothing; what files contain lies in the layers' tar streams.
+"""A file tree as an EROFS image: metadata only; the contents of files stay in the layers' tar streams.
 
 Blocks have 512 bytes, as tar has: every file's data is whole blocks of its layer's tar stream, which the image names as
 an extra device at an address range of its own. Behind the metadata come sparse files, spelled out but for their holes.

@@ -1,7 +1,7 @@
 """What a layer's tar stream says, as one compact record per entry: written while the stream goes by, replayed by merge.py.
 
 A record is a fixed part (52 bytes), the entry's name, its link target, and what few entries have: xattrs and a sparse map.
-The writer keeps no entry in memory. The reader trusts nothing: what a record says was in somebody's layer.
+The writer keeps no entry in memory. The reader trusts nothing: records come from untrusted layers.
 """
 
 from __future__ import annotations

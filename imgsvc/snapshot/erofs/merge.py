@@ -4,7 +4,7 @@ The tree is what a sequential unpack of the layers would leave: an entry replace
 layer win, a hard link names the file itself in whatever layer it lies, whiteouts concern lower layers only, wherever they
 stand in the layer. Symbolic links on the way to an entry are followed inside the root, as chroot(2) would.
 
-Attributes of files lie in arrays: 44 bytes for each, beside its name in its directory.
+Attributes of files are stored in arrays: 44 bytes for each, beside its name in its directory.
 
 Source: OCI image-spec layer.md.
 """

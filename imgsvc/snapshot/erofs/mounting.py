@@ -21,7 +21,7 @@ _LOOP_CTL_GET_FREE: Final = 0x4C82
 _READ_ONLY: Final = 1
 _AUTOCLEAR: Final = 4  # free again with the last user, which is the mount
 _LOOP_CONFIG: Final = struct.Struct("<II 52x I 176x 64x")  # descriptor, block size; flags
-_ATTEMPTS: Final = 20  # somebody else may take a free device first
+_ATTEMPTS: Final = 20  # another process may take a free device first
 
 
 def mount_image(image: Path, devices: Sequence[Path], place: Path) -> None:

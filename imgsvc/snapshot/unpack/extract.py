@@ -7,7 +7,7 @@ it, and one that applies them to a tree holding the lower layers already.
 
 Directories get owner, mode, xattrs and times at the very end, children first: only then their times stay.
 
-Source: OCI image-spec layer.md; needs.md C1 for what must not work.
+Source: OCI image-spec layer.md. tests/snapshot/test_hostile.py lists what must not work.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Style(Protocol):
     """Directories made without an entry, less those that became something else."""
 
     marks: int
-    """Whiteouts made, likewise."""
+    """Whiteouts made, in the same form."""
 
     fresh_tree: bool
     """Whether all directories are ours; else set-group-ID bits and default ACLs of others shape what we create."""
@@ -236,7 +236,7 @@ class Extractor:
         except (MissingDirectory, NoDirectory):
             return True  # there is nothing to hide; builders that put a file in place of a directory still say so of its contents
         if where != parent and self._style.made_link(self._tree.first_link(parent)):
-            return True  # likewise, a link of this layer is where lower layers had a directory: it does not lead to what is hidden
+            return True  # a link of this layer is where lower layers had a directory: it does not lead to what is hidden
         self._style.touch(fd, where)
         if base == _OPAQUE:
             removed = self._style.opaque(fd, where)
@@ -371,7 +371,7 @@ class Extractor:
             return
         self._metadata_at(entry, dir_fd, base)
         if entry.mode & 0o7000 or self._inherits:
-            os.chmod(base, entry.mode, dir_fd=dir_fd)  # it is no link: nobody else changes this tree
+            os.chmod(base, entry.mode, dir_fd=dir_fd)  # not a link: no other process changes this tree
         self.inodes += 1
 
     def _metadata_at(self, entry: Header, dir_fd: int, base: bytes) -> None:
@@ -473,7 +473,7 @@ class Extractor:
             raise _explained(error, path) from error
 
     def _finish_directory(self, fd: int, facts: DirectoryFacts) -> None:
-        # Always: a directory that was there before may belong to somebody else.
+        # Always: a directory that existed before may have another owner.
         if self._inherits:
             _drop_acls(fd)
         self._chown(fd, facts.uid, facts.gid)

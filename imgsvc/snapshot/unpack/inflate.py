@@ -102,7 +102,7 @@ class TransformReader:
             return b""
 
     def judge(self) -> None:
-        """Read on to the transform's verdict, whoever else is reading. Raises: DataLoss."""
+        """Read on to the transform's verdict, also while another thread reads. Raises: DataLoss."""
         while self.read(READ_SIZE):
             pass
 
@@ -223,7 +223,7 @@ class Ahead:
     """Runs stages a few chunks ahead of who needs what they make, in a thread of their own, as long as a processor is free for it.
 
     Inflating and hashing release the interpreter's lock, so that one layer keeps two processors busy: `igzip | tar` in a
-    process. Where others have layers to unpack for all processors, one thread does the same with less: nobody waits for the lock.
+    process. Where others have layers to unpack for all processors, one thread does the same work without waiting for the lock.
     """
 
     def __init__(self, next_chunk: Callable[[], bytes], has_room: Callable[[], bool]) -> None:

@@ -185,7 +185,7 @@ class OverlayStyle:
         return False
 
     def placeholder_linked(self, path: bytes, target: bytes) -> None:
-        """Another name for a placeholder is another name for what it stands for."""
+        """A hard link to a placeholder links the file that the placeholder replaces."""
         if target in self.journal.links:
             self.journal.links[path] = self.journal.links[target]
 

@@ -114,7 +114,7 @@ class TarStream:
             self.read_data()
 
     def drain(self) -> None:
-        """Read on to the end of the stream, so that whoever hashes it has seen every byte."""
+        """Read on to the end of the stream, so that its hash covers every byte."""
         self._chunk = b""
         self._view = memoryview(b"")
         self._at = 0

@@ -46,7 +46,7 @@ class Tree:
         self._create = create
         self._use_openat2 = use_openat2
         self.held: dict[bytes, tuple[int, bytes]] = {}  # answers of directory() that are still good, by normalised path
-        self._retired: list[int] = []  # to be closed once nobody can still be using them
+        self._retired: list[int] = []  # to be closed once no thread can still be using them
 
     def directory(self, path: bytes, *, create: bool = True) -> tuple[int, bytes]:
         """A descriptor of a directory, following links inside the root, and its canonical path.

@@ -46,7 +46,7 @@ class DiffIDMismatch(DataLoss):
 
 
 class WorkerKilled(Unavailable):
-    """A worker ended without a verdict: somebody outside has ended it."""
+    """A worker ended without a verdict: it was killed from outside."""
 
     def __init__(self, subject: str) -> None:
         super().__init__(
@@ -66,7 +66,7 @@ class _Worker:
         self._unsent: int | None = None
 
     def give(self, subject: str, order: Mapping[str, Any], fds: Sequence[int]) -> None:
-        """An order, with what it is about. Raises: WorkerKilled when there is nobody to take it."""
+        """Send an order and its descriptors. Raises: WorkerKilled when the worker is gone."""
         self._subject = subject
         self._send(json.dumps(order).encode(), fds)
 
@@ -342,7 +342,7 @@ class WorkerUnpacker:
         self._open += 1
 
     def closed(self) -> None:
-        """A job has ended; after the last one nobody has anything to settle."""
+        """A job has ended; after the last one there is nothing left to settle."""
         self._open -= 1
         while not self._open and self._settlers:
             self._settlers.pop().dismiss()
@@ -416,7 +416,7 @@ class WorkerUnpacker:
         return worker
 
     async def _fork(self, job: int) -> int:
-        # Shielded: an answer nobody waits for would be taken for that of the next request.
+        # Shielded: an answer that is not read here would be taken for that of the next request.
         exchange = asyncio.ensure_future(self._exchange(os.dup(job)))
         try:
             return await asyncio.shield(exchange)

@@ -121,7 +121,7 @@ def _reap(_signal: int, _frame: object) -> None:
 
 
 def _child(job: socket.socket, make_transform: Callable[[bytes], Transform] | None) -> None:
-    """Orders and verdicts, until one has failed, a layer is unpacked or nobody is there any more. Never returns."""
+    """Take orders and answer them until one fails, a layer is unpacked or the daemon has gone. Never returns."""
     try:
         again = True
         while again:
@@ -285,7 +285,7 @@ class _Reading:
         return os.pread(self._room, 1, 0) != b"\0"
 
     def verdict(self, started: float, entries: int, size: int, inodes: int, warnings: Mapping[str, int]) -> dict[str, Any]:
-        """What the daemon is told of a layer that is unpacked."""
+        """The report to the daemon about an unpacked layer."""
         total = time.monotonic() - started
         return {
             "diff_id": f"{self._algorithm}:{self.data.hexdigest()}",
@@ -344,7 +344,7 @@ class Waiting:
         Ends the process when the daemon is gone.
         """
         if offset:
-            with contextlib.suppress(OSError):  # nobody takes it: only the display lags
+            with contextlib.suppress(OSError):  # the daemon does not read it: only the display lags
                 self._job.send(offset.to_bytes(COUNT, "big"), socket.MSG_DONTWAIT)
         started = time.monotonic()
         while self._available <= offset:
@@ -409,7 +409,7 @@ def _target_of(mounts: list[Mount]) -> str:
 
 
 def _mounted(mounts: list[Mount], place: str, opened: Callable[[str], int] = _opened) -> int:
-    """A descriptor of the root mounted on the directory `place`, which the mounts may be below of. Nobody else sees the mount; it is gone when that is closed."""
+    """A descriptor of the root mounted on the directory `place`, which the mounts may be below of. Other processes do not see the mount; closing the descriptor ends it."""
     _leave_the_mounts()
     mount_all(mounts, place)
     try:

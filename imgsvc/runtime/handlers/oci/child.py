@@ -77,10 +77,10 @@ class Orphan:
         return not self._exited.is_set()
 
     async def wait(self) -> int:
-        """Its exit code, 128+N when signal N ended it. May be called again. Raises: Internal when nobody knows it."""
+        """Its exit code, 128+N when signal N ended it. May be called again. Raises: Internal when it is unknown."""
         await self._exited.wait()
         if self._status is None:
-            raise Internal("the exit code of the command was lost", hint="is somebody else waiting for the daemon's children?")
+            raise Internal("the exit code of the command was lost", hint="check whether other code waits for the daemon's children")
         return self._status
 
     def signal_group(self, number: signal.Signals) -> None:
@@ -107,7 +107,7 @@ class Orphan:
 
 
 def _open_if_ours(pid: int) -> int | None:
-    """The pidfd of a child of ours, running or a zombie; None when it is reaped (and its number possibly given anew)."""
+    """The pidfd of a child of ours, running or a zombie; None when it is reaped (and its number possibly reused)."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:

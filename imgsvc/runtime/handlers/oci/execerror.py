@@ -1,6 +1,6 @@
 """Telling a command that cannot be run from everything else that keeps an OCI runtime from creating a container. Pure.
 
-Runtimes look the command up within their `create`, in the finished container, so nobody else can; all they hand back is text.
+Runtimes look the command up within their `create`, in the finished container, so only they can tell why it failed; all they return is text.
 """
 
 from __future__ import annotations

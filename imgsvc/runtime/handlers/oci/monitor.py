@@ -126,7 +126,7 @@ class Conmon:
             return 0
 
     async def wait(self, container_id: str, pid: int, pid_start: int) -> Exit:
-        """Until the container has ended and conmon stored the code; 255 when conmon died before and nobody else saw it."""
+        """Until the container has ended and conmon stored the code; 255 when conmon died before and the code is unknown."""
         monitor = self.pid(container_id)
         monitor_start = start_time(monitor)
         if not monitor_start:
@@ -152,7 +152,7 @@ class Conmon:
         return found
 
     async def reopen_log(self, container_id: str, log_path: str) -> None:
-        """Make conmon open the log path anew; it does not answer, so wait for the file.
+        """Make conmon open the log path again; it does not answer, so wait for the file.
 
         Raises: FailedPrecondition (no conmon), DeadlineExceeded.
         """

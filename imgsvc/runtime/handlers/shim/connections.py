@@ -33,7 +33,7 @@ class Connections:
         return await client.call(_SANDBOX, method, request, answer, timeout_s=timeout_s)
 
     async def client(self, endpoint: Endpoint) -> Client:
-        """The open connection to a shim. Raises: Unavailable (nobody listens)."""
+        """The open connection to a shim. Raises: Unavailable (the socket has no listener)."""
         client = self._clients.get(endpoint.address)
         if client is None or client.closed.is_set():
             client = await Client.connect(endpoint.address, NAMESPACE)

@@ -195,7 +195,7 @@ class ShimRuntime:
 
     async def _put_down(self, container_id: str) -> bool:
         """Kill the shim of a container if it answers nothing at all; whether it did so. Nothing can be done to its containers
-        any more: whoever waits for them buries them then.
+        any more: the tasks that wait for them then record their end.
         """
         endpoint = saved_endpoint(self._bundles / container_id)
         if endpoint is None or await self._answers(endpoint, container_id):

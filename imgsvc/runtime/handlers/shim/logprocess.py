@@ -1,6 +1,6 @@
 """The process that keeps one container's log: from its FIFOs to a file in CRI format, `TIME STREAM P|F TEXT`.
 
-One for each container of a shim. It outlives the daemon, so that nothing of what a container writes is lost meanwhile, and ends
+One for each container of a shim. It outlives the daemon, so that a container's output is kept meanwhile, and ends
 with the container's output. It is run as a script, and imports next to nothing: there are as many of them as containers.
 
 Arguments: the descriptor of a listening SOCK_SEQPACKET socket, its path, the descriptor of the log (-1 for none), the longest part
@@ -10,7 +10,7 @@ of a line [bytes], and for each stream NAME=DESCRIPTOR. Messages to the socket, 
 R, with descriptor  go on in that file; answer R
 F                   pass output on from here: answer F, then "o" + data of stdout, "e" + data of stderr
 Q                   the container has ended: take what is left, and end
-(none)              E to everybody connected when the output has ended; no E: the process died
+(none)              E to every connected client when the output has ended; no E: the process died
 =================== ========================================================================
 
 A line longer than the limit is cut into parts tagged P, the last of which is tagged F.
@@ -95,7 +95,7 @@ class LogProcess:
             self._write(cutter.finish(timestamp()))
 
     def end(self) -> None:
-        """Tell everybody that it was an end."""
+        """Tell every client that the output has ended."""
         while select.select([self._listener], [], [], 0)[0]:
             self._accept()
         for client in self._clients.values():
@@ -168,7 +168,7 @@ def main(arguments: list[str]) -> None:
     process = LogProcess(socket.socket(fileno=int(listener)), int(log), int(limit), {name: int(fd) for name, fd in pairs})
     process.run()
     with contextlib.suppress(OSError):  # its directory may be gone
-        os.unlink(path)  # from here on nobody comes any more
+        os.unlink(path)  # from here on no client can connect
     process.end()
 
 

@@ -100,7 +100,7 @@ class ShimExec:
     async def _feed(self, source: Source, writer: FdWriter, exec_id: str) -> None:
         while data := await source.read():
             await writer.write(data)
-        writer.close()  # the process sees the end only when nobody holds the FIFO open for writing
+        writer.close()  # the process sees the end only when no writer holds the FIFO open
         await close_stdin(self.tasks, self.container_id, exec_id)
 
     async def _forget(self, exec_id: str) -> None:
@@ -162,7 +162,7 @@ def _path(place: Path, name: str) -> str:
 
 
 def _outputs(place: Path, streams: Streams, ours: AsyncExitStack, *, terminal: bool) -> list[tuple[FdReader, Sink | None]]:
-    """Make and open the output FIFOs. The shim wants both unless there is a terminal; what nobody wants is thrown away."""
+    """Make and open the output FIFOs. The shim wants both unless there is a terminal; unwanted output is discarded."""
     found: list[tuple[FdReader, Sink | None]] = []
     wanted: Sequence[tuple[str, Sink | None]] = (("stdout", streams.stdout), ("stderr", streams.stderr))
     for name, sink in wanted[:1] if terminal else wanted:

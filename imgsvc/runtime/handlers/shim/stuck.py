@@ -1,6 +1,6 @@
 """A shim that does not answer any more: finding its process by the socket it listens on, and ending it.
 
-A shim's process is not our child, nor does every generation tell its pid; whoever holds the listening socket is the one.
+A shim's process is not our child, nor does every generation tell its pid; the process that holds the listening socket is the shim.
 
 Source: proc(5) net/unix and PID/fd, pidfd_open(2).
 """
