@@ -171,7 +171,7 @@ def _act(name: str) -> int:
 def _parse(term: str) -> tuple[str, _Action]:
     match = _TERM.fullmatch(term)
     if match is None or match["name"] not in POINTS:
-        raise InvalidArgument(f'"{term}" is no failpoint', where=ENV, hint="use name=kill|error[:ERRNO]|delay:MS[*COUNT][@HIT]")
+        raise InvalidArgument(f'"{term}" is not a failpoint', where=ENV, hint="use name=kill|error[:ERRNO]|delay:MS[*COUNT][@HIT]")
     kind, argument = match["action"], match["argument"] or ""
     if kind == "delay" and argument.isdecimal():
         number = int(argument)

@@ -71,9 +71,9 @@ def resolved(directory: str) -> Path:
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise InvalidArgument("the name of a directory of ours must be UTF-8", where=printable(str(path), 200)) from error
+        raise InvalidArgument("the name of imgsvc's directory must be UTF-8", where=printable(str(path), 200)) from error
     if path == Path("/") or (path.exists() and not path.is_dir()):
-        raise InvalidArgument("not a directory that can be ours", where=str(path), hint="name another one")
+        raise InvalidArgument("not a directory that imgsvc can own", where=str(path), hint="name another one")
     return path
 
 
@@ -94,7 +94,7 @@ def lock_exclusive(path: Path, what: str) -> int:
         raise FailedPrecondition(
             f"{what} is in use by another imgsvc (process {holder or 'unknown'})",
             where=str(path.parent),
-            hint="stop that one, or choose another directory",
+            hint="stop that process, or choose another directory",
         ) from error
     except OSError as error:
         os.close(fd)

@@ -84,7 +84,7 @@ def mount_id(fd: int) -> int:
             name, _, value = line.partition(b":")
             if name == b"mnt_id":
                 return int(value)
-    raise OSError(errno.ENOTSUP, "the kernel does not tell mount IDs")
+    raise OSError(errno.ENOTSUP, "the kernel does not report mount IDs")
 
 
 @dataclass(frozen=True, slots=True)

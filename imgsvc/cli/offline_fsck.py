@@ -80,4 +80,4 @@ def _open(root: Path, db: MetaDB, stack: ExitStack) -> tuple[ImageStore, LocalSt
 
 
 def _cannot_compare(_snapshotter: str, _name: Name, _cancel: CancelToken) -> str:
-    raise Unimplemented("only a running daemon unpacks layers for comparing")
+    raise Unimplemented("comparing layers needs a running daemon")

@@ -26,9 +26,9 @@ def prepull_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("references", nargs="*", metavar="REF", type=usage.reference)
     parser.add_argument("-f", "--file", type=Path, metavar="FILE", help="a pre-pull file; its images are pulled now, whatever its windows")
     parser.add_argument("--concurrent", type=usage.count(1), default=0, metavar="N", help="pulls at a time (default: the file's, else 2)")
-    parser.add_argument("--retries", type=usage.count(0), default=2, metavar="N", help="further tries of an image that failed (default: 2)")
+    parser.add_argument("--retries", type=usage.count(0), default=2, metavar="N", help="retries of an image that failed (default: 2)")
     parser.add_argument("--status", action="store_true", help="show the daemon's pre-pull files instead")
-    parser.add_argument("--now", action="store_true", help="have the daemon try all of its files' images at once")
+    parser.add_argument("--now", action="store_true", help="make the daemon try all images of its files now")
     parser.add_argument("--json", action="store_true")
     add_address(parser)
     parser.set_defaults(run=run_prepull)
@@ -59,7 +59,7 @@ def run_prepull(arguments: argparse.Namespace) -> int:
         return _show_status(arguments)
     jobs, concurrent = _jobs(arguments)
     if not jobs:
-        raise usage.WrongUsage("no images", hint="name some, or give a file with -f")
+        raise usage.WrongUsage("no images", hint="name images, or give a file with -f")
     with connect(arguments) as daemon, ThreadPoolExecutor(arguments.concurrent or concurrent) as pool:
         results = list(pool.map(lambda job: _pull(daemon, job, arguments.retries), jobs))
     _report(results, as_json=arguments.json)

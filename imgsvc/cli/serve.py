@@ -13,10 +13,10 @@ from imgsvc.cli.usage import add_config
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
     """`imgsvc serve`."""
     add_config(parser)
-    parser.add_argument("--root", metavar="DIR", help="what must survive a reboot")
-    parser.add_argument("--state", metavar="DIR", help="what dies with a reboot")
+    parser.add_argument("--root", metavar="DIR", help="directory for data that must survive a reboot")
+    parser.add_argument("--state", metavar="DIR", help="directory for state that a reboot clears")
     parser.add_argument("--address", metavar="unix:///…", default=argparse.SUPPRESS, help="where to listen")
-    parser.add_argument("--log-level", choices=config.LOG_LEVELS, help="what is said at least; default: that of [debug], else info")
+    parser.add_argument("--log-level", choices=config.LOG_LEVELS, help="lowest level that is logged; default: that of [debug], else info")
     parser.set_defaults(run=run_serve, takes_address=True)
 
 

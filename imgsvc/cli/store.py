@@ -19,7 +19,7 @@ def df_arguments(parser: argparse.ArgumentParser) -> None:
 
 def gc_arguments(parser: argparse.ArgumentParser) -> None:
     """`imgsvc gc`."""
-    parser.add_argument("--explain", action="store_true", help="say why each thing stays or goes, and remove nothing")
+    parser.add_argument("--explain", action="store_true", help="explain what would be removed and why, and remove nothing")
     _add_common(parser)
     parser.set_defaults(run=run_gc)
 
@@ -28,7 +28,7 @@ def fsck_arguments(parser: argparse.ArgumentParser) -> None:
     """`imgsvc fsck`."""
     parser.add_argument("--deep", action="store_true", help="read every blob and compare its digest; compare layers with their blobs")
     parser.add_argument("--repair", action="store_true", help="forget what is broken, so that the next pull brings it back")
-    parser.add_argument("--root", metavar="DIR", type=Path, help="check the store in DIR, on which no daemon runs, without one")
+    parser.add_argument("--root", metavar="DIR", type=Path, help="check the store in DIR without a daemon; none may be running on it")
     _add_common(parser)
     parser.set_defaults(run=run_fsck)
 
@@ -56,7 +56,7 @@ def run_df(arguments: argparse.Namespace) -> int:
     print_table(
         ("CLASS", "COUNT", "SIZE"), [(kind, str(c["count"]), human_size(c["bytes"])) for kind, c in sorted(reply["classes"].items())]
     )
-    print(f"\nneeded by no image: {human_size(reply['unreferenced'])}")
+    print(f"\nnot used by any image: {human_size(reply['unreferenced'])}")
     return 0
 
 
@@ -76,7 +76,7 @@ def run_gc(arguments: argparse.Namespace) -> int:
             print(f"removed {node}")
         for node, why in reply["failed"].items():
             print(f"failed {node}: {why}")
-        print(f"{plural(len(reply['removed']), 'thing')} removed, {reply['live']} needed")
+        print(f"removed {plural(len(reply['removed']), 'object')}; {reply['live']} in use")
     return 1 if reply.get("failed") else 0
 
 

@@ -94,7 +94,7 @@ def _imported(patterns: typing.Iterable[str], base: Path, where: str) -> list[Pa
         names = sorted(Path(name) for name in glob.glob(str(base / pattern)))
         if not names and not glob.has_magic(pattern):
             raise NotFound(
-                f"imports: there is no {base / pattern}", where=where, hint="a pattern (*.toml) may match nothing, a name may not"
+                f"imports: no such file: {base / pattern}", where=where, hint="a pattern (*.toml) may match nothing, a name may not"
             )
         found += names
     return list(dict.fromkeys(found))

@@ -153,7 +153,7 @@ class IngestWriter:
     def missing(self) -> list[tuple[int, int]]:
         """Raises: FailedPrecondition when the total is unknown."""
         if self._record.total is None:
-            raise FailedPrecondition("what is missing is unknown without a total size", where=self._where)
+            raise FailedPrecondition("the missing part is unknown without a total size", where=self._where)
         with self._idle:
             return self._ranges.missing(self._record.total)
 

@@ -103,7 +103,9 @@ def _require_free(path: Path) -> None:
     if not path.exists():
         return
     if not path.is_socket():
-        raise FailedPrecondition("something that is not a socket is where the socket has to be", where=str(path), hint="name another path")
+        raise FailedPrecondition(
+            "the path of the socket is taken by something that is not a socket", where=str(path), hint="name another path"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_KNOCK_S)
         try:
@@ -113,7 +115,7 @@ def _require_free(path: Path) -> None:
         except TimeoutError:
             pass  # its queue is full: there is a server
         except OSError as error:
-            raise Unavailable(f"cannot see whether a server is there: {error.strerror}", where=str(path)) from error
+            raise Unavailable(f"cannot tell whether a server is running: {error.strerror}", where=str(path)) from error
     raise FailedPrecondition(
-        "another server answers on the socket", where=str(path), hint="stop it, or choose another grpc.address or state"
+        "another server listens on the socket", where=str(path), hint="stop it, or choose another grpc.address or state"
     )

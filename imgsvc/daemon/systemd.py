@@ -28,7 +28,7 @@ class Notifier:
             try:
                 await is_well()
             except Exception as error:  # noqa: BLE001  # one bad moment is none: systemd acts when they last for a period
-                log.error("not well, which systemd is not told: %s", error)
+                log.error("unhealthy; systemd is not notified: %s", error)
             else:
                 self("WATCHDOG=1")
             await asyncio.sleep(self._watchdog_s / 2)

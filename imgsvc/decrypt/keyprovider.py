@@ -85,7 +85,7 @@ def _tls(value: object, where: str) -> GrpcTls:
         raise InvalidArgument("grpc-tls is not an object of strings", where=where)
     if value.get("insecure-skip-verify"):
         raise InvalidArgument(
-            "grpc-tls.insecure-skip-verify is not supported: layer keys would go to anybody who answers",
+            "grpc-tls.insecure-skip-verify is not supported: layer keys would go to any server that answers",
             where=where,
             hint="name the server's certificate or its CA as root-ca-file, and its name as server-name",
         )

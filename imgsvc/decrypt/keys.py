@@ -92,7 +92,7 @@ def parse_key_file(data: bytes, source: str, passphrases: Sequence[bytes] = ()) 
         return KeyRing(private=_der_keys(data, source, passphrases))
     if data[0] & 0x80:
         return _pgp_ring(data, passphrases)
-    raise KeyFileError("not a kind of key file that is known here")
+    raise KeyFileError("unknown kind of key file")
 
 
 def _pem_keys(text: bytes, source: str, passphrases: Sequence[bytes]) -> tuple[PrivateKey, ...]:
@@ -128,7 +128,7 @@ def _load_private(load: Any, data: bytes, passphrases: Sequence[bytes]) -> rsa.R
             locked = True
         except (ValueError, UnsupportedAlgorithm) as error:
             if not locked:
-                raise KeyFileError("not a private key that can be read") from error.with_traceback(None)
+                raise KeyFileError("not a readable private key") from error.with_traceback(None)
         else:
             if isinstance(key, (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey)):
                 return key

@@ -193,7 +193,7 @@ def _unlock(reader: Reader, passphrases: Sequence[bytes]) -> bytes:
     if usage == 0:
         return reader.rest()
     if usage not in (254, 255):
-        raise Malformed("a secret key protection of before 1999")
+        raise Malformed("a secret key protection from before 1999")
     cipher = reader.number(1)
     derive = _string_to_key(reader)
     if cipher not in AES_KEY_SIZES or derive is None:

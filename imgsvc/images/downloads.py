@@ -208,7 +208,7 @@ class Blobs:
             try:
                 return await self.fetch(fetcher, blob, progress)
             except PullFailed as second:
-                raise DataLoss(f"{error.what}, and nobody else has it: {second.what}", where=error.where, hint=error.hint) from second
+                raise DataLoss(f"{error.what}, and no other endpoint has it: {second.what}", where=error.where, hint=error.hint) from second
 
     async def _fetch(self, fetcher: Fetcher, blob: Descriptor, progress: Progress) -> BlobSource | None:
         # Looked at in the flight: before it, the flight of somebody else may end between the look and the start.

@@ -47,7 +47,7 @@ class ImageMounts:
     async def mount(self, reference: str, directory: str) -> str:
         """Show an image's files in an empty directory; returns the image's ID.
 
-        Raises: NotFound (the image), InvalidArgument (the directory), AlreadyExists (something is mounted there), PermissionDenied.
+        Raises: NotFound (the image), InvalidArgument (the directory), AlreadyExists (a file system is already mounted there), PermissionDenied.
         """
         target = await self._threads.run(_checked_target, directory)
         image = self._images.find(reference)
@@ -76,7 +76,9 @@ class ImageMounts:
                 try:
                     await self._threads.run(self._unmount, target)
                 except OSError as error:
-                    raise FailedPrecondition(f"it cannot be unmounted: {error.strerror}", where=target, hint="see who uses it") from error
+                    raise FailedPrecondition(
+                        f"it cannot be unmounted: {error.strerror}", where=target, hint="find the processes that use it"
+                    ) from error
             await self._forget(name)
 
     async def _forget(self, name: str) -> None:
@@ -94,7 +96,7 @@ def _checked_target(directory: str) -> str:
     target = os.path.realpath(directory)
     try:
         if _is_mounted(target):
-            raise AlreadyExists("something is mounted there", where=printable(target, 200), hint="`imgsvc unmount` it first")
+            raise AlreadyExists("a file system is already mounted there", where=printable(target, 200), hint="`imgsvc unmount` it first")
         if os.listdir(target):
             raise InvalidArgument("the directory is not empty", where=printable(target, 200), hint="name an empty one")
     except OSError as error:

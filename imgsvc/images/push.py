@@ -115,7 +115,7 @@ class Pusher:
                 raise FailedPrecondition(
                     f"{name.digest} cannot be pushed: only one of its manifests is on this node",
                     where=name.name,
-                    hint="push a tag, which then stands for the manifest of this platform",
+                    hint="push a tag, which then names the manifest of this platform",
                 )
             del chosen[position + 1 :]
             left_out = 0

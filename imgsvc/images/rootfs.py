@@ -105,7 +105,7 @@ def _snapshot(
     if not is_unpacked(image, driver):
         raise FailedPrecondition(
             f"{_label(image)} is not completely unpacked for snapshotter {driver.name}",
-            hint="pull it again with the runtime handler that will run it",
+            hint="pull it again for the runtime handler that will run it",
         )
     if driver.stat(key) is not None:
         return driver.mounts(key)

@@ -30,10 +30,10 @@ def target(url: str, location: str, phase: str) -> str:
         parts = urlsplit(found)
         _ = parts.port
     except ValueError:
-        raise refused("redirect to something that is no URL", phase, url) from None
+        raise refused("redirect to something that is not a URL", phase, url) from None
     is_text = found.isascii() and found.isprintable() and " " not in found
     if parts.scheme not in ("http", "https") or not parts.hostname or not is_text or not is_host_name(parts.hostname):
-        raise refused("redirect to something that is no web address", phase, url)
+        raise refused("redirect to something that is not an HTTP URL", phase, url)
     if url.startswith("https://") and parts.scheme != "https":
         raise refused("redirect from HTTPS to HTTP", phase, found)
     if parts.username is not None:

@@ -59,15 +59,15 @@ async def checkpoint(core: Core, container_id: str, location: str, timeout_s: fl
 
 def _check_location(location: str) -> None:
     if not os.path.isabs(location) or location.endswith("/"):
-        raise InvalidArgument("the location of a checkpoint is an absolute path of a file", where=location)
+        raise InvalidArgument("the location of a checkpoint must be an absolute path of a file", where=location)
     if not os.path.isdir(os.path.dirname(location)):
-        raise NotFound("the directory for the checkpoint is not there", where=location)
+        raise NotFound("the directory for the checkpoint does not exist", where=location)
     if os.path.lexists(location):
         raise _taken(location)
 
 
 def _taken(location: str) -> AlreadyExists:
-    return AlreadyExists("a file is there already, and a checkpoint replaces none", where=location)
+    return AlreadyExists("a file exists already, and a checkpoint does not replace it", where=location)
 
 
 @contextmanager

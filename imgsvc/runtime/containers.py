@@ -331,7 +331,7 @@ class Containers:
                 try:
                     await handler.kill(record.id, to_number(record.stop_signal))
                 except NotFound as error:
-                    log.warning("container %s is killed without a signal before: %s", record.id, error)
+                    log.warning("container %s is killed without an earlier signal: %s", record.id, error)
                     timeout_s = 0.0
             if await self._wait_end(record, timeout_s):
                 return

@@ -331,7 +331,7 @@ def test_S6_a_second_daemon_takes_neither_state_nor_socket_of_the_first(make_dae
     assert f"the state directory is in use by another imgsvc (process {first.pid})" in refused(second)
     configure(second, "state", second.directory / "state")
     second.config.write_text(second.config.read_text() + f'[grpc]\naddress = "{first.address}"\n')
-    assert "another server answers on the socket" in refused(second)
+    assert "another server listens on the socket" in refused(second)
     assert mark.exists()
     assert first.runtime().Version(pb.VersionRequest(), timeout=TIMEOUT_S).runtime_name == "imgsvc"
     # The socket of the first goes by hand: the second may have it, and the first leaves it alone when it stops.

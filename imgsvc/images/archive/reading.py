@@ -86,7 +86,7 @@ class Named:
         if "/" in self.name or ":" in self.name:
             return Reference.parse(self.name)
         if not base:
-            raise InvalidArgument("the archive does not say how the image is called", hint="give --name REGISTRY/REPOSITORY")
+            raise InvalidArgument("the archive does not name the image", hint="give --name REGISTRY/REPOSITORY")
         return Reference.parse(f"{base}:{self.name}" if self.name and Reference.parse(base).name == base else base)
 
 

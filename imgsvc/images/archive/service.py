@@ -131,7 +131,7 @@ class _Feed:
         try:
             return self._waiting.result()
         except concurrent.futures.CancelledError as error:
-            raise Cancelled("the import was given up") from error
+            raise Cancelled("the import was cancelled") from error
 
     def cancel(self) -> None:
         """Let the reader end."""

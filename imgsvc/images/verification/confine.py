@@ -86,6 +86,6 @@ def _end(group: Path) -> None:
             return
         except OSError:
             if time.monotonic() > deadline:
-                log.warning("processes of an image verifier do not die: %s", group)
+                log.warning("processes of an image verifier cannot be killed: %s", group)
                 return
         time.sleep(0.01)

@@ -96,7 +96,7 @@ class Verification:
         names = [Reference.parse(name) for name in image.repo_digests]
         if any(self._remembers(name, fingerprint) for name in names):
             return
-        refusal: ImgsvcError = Refused(image.image_id, image.manifest.digest, "it has no name that anybody vouched for")
+        refusal: ImgsvcError = Refused(image.image_id, image.manifest.digest, "none of its names was accepted")
         for name in names:
             assert name.digest is not None
             target = image.manifest if name.digest == image.manifest.digest else Descriptor("", name.digest, 0)

@@ -97,7 +97,7 @@ async def _manifest(fetcher: Fetcher, descriptor: Descriptor, known: bytes | Non
         data = known if known is not None else await fetcher.document(descriptor, limit=MAX_DOCUMENT)
         document = parse_document(data, descriptor.media_type, f"signature {descriptor.digest}")
     except (InvalidArgument, ResourceExhausted, DataLoss) as error:
-        log.warning("a signature of no use: %s", error)
+        log.warning("unusable signature: %s", error)
         return None
     except PullFailed as error:
         trouble.append(error)
@@ -117,7 +117,7 @@ async def _claim(fetcher: Fetcher, layer: Descriptor, rule: Rule, target: Descri
             return cosign.simple_signing(payload, signature, keys, target.digest)
         return cosign.envelope(payload, keys, target.digest) if kind == cosign.DSSE else cosign.bundle(payload, keys, target.digest)
     except (InvalidArgument, ResourceExhausted, DataLoss) as error:
-        log.warning("a signature of no use: %s", error)
+        log.warning("unusable signature: %s", error)
     except PullFailed as error:
         trouble.append(error)
     return None

@@ -111,11 +111,11 @@ def check_realm(realm: str, endpoint: str, trusted_hosts: frozenset[str]) -> str
         parts = urlsplit(realm)
         _ = parts.port
     except ValueError as error:
-        raise InvalidArgument("the registry names a token service that is no URL") from error
+        raise InvalidArgument("the registry names a token service that is not a URL") from error
     shown = printable(f"{parts.scheme}://{parts.hostname or ''}", 120)
     is_address = parts.scheme in ("http", "https") and parts.hostname and is_host_name(parts.hostname)
     if not _VISIBLE.fullmatch(realm) or not is_address or not parts.hostname:
-        raise InvalidArgument(f"the registry names a token service that is no web address: {shown}")
+        raise InvalidArgument(f"the registry names a token service that is not an HTTP URL: {shown}")
     if parts.username is not None or parts.password is not None:
         raise InvalidArgument(f"the registry names a token service with credentials in its URL: {shown}")
     if parts.scheme == "http" and not endpoint.startswith("http://"):

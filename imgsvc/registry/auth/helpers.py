@@ -55,7 +55,7 @@ async def run(argv: Sequence[str], data: bytes, *, env: Mapping[str, str], timeo
             stdout, stderr, _ = await asyncio.gather(_bounded(process.stdout), _bounded(process.stderr), _feed(process, data))
             status = await process.wait()
     except TimeoutError as error:
-        raise Unavailable(f"credential program gave no answer within {timeout_s:g} s", where=argv[0]) from error
+        raise Unavailable(f"credential program did not answer within {timeout_s:g} s", where=argv[0]) from error
     finally:
         if process.returncode is None:
             # The whole session: a child of the program would keep the pipes open, and asyncio waits for their end.

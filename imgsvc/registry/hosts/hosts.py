@@ -219,7 +219,7 @@ def default_host(namespace: str, origin: str, tls: Tls | None = None) -> Host:
     try:
         port = urlsplit(f"//{namespace}").port
     except ValueError:
-        raise InvalidArgument(f'registry "{printable(namespace, 80)}" is no host with a port', hint="ports end at 65535") from None
+        raise InvalidArgument(f'registry "{printable(namespace, 80)}" is not a host with a port', hint="ports end at 65535") from None
     if not is_local(namespace) or port in (None, 443):
         relaxed = Tls(tls.ca, tls.client, True) if is_local(namespace) and tls.skip_verify is None else tls
         return _guess_tls(Host(f"https://{namespace}/v2", origin, tls=relaxed, canonical=True))

@@ -106,7 +106,7 @@ async def _fetch(transport: Transport, order: Order, job: socket.socket, lots: L
         failure = error
     except Exception:  # noqa: BLE001  # the edge of the process
         traceback.print_exc()
-        failure = Internal("the download process met a bug of ours; its trace is in the log")
+        failure = Internal("internal error in the download process; see the log")
     lots.hand_over()
     _tell(job, pack_end(failure))
 

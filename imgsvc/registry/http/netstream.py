@@ -81,7 +81,7 @@ class Backend(httpcore.AsyncNetworkBackend):
         permitted = [entry for entry in found if reach_of(str(entry[4][0])) in self._allowed]
         if not permitted:
             kinds = ", ".join(sorted({reach_of(str(entry[4][0])).value for entry in found}))
-            raise AddressRefused(f"{host} has only {kinds} addresses, where this registry may not send us")
+            raise AddressRefused(f"{host} has only {kinds} addresses, which this registry may not redirect to")
         return await _first_connected(_interleave(permitted))
 
 

@@ -221,7 +221,7 @@ def _check_literal_address(url: str, route: Route, phase: str) -> None:
     if not route.proxy or route.reachable == ANYWHERE or not (":" in host or host.replace(".", "").isdigit()):
         return
     if (reach := reach_of(host)) not in route.reachable:
-        what = f"{host} is a {reach.value} address, where this registry may not send us"
+        what = f"{host} is a {reach.value} address, which this registry may not redirect to"
         raise RequestFailed(what, code="PERMISSION_DENIED", failure=Failure.DEFINITE, phase=phase, where=shown_url(url))
 
 
@@ -236,7 +236,7 @@ def _request_headers(
     elif not isinstance(body, bytes):
         sent.append(("Transfer-Encoding", "chunked"))
     if any(character in value for _, value in sent for character in "\r\n\0"):
-        raise ValueError("a header with a line end")  # h11 would say so too, and quote it
+        raise ValueError("a header contains a line break")  # h11 would say so too, and quote it
     return [(name.encode("ascii"), value.encode("latin-1")) for name, value in sent]
 
 

@@ -27,7 +27,7 @@ def suitable(core: Core, record: SandboxRecord) -> list[Kind]:
 def kind_of(record: SandboxRecord) -> Kind:
     """The kind a pod was given. Raises: FailedPrecondition for one this imgsvc does not know."""
     if record.holder not in _BY_NAME:
-        raise FailedPrecondition(f'pod sandbox {record.id} is held by "{printable(record.holder, 40)}", which this imgsvc does not know')
+        raise FailedPrecondition(f'pod sandbox {record.id} needs holder "{printable(record.holder, 40)}", which this imgsvc does not know')
     return _BY_NAME[record.holder]
 
 

@@ -206,7 +206,7 @@ class Places:
         return place
 
     def is_covered(self, place: str) -> bool:
-        """Whether something is mounted there, or above it."""
+        """Whether a file system is already mounted there, or above it."""
         return any(is_at_or_below(place, mounted) for mounted in self._mounted)
 
     def find(self, path: str) -> str:

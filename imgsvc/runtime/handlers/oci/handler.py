@@ -195,7 +195,7 @@ class OCICommand:
         try:
             done = await run(self._argv("delete", "--force", container_id))
         except NotFound as error:  # uninstalled under its containers; what it noted dies with the node
-            log.warning("container %s is deleted without its runtime: %s", container_id, error)
+            log.warning("container %s is deleted without the help of its runtime: %s", container_id, error)
         else:
             if done.status and "does not exist" not in done.stderr.decode(errors="replace"):
                 self._require(done, "delete")

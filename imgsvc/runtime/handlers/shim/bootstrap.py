@@ -82,9 +82,9 @@ def parse_answer(data: bytes) -> Endpoint:
             result = bootstrap_pb2.BootstrapResult.FromString(data)
             endpoint = Endpoint(result.version, result.address, result.protocol or "ttrpc")
     except (ValueError, KeyError, TypeError, UnicodeDecodeError, DecodeError) as error:
-        raise DataLoss(f"the shim's answer makes no sense: {printable(data.decode(errors='replace'), 120)}") from error
+        raise DataLoss(f"the shim's answer is invalid: {printable(data.decode(errors='replace'), 120)}") from error
     if not endpoint.address:
-        raise DataLoss("the shim gave no address")
+        raise DataLoss("the shim returned no address")
     if endpoint.version > MAX_VERSION:
         raise Unimplemented(f"the shim speaks version {endpoint.version} of the task service, this imgsvc up to {MAX_VERSION}")
     if endpoint.protocol != "ttrpc" or endpoint.address.startswith(("vsock:", "hvsock:")):

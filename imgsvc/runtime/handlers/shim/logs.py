@@ -90,16 +90,16 @@ class ContainerLog:
                 async with self._connected() as connection:
                     if await asyncio.get_running_loop().sock_recv(connection, 1):
                         return
-                log.warning("the log process of container %s died; another one goes on", self.bundle.name)
+                log.warning("the log process of container %s died; a new one takes over", self.bundle.name)
             except FileNotFoundError:
                 if (self.bundle / "io/logged").exists():
                     return
             except OSError as error:
-                log.warning("the log process of container %s is gone (%s); another one goes on", self.bundle.name, error)
+                log.warning("the log process of container %s is gone (%s); a new one takes over", self.bundle.name, error)
             try:
                 await in_thread(self.start)
             except (ImgsvcError, OSError) as error:
-                log.error("the log of container %s is not kept: %s", self.bundle.name, error)
+                log.error("the log of container %s cannot be written: %s", self.bundle.name, error)
             await asyncio.sleep(_RETRY_S)
 
     async def reopen(self) -> None:
