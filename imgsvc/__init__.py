@@ -1,6 +1,6 @@
 """imgsvc: the image service of a Kubernetes node, with a compact runtime on top.
 
-Each directory is a floor of the house; imports point down only (tests/test_layering.py)::
+Each directory is a layer; imports point down only (tests/test_layering.py)::
 
     cli/         the `imgsvc` command
     daemon/      the process that serves the socket: build, listen, settings of each package, gRPC services, reload

@@ -30,7 +30,7 @@ def waited(pid: int) -> None:
 
 
 def owed() -> AbstractSet[int]:
-    """Children that are not to be reaped by anybody else."""
+    """Children that only their owner may reap."""
     return _owed
 
 

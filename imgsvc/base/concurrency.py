@@ -105,7 +105,7 @@ class KeyedLock:
                 self._locks[key] = (lock, users - 1)
 
     def busy(self, key: str) -> bool:
-        """Whether anybody holds or awaits the key."""
+        """Whether the key is held or awaited."""
         return key in self._locks
 
 

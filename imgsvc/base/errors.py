@@ -19,7 +19,7 @@ class ImgsvcError(Exception):
 
     Attributes:
         code: gRPC status name, e.g. "NOT_FOUND".
-        retryable: the same request may succeed later without anybody changing anything.
+        retryable: the same request may succeed later without any change.
         what, where, hint: the three parts of the message; where and hint may be empty.
         reason: a word that a CRI client looks for at the start of the message, e.g. "RegistryUnavailable"; mostly "".
     """

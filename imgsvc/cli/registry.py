@@ -27,7 +27,7 @@ def hosts_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_explain(arguments: argparse.Namespace) -> int:
-    """`imgsvc hosts explain`: 1 when a pull would fail before it asks anybody."""
+    """`imgsvc hosts explain`: 1 when a pull would fail before its first request."""
     from imgsvc.daemon.settings.registry import open_registries
     from imgsvc.registry.hosts.explain import explain, render
 

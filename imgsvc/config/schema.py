@@ -243,7 +243,7 @@ class Gc:
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """[verify]: who may decide which images are used; see verification.py. policy: a TOML file of keys and rules.
+    """[verify]: which images may be used; see images/verification. policy: a TOML file of keys and rules.
 
     The directory is containerd's, so that verifiers which are installed there keep working. max_verifiers -1: all of them.
     """
@@ -271,7 +271,7 @@ class Mirror:
     tls_key_file: str = ""
     client_ca_file: str = ""  # "": no client certificates are asked for
     private_images: str = "never"  # "never", or "certificate": to clients with a certificate of client_ca_file
-    pull_through: tuple[str, ...] = ()  # registries of which is fetched what is not here
+    pull_through: tuple[str, ...] = ()  # registries to fetch from on behalf of clients
     keep: Duration = 7 * 24 * 3600.0  # how long what was fetched so stays after its last use
 
 

@@ -24,7 +24,7 @@ from imgsvc.daemon.systemd import Notifier
 log = logging.getLogger(__name__)
 
 STOP_GRACE_S: Final = 5.0  # how long running calls may go on after SIGTERM; systemd waits 90 s
-_DESCRIPTORS: Final = 1024  # open files; every soft limit is as high unless somebody lowered it
+_DESCRIPTORS: Final = 1024  # open files; every default soft limit is at least as high
 
 
 def run(load: Callable[[], Loaded]) -> int:

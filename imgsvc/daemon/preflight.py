@@ -1,4 +1,4 @@
-"""What a daemon would stumble over, found before it starts: everything a configuration refers to is read, and nobody is asked.
+"""Finds faults of a configuration before the daemon starts: reads everything it refers to and sends no request.
 
 For `imgsvc config check`, and for the daemon itself, which goes on with what is wrong here where it can, and says so.
 """
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """problems: something will not work, or the daemon will not start. warnings: it will work, and somebody should know."""
+    """problems: something will not work, or the daemon will not start. warnings: it will work, and the administrator should know."""
 
     problems: tuple[str, ...]
     warnings: tuple[str, ...]

@@ -22,7 +22,7 @@ Commit = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """Settings that can change. keys: dotted; a section stands for all its keys.
+    """Settings that can change. keys: dotted; a section means all its keys.
 
     prepare: checks new values and returns what puts them in force, which does not fail. Blocking, on the event loop's thread.
     It runs at every reload, so that files that are named may have changed, too.
@@ -44,7 +44,7 @@ class Reloader:
         self._lives = tuple(lives)
 
     def add(self, *lives: Live) -> None:
-        """More settings that can change; for whoever is built later."""
+        """Add settings that can change; for objects that are built later."""
         self._lives += lives
 
     def reload(self, new: Loaded) -> None:

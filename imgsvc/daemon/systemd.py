@@ -23,7 +23,7 @@ class Notifier:
         self._watchdog_s = int(period) / 1e6 if for_us else 0.0
 
     async def keep_alive(self, is_well: Callable[[], Awaitable[object]]) -> None:
-        """Tell systemd twice per period that we are well, whenever `is_well` returns; at once done where nobody watches."""
+        """Tell systemd twice per period that the daemon is healthy, whenever `is_well` returns. Returns at once without a watchdog."""
         while self._watchdog_s:
             try:
                 await is_well()

@@ -12,7 +12,7 @@ One screen map::
     aesctr        AES-256-CTR + HMAC-SHA256 as a stream, run inside the unpack worker
     processors    pure: containerd's [stream_processors] table, chains and their validation;  payload: what they get on fd 3
     external      runs such a chain;  children: bounded runs of helper programs
-    authorise     fingerprints and remembered verdicts: who may use an image that is already unpacked
+    authorise     fingerprints and remembered verdicts: whether a caller may use an unpacked image
     decryptor     LayerDecryptor, all of it behind the Decryptor protocol
     ctd_decoder   the same as a program with containerd's stream processor contract
 

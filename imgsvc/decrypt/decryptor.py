@@ -151,7 +151,7 @@ class LayerDecryptor:
         return ring, (generation, *(signature(name) for name in files if name))
 
     async def _unwrap(self, descriptor: Descriptor, asked: str, ring: KeyRing, generation: object) -> LayerKey:
-        """One run for all who ask at once. A caller that leaves last cancels it, and the helper programs it started."""
+        """One run for all callers that ask at once. The last caller to leave cancels it, with the helper programs it started."""
         cancel = CancelToken()
         return await self._threads.run_cancellable(cancel, self._decide, descriptor, asked, ring, generation, cancel)
 

@@ -2,7 +2,7 @@
 
 posix_spawn rather than asyncio.create_subprocess_exec, because the payload must be descriptor 3 of the child, which needs
 dup2 between fork and exec. Every process leads a session of its own, so that killing it takes its helpers along.
-Exits are awaited before anybody is judged: a failing decoder otherwise shows as a broken stream or a wrong diff ID.
+Exits are awaited before a failure is blamed on one of them: a failing decoder otherwise shows as a broken stream or a wrong diff ID.
 """
 
 from __future__ import annotations

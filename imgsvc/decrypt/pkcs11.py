@@ -1,4 +1,4 @@
-"""Keys in a PKCS#11 token: which token, which module, and who may load it.
+"""Keys in a PKCS#11 token: which token, which module, and which process loads it.
 
 The module is foreign code that wants environment variables and may hang or crash, so it is loaded by a child process
 (pkcs11_child) and never by the daemon, and by one at a time: two at once may disturb each other, and SoftHSM's tokens are

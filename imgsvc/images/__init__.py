@@ -3,7 +3,7 @@
     pull  layers  downloads    resolve -> verify -> documents -> layers -> publish; one flight per layer, one download per blob
     push                       and back
     choosing                   which image of an index this platform runs
-    records  leases            what is here under which names; what must not be collected
+    records  leases            stored images and their names; what must not be collected
     rootfs  mounts             containers' root file systems; images on directories
     upkeep/                    collection, checking and repairing, disk use
     mirror/                    the store as a registry for others; a cache of other registries

@@ -1,4 +1,4 @@
-"""Which image a name stands for on a platform: the walk from what a registry named down to one manifest and its config.
+"""Which image a name means on a platform: the walk from what a registry named down to one manifest and its config.
 
 Indexes say what their entries run on, as a rule. An entry that does not is judged by its image's config, and one that turns
 out to be no image (an SBOM, a signature) is passed over as long as there is an image. Reading is up to the caller.

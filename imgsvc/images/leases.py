@@ -1,8 +1,8 @@
-"""Leases: who needs what, for how long. What a lease names is not collected, whether it exists yet or not.
+"""Leases: what is needed, and for how long. What a lease names is not collected, whether it exists yet or not.
 
-The order that makes a pull safe beside a collection: name everything in a lease *first*, then look what is there. Adding
+The order that makes a pull safe beside a collection: name everything in a lease *first*, then look for what exists. Adding
 waits for a removal of the same thing that has begun, and a removal passes over what a lease names or has named since
-the collection looked around; so whoever holds a lease sees a thing whole or not at all, and it stays like that, also
+the collection looked around; so the holder of a lease sees a thing whole or not at all, and it stays like that, also
 when the lease is released right after something else (an image record) has taken over.
 
 A lease is an argument, never hidden context. Its record is durable before hold() returns. Three ways to end:
@@ -262,7 +262,7 @@ class LeaseBook:
             if old is not None:
                 self._show(old)
             if isinstance(error, asyncio.CancelledError):
-                # What a caller who left had begun to write is written all the same.
+                # A write goes on to its end after its caller has left.
                 with contextlib.suppress(ImgsvcError):  # the next start finds a lease that ends soon
                     await to_the_end(self._write(lease.id, old))
             raise

@@ -1,11 +1,11 @@
 """Pushing: what is stored goes to a registry as it is, encrypted layers encrypted.
 
-A push sends the manifest that a name stands for. Of an image that came by an index usually one platform is here, and a
+A push sends the manifest of a name. Of an image that came by an index usually one platform is here, and a
 registry takes no index whose manifests it lacks: then a tag gets the manifest, and the answer says how much was left out.
 Layers the cache gave up are fetched again from the image's own repository, unless the registry has them. Nothing stands
 under its name there before everything below it does.
 
-Source: distribution-spec 1.1 "Push"; needs.md A7.2.
+Source: distribution-spec 1.1 "Push".
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BringBack = Callable[[Image, Sequence[Digest]], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class PushRequest:
-    """What to push, for whom. reporter: told about layers; their states are "waiting", "pushing", "exists", "done"."""
+    """What to push, with which credentials. reporter: told about layers; their states are "waiting", "pushing", "exists", "done"."""
 
     reference: Reference
     credential: Credential | None
@@ -43,7 +43,7 @@ class PushRequest:
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """The outcome. target: what the name stands for in the registry now. sent [bytes] of blobs.
+    """The outcome. target: the manifest that the name now has in the registry. sent [bytes] of blobs.
 
     left_out: manifests of the image's index that are not on this node and were not pushed.
     """

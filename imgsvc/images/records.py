@@ -1,11 +1,11 @@
-"""Image records: what is here, under which names, and what it is made of.
+"""Image records: which images are stored, under which names, and what they consist of.
 
 An image is known by its ID, the digest of its config. Names are tags (`docker.io/library/nginx:1.27`) and repo digests
-(`docker.io/library/nginx@sha256:…`); a name stands for one image at a time. Becoming visible here is the last step of a
+(`docker.io/library/nginx@sha256:…`); a name belongs to one image at a time. Becoming visible here is the last step of a
 pull, so every record names a complete image. The records live in the metadata table "images"; a copy is held in memory,
 so that listings never touch the disk.
 
-Source: CRI v1 Image; needs.md B5, A7.3.
+Source: CRI v1 Image.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class ImageStore:
 
     def named(self, reference: Reference) -> Image | None:
         """The image that has this name."""
-        # With a digest the tag is decoration: the digest alone decides (needs.md B5, tag@digest).
+        # With a digest the tag is decoration: the digest alone decides (tag@digest).
         name = str(reference.with_digest(reference.digest)) if reference.digest else reference.tagged
         return self._images.get(self._names.get(name, ""))
 
@@ -195,11 +195,11 @@ class ImageStore:
             watcher(change, image)
 
     def pin(self, patterns: Iterable[str], *, owner: str = "configuration") -> None:
-        """Say anew what is pinned by one owner. Raises: InvalidArgument for what is neither a name nor a pattern."""
+        """Replace the pins of one owner. Raises: InvalidArgument for what is neither a name nor a pattern."""
         self._pinned[owner] = pin_patterns(patterns)
 
     def pinned(self, image: Image) -> bool:
-        """Whether somebody asks to keep this image: exact name, ID, glob with `*` at the ends, or `*keyword*`."""
+        """Whether a pin keeps this image: exact name, ID, glob with `*` at the ends, or `*keyword*`."""
         called = (*image.names, image.image_id)
         return any(fnmatch.fnmatchcase(name, pattern) for name in called for patterns in self._pinned.values() for pattern in patterns)
 

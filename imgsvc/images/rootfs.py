@@ -1,8 +1,8 @@
 """Root file systems of containers: a snapshot per container on top of an image's layers.
 
-The image side as the runtime sees it (runtime.interfaces.Images). Whoever makes a container from an encrypted image must
+The image side as the runtime sees it (runtime.interfaces.Images). A caller that creates a container from an encrypted image must
 be able to decrypt it now, not only when it was pulled: every encrypted layer's key is unwrapped again, and must be the
-one the layer was decrypted with (facts/ocicrypt.md section 9; CVE-2022-24778).
+one the layer was decrypted with (CVE-2022-24778).
 """
 
 from __future__ import annotations

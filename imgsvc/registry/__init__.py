@@ -1,7 +1,7 @@
 """The registry client: every mirror, every credential, and an answer to "why". Start with client.py.
 
-    hosts/     whom to ask: hosts.toml, and what `hosts explain` tells of it
-    auth/      as whom: credentials, challenges, tokens
+    hosts/     endpoints: hosts.toml, and what `hosts explain` prints of it
+    auth/      credentials, challenges, tokens
     http/      one request: sockets, TLS, pools; the process that downloads blobs
     rules      what a request to a host is and carries (pure)      retry, ranges, slots, redirects: what next, which bytes, whose turn
     endpoint   one host: credential, challenge, redirects          failover: host after host

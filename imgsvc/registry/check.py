@@ -47,7 +47,7 @@ class Checked:
 
 
 async def check(operations: Operations, reference: Reference, credential: Credential | None = None) -> list[Checked]:
-    """Ask all endpoints, in their order. What a pull would raise before it asks anybody is the one result then."""
+    """Ask all endpoints, in their order. When a pull would fail before its first request, that failure is the only result."""
     try:
         operation = await operations.operation(reference, credential)
     except ImgsvcError as error:

@@ -1,4 +1,4 @@
-"""Going through the endpoints of an operation: who is asked next, after how long, and what the final error says."""
+"""Going through the endpoints of an operation: which one is asked next, after how long, and what the final error says."""
 
 from __future__ import annotations
 

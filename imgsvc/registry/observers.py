@@ -1,4 +1,4 @@
-"""The observer of clients that nobody measures: the command line, tests."""
+"""The observer of clients without metrics: the command line, tests."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Operation:
     book: HealthBook
 
     def endpoints(self, capability: Capability, digest: str = "") -> list[Endpoint]:
-        """Those that may be asked, in order; any that lied about this digest come last, when nobody else has it."""
+        """Those that may be asked, in order; any that served wrong bytes for this digest come last, when no other has it."""
         found = [Endpoint(host, self.session) for host in self.config.able(capability)]
         return sorted(found, key=lambda endpoint: bool(digest) and self.lied(endpoint, digest))
 

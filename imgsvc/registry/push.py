@@ -118,7 +118,7 @@ class RemoteRepository:
         await self._delete(f"blobs/{digest}", digest)
 
     async def _push(self, action: Callable[[Endpoint], Awaitable[T]], what: str) -> T:
-        """On the first host that takes pushes, and on no other: half an image here and half there helps nobody."""
+        """On the first host that takes pushes, and on no other: half an image on each of two hosts is useless."""
         operation = await self._operations.operation(self._reference, self._credential)
         return await operation.failover(operation.endpoints(Capability.PUSH)[:1]).run(action, what)
 
@@ -169,7 +169,7 @@ class RemoteRepository:
     async def _progress(self, endpoint: Endpoint, upload: str) -> tuple[str, int]:
         async with await endpoint.ask(_ask(endpoint, "GET", upload, "pull,push", ok={204})) as response:
             match = _RANGE.fullmatch(response.headers.get("range").strip())
-            # "0-0" stands for both nothing and one byte; nothing is the safe reading, the registry refuses an overlap.
+            # "0-0" can mean nothing or one byte; nothing is the safe reading, the registry refuses an overlap.
             return self._location(endpoint, response), int(match[1]) + 1 if match and match[1] != "0" else 0
 
     async def _finish(self, endpoint: Endpoint, upload: str, descriptor: Descriptor, body: bytes | AsyncIterator[bytes]) -> None:

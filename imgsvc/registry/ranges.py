@@ -3,7 +3,7 @@
 One connection starts on everything that is missing. More connections take the far half of whatever has most left, so a
 blob that one connection can fetch at full speed stays one plain request, and nothing is cut into pieces in advance.
 
-Source: RFC 9110 14 (range requests); needs.md A1.1, A3.4, C-R13.
+Source: RFC 9110 14 (range requests).
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Plan:
 
     @property
     def left(self) -> int:
-        """Bytes nobody has fetched yet."""
+        """Bytes not fetched yet."""
         return sum(span.left for span in (*self._waiting, *self._running))
 
     def take(self) -> Span | None:
-        """A span nobody works on, else the far half of the longest running one, else None."""
+        """A span that no stream works on, else the far half of the longest running one, else None."""
         if self._waiting:
             span = min(self._waiting, key=lambda s: s.position)
             self._waiting.remove(span)
@@ -78,7 +78,7 @@ class Plan:
             self._waiting.append(span)
 
     def extend(self, span: Span, end: int, *, across: bool) -> bool:
-        """Let a span that is done stand for the next one on the way of a stream up to `end`; False when there is none.
+        """Reuse a finished span as the next one of a stream up to `end`; False when there is none.
 
         The next one waits, or the connection that asked for it is not sure and loses it. Between the two lie few bytes that are
         here already; across: any number.

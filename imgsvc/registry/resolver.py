@@ -3,7 +3,7 @@
 A tag is resolved only by hosts with the capability `resolve`; a digest may be looked up at any host that may be pulled
 from. A host that may only resolve never gets a GET for content.
 
-Source: distribution-spec "Pulling manifests"; needs.md A3.6, B2, C-R1, C-R9.
+Source: distribution-spec "Pulling manifests".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What to do after something went wrong, and for how long to leave an endpoint alone. Pure: time comes in as a number.
 
-Source: needs.md A3.2, A3.3, A5.1, C-R11; RFC 9110 10.2.3 (Retry-After).
+Source: RFC 9110 10.2.3 (Retry-After).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FIRST_DELAY_S: Final = 0.25
 _MAX_DELAY_S: Final = 8.0
 MAX_WAIT_S: Final = 60.0  # longest wait for a rate limit within one pull
 _MAX_PARK_S: Final = 300.0  # longest time an endpoint is left alone because it said so
-_PROBE_EVERY_S: Final = MAX_WAIT_S  # one request meanwhile: a limit may end early, and anybody can answer 429
+_PROBE_EVERY_S: Final = MAX_WAIT_S  # one request meanwhile: a limit may end early, and any proxy can answer 429
 _MAX_ACCOUNTS: Final = 256  # identities remembered per endpoint
 _DEFAULT_PARK_S: Final = 2.0  # 429 without a usable Retry-After; doubles with each
 

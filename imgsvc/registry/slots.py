@@ -32,7 +32,7 @@ class FairSlots:
         self._waiting: OrderedDict[_Group, deque[asyncio.Future[None]]] = OrderedDict()
 
     def resize(self, per_node: int, per_image: int) -> None:
-        """Other limits from now on. Who holds a slot keeps it, also beyond them."""
+        """Change the limits. A holder keeps its slot, also beyond them."""
         self._free += per_node - self._per_node
         self._per_node, self._per_image = per_node, per_image
         self._serve()

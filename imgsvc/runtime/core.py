@@ -67,11 +67,11 @@ class Core:
         return self.handlers[name]
 
     def runtime_of(self, record: SandboxRecord | ContainerRecord) -> OCIRuntime:
-        """What a pod, or a container in it, was made with. Raises: FailedPrecondition when that is not here any more."""
+        """What a pod, or a container in it, was made with. Raises: FailedPrecondition when that is gone."""
         return self.find_runtime(record) or self.handler(record.handler)
 
     def find_runtime(self, record: SandboxRecord | ContainerRecord) -> OCIRuntime | None:
-        """As runtime_of; None when it is not here any more."""
+        """As runtime_of; None when it is gone."""
         pod = record if isinstance(record, SandboxRecord) else self.records.sandboxes.get(record.sandbox_id)
         return (self.runtimes.get(pod.runtime) if pod else None) or self.handlers.get(record.handler)
 

@@ -178,7 +178,7 @@ class RuntimeNode:
         return {"info": json.dumps(info)}
 
     def describe_container(self, record: ContainerRecord) -> dict[str, str]:
-        """For ContainerStatus(verbose). The specification is left out of nothing: it is the pod's owner who asks."""
+        """For ContainerStatus(verbose). The specification is included whole, because the caller owns the pod."""
         info: dict[str, Any] = {"pid": record.pid, "sandboxID": record.sandbox_id, "handler": record.handler, "cgroup": record.cgroup}
         with contextlib.suppress(OSError, ValueError):
             info["runtimeSpec"] = json.loads((self.core.paths.bundle(record.id) / "config.json").read_bytes())

@@ -17,7 +17,7 @@ class HandlerSettings:
         type: "oci", or a containerd runtime name such as "io.containerd.kata.v2".
         path: the OCI CLI, or the shim binary; "" finds it: crun when its self-test passes, else runc.
         options: containerd's option names: BinaryName, Root, SystemdCgroup, NoNewKeyring, NoPivotRoot, ConfigPath, TypeUrl …
-        pod_annotations, container_annotations: globs; annotations that match reach the OCI specification (C-C22).
+        pod_annotations, container_annotations: globs; annotations that match reach the OCI specification.
         cgroup_writable: on cgroup version 2, a container may divide its own cgroup.
         sandboxer: "shim" lets the shim make its pods; "" and "podsandbox" are pods made of namespaces.
     """

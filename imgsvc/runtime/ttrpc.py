@@ -97,7 +97,7 @@ class Client:
     """A connection on which any number of calls may be under way."""
 
     def __init__(self, reader: Reader, writer: Writer, namespace: str, peer: str = "the shim") -> None:
-        """namespace: containerd's, said with each call; "" for none. peer: who serves, for messages."""
+        """namespace: containerd's, sent with each call; "" for none. peer: the server's name, for messages."""
         self._writer = writer
         self._namespace = namespace
         self.peer = peer
@@ -118,7 +118,7 @@ class Client:
         return cls(reader, writer, namespace)
 
     async def call(self, service: str, method: str, message: Any, answer: Callable[[], R], *, timeout_s: float | None = 120.0) -> R:
-        """One unary call. timeout_s None waits for ever. Raises: what the shim answered as its category; Unavailable."""
+        """One unary call. timeout_s None waits without limit. Raises: the shim's error in its category; Unavailable."""
         request = ttrpc_pb2.Request(
             service=service, method=method, payload=message.SerializeToString(), timeout_nano=int((timeout_s or 0) * 1e9)
         )

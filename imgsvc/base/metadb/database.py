@@ -245,7 +245,7 @@ class MetaDB:
     def scrub(self, *, repair: bool) -> list[str]:
         """Records that cannot be parsed, as "TABLE KEY". Blocking: reads them all. repair: forget them.
 
-        What a forgotten record stood for is found by who compares records with files (fsck).
+        The files of a forgotten record are found by fsck, which compares records with files.
         """
 
         def forget(txn: WriteTxn) -> None:

@@ -198,7 +198,7 @@ def _runtime_option(key: Key) -> Verdict:
     if key.sibling("runtime_type", up=2) not in RUNC:
         return _carry(target, key.value)
     if name == "BinaryName":
-        return _na("taken up with runtime_type")
+        return _na("carried over with runtime_type")
     if name == "SystemdCgroup":
         return _carry("runtime.cgroup_driver", "systemd" if key.value else "cgroupfs")
     if key.value in ("", 0, False):

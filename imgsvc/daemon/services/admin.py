@@ -149,7 +149,7 @@ class _Reporter:
         done = size if state in ("done", "exists") else self._unpacked.get(digest, 0)
         progress = admin_pb2.LayerProgress(digest=digest, size=size, downloaded=downloaded, state=state, unpacked=done)
         self._layers[digest] = progress
-        # What waits is told of before whatever came after it, so that a client knows how much there is to come.
+        # Waiting layers are reported before later ones, so that a client knows the total.
         self._put(f"{digest} waiting" if state == "waiting" else digest, admin_pb2.PullEvent(layer=progress))
 
     def unpacked(self, digest: Digest, count: int) -> None:

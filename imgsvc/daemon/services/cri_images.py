@@ -1,6 +1,6 @@
 """CRI ImageService v1: protobuf in, use cases, protobuf out. No logic of its own beyond that translation.
 
-Source: CRI v1 api.proto; needs.md B5 for what the kubelet and critest compare.
+Source: CRI v1 api.proto; the kubelet and critest for the fields they compare.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _credential(auth: cri_pb2.AuthConfig) -> Credential | None:
 
 
 def describe(image: Image) -> dict[str, Any]:
-    """Everything known of an image, for verbose status and `imgsvc inspect`. recipients: for whom a layer's key is wrapped."""
+    """Everything known about an image, for verbose status and `imgsvc inspect`. recipients: those a layer's key is wrapped for."""
     return {
         "id": image.image_id,
         "repoTags": list(image.repo_tags),

@@ -1,5 +1,5 @@
 """The mirror endpoint: the local store as a read-only registry.
 
 server     requests and answers
-cache      pull-through: what is not here is fetched from the registry it belongs to
+cache      pull-through: what is not stored is fetched from its registry
 """

@@ -1,6 +1,6 @@
-"""The mirror endpoint as a cache: what is not here is fetched from the registry, and streamed on while it is stored.
+"""The mirror endpoint as a cache: what is not stored is fetched from the registry, and streamed on while it arrives.
 
-A tag is always asked of the registry, since only it knows where the tag stands; when it cannot be asked, what is here
+A tag is always looked up at the registry, since only it knows what the tag names; when the registry is unreachable, what is stored
 answers: the manifest of a tag is kept in the metadata, so that a restart changes nothing. Everything below a manifest
 is fetched by digest, and only after a client asked for that manifest here, so that
 sizes are known and clients cannot make this node fetch arbitrary blobs. What was asked for stays for `keep` after the last
@@ -206,7 +206,7 @@ class PullThrough:
             raise NotFound(f"{name} is private")
 
     async def stream(self, name: Reference, blob: Descriptor, offset: int, count: int, *, private: bool) -> StreamBody:
-        """Part of a blob that is not here, while it comes in. private: whether the client may have what takes credentials.
+        """Part of a blob that is not stored, while it arrives. private: whether the client may have what takes credentials.
 
         Raises: PullFailed when no endpoint has it; NotFound.
         """

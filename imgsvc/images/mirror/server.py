@@ -7,11 +7,11 @@ name the registry they want an image of in one of two ways:
     /v2/docker.io/library/app/…         as a registries.conf of Podman and skopeo can be told to; host_5000 is host:5000
 
 Access: an image that this node got without credentials is for every client that can connect, and so is one that
-was imported. One that took credentials is not there (404) for anybody, unless private_images = "certificate" and the
+was imported. One that took credentials is not found (404) for every client, unless private_images = "certificate" and the
 client showed a certificate. A blob is served only as part of an image that has the name it is asked under. Images that
 may not be used here (verification) are not handed on either.
 
-The price of being simple: an index is served as it is, also when only this node's platform is here. Clients of another
+The price of simplicity: an index is served as it is, also when only this node's platform is stored. Clients of another
 platform get a 404 for their manifest and go on to the next host of their configuration.
 
 Source: OCI distribution-spec 1.1; containerd docs/hosts.md (ns).
@@ -62,7 +62,7 @@ class Mirror:
     """Answers the requests of an HttpServer.
 
     check: raises for an image that may not be used; private: whether clients with a certificate may have images that
-    took credentials; through: fetches what is not here; served: told of every answer with its size [bytes].
+    took credentials; through: fetches what is not stored; served: told of every answer with its size [bytes].
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Mirror:
             try:
                 return _document(*await self._through.manifest(wanted, private=self._trusts(request)))
             except PullFailed as error:
-                # The registry knows best where a tag stands; when it has no answer, an image that is here has to do.
+                # The registry decides what a tag names; when it does not answer, a stored image is served.
                 log.info("mirror: %s", error)
                 with contextlib.suppress(NotFound):
                     return await self._here(wanted, request)

@@ -3,11 +3,11 @@
     plan       a file → what is wanted (pure but for reading it)
     windows    when pulling is allowed (pure)
     throttle   a bandwidth limit around a registry
-    service    keeps what is there and what is wanted together; remembers across restarts
+    service    keeps stored images in step with wanted ones; remembers across restarts
 
 Decisions, and what they cost:
 
-* Every round for an image that is here is one question to the registry: has the tag moved? Nothing is fetched twice,
+* Every round for a stored image is one request to the registry: has the tag moved? Nothing is fetched twice,
   since the pull itself takes what is stored.
 * When a window closes, running pulls are cancelled; their bytes stay and the next window goes on from there.
 * Another caller's pull that wants the same layer at the same time joins the throttled download. The other way

@@ -10,7 +10,7 @@ min_free = "10GiB"                     # pull only while that much is free where
 reference = "docker.io/library/nginx:1.27"
 platform = "linux/arm64"               # nothing: the node's
 pin = true                             # the kubelet's garbage collection leaves it alone
-every = "1h"                           # look whether the tag has moved; nothing: only until it is here
+every = "1h"                           # look whether the tag has moved; left out: only until it is stored
 username = "robot"                     # nothing: the node's own credentials for that registry
 password_file = "/etc/imgsvc/robot.password"
 """

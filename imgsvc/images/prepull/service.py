@@ -1,4 +1,4 @@
-"""Keeps what is wanted and what is here together, for as long as the daemon runs."""
+"""Keeps the stored images in step with the wanted ones, for as long as the daemon runs."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ class Prepull:
         await self._db.awrite(lambda txn: txn.put(TABLE, wanted.key, record))
 
     def _is_here(self, wanted: Wanted, memory: Memory) -> bool:
-        """Whether the image is here, under its name; for another platform than the node's, another pull may own the name."""
+        """Whether the image is stored, under its name; for another platform than the node's, another pull may own the name."""
         if wanted.platform == Platform.host():
             found = self._images.named(wanted.reference)
             return found is not None and found.image_id == memory.image_id

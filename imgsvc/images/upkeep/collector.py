@@ -6,8 +6,8 @@
     evict           pure: which cached things go beyond a budget
     Collector       when to do all that: after deletions and expired leases, when space is low, on request
 
-Collecting runs beside pulls. It lists what is there first and looks at the roots second, so that it never judges a thing
-that came later. What becomes needed afterwards is named in a lease before anybody relies on it, and each slice of the
+Collecting runs beside pulls. It lists what exists first and reads the roots second, so that it never judges a thing
+that came later. What becomes needed afterwards is named in a lease before a caller relies on it, and each slice of the
 sweep asks the leases again right before it removes (leases.LeaseManager.collecting, removal).
 """
 

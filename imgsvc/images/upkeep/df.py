@@ -44,7 +44,7 @@ class DiskUsage:
 def disk_usage(images: Iterable[tuple[Image, Sequence[Node]]], sizes: Mapping[Node, int]) -> DiskUsage:
     """Account for everything in `sizes`.
 
-    Args:  images: each with the nodes it needs (nodes.Images.needs).  sizes: what is there [bytes], by node (nodes.stored_sizes).
+    Args:  images: each with the nodes it needs (nodes.Images.needs).  sizes: bytes on disk by node (nodes.stored_sizes).
     """
     needs = [(image, {node for node in nodes if node in sizes}) for image, nodes in images]
     users = Counter(node for _, nodes in needs for node in nodes)

@@ -266,7 +266,7 @@ class RecoverableBlobs(Blobs, Protocol):
 
 
 def recover(content: RecoverableBlobs, last_end: LastEnd, *, budget: float = RECOVERY_BUDGET) -> list[Finding]:
-    """After an unclean end, make the content store what its records say, before anybody is served. Blocking.
+    """After an unclean end, make the content store match its records, before the first request is served. Blocking.
 
     Costs one stat per blob, and hashing of what a kill left half recorded or a power cut touched, up to `budget` [s].
     What does not fit into it is neither visible nor lost. Returns what was done, for the log.

@@ -1,4 +1,4 @@
-"""What the collector collects, and who needs it: adapters from stores and records to gc.Keeper, Collectable and Cache."""
+"""What the collector collects, and what needs it: adapters from stores and records to gc.Keeper, Collectable and Cache."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Upkeep:
         keepers: Iterable[Keeper] = (),
         collected: Callable[[CollectionReport | None], None] = lambda report: None,
     ) -> None:
-        """keepers: who needs things beside images and what is in progress. unpack_aside: Puller.unpack_aside. collected: see Collector."""
+        """keepers: sources of roots beside images and work in progress. unpack_aside: Puller.unpack_aside. collected: see Collector."""
         self._metadata = metadata
         self._unpack_aside = unpack_aside
         self._leases = storage.leases

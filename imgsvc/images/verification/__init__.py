@@ -14,7 +14,7 @@ Decisions, and what they cost:
   network; after a change of the policy, a key or a verifier, the first start asks again.
 * Programs are asked at every pull, as containerd does, since it is unknown what they look at; their verdict is
   remembered for starting containers only.
-* Who cannot be asked has not agreed: a registry that is down while a signature is needed refuses the image.
+* No answer is a refusal: an image whose signature cannot be fetched because its registry is down is refused.
 
 Source: containerd docs/image-verification.md; cosign specs.
 """

@@ -62,7 +62,7 @@ class Programs:
         return seen.hexdigest()
 
     def any(self) -> bool:
-        """Whether there is anybody to ask. Blocking."""
+        """Whether there is a verifier to ask. Blocking."""
         return bool(self._programs()[0])
 
     async def judge(self, name: str, target: Descriptor) -> Judgement:

@@ -1,7 +1,7 @@
 """Finding what cosign attached to an image: by referrers, and by the tags it used before there were referrers.
 
-Everything is asked of the image's own repository, through its mirrors and with the credentials of the pull (needs.md
-A8.1). What is found is hostile input: bounded in number and size, and one broken signature never hides a good one.
+Signatures are fetched from the image's own repository, through its mirrors and with the credentials of the pull.
+What is found is hostile input: bounded in number and size, and one broken signature never hides a good one.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class Host:
         return f"{self.rewrite}/{name.removeprefix(self.prefix).lstrip('/')}".strip("/")
 
     def configured_identity(self, base: str) -> str:
-        """Name of what tells this node from others in every request to `base`, beside credentials; "" for nothing."""
+        """What identifies this node in every request to `base`, beside credentials; "" for none."""
         if any(name.lower() not in _HARMLESS_HEADERS for name, _ in self.headers):
             return f"headers of {self.origin}"
         return f"client certificate of {self.origin}" if self.tls.client and base.startswith("https:") else ""

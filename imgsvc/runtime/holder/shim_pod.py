@@ -39,7 +39,7 @@ class ShimPodHolder:
         return await pods.run_pod(pod)
 
     def _pods(self, record: SandboxRecord) -> PodRuntime | None:
-        """What has made the pod; None when its handler is not here any more."""
+        """What has made the pod; None when its handler is gone."""
         runtime = self._core.find_runtime(record)
         return runtime.pods if runtime else None
 

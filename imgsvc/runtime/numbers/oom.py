@@ -1,4 +1,4 @@
-"""Whether the kernel killed for memory in a container's cgroup, also when that cgroup is gone before anybody looked.
+"""Whether the kernel killed for memory in a container's cgroup, also when that cgroup is removed before it is read.
 
 On version 2 conmon reads the count from the container's own cgroup, but with the systemd driver systemd removes that as
 soon as it is empty, and on a busy node it often wins. The pod's cgroup stays, and keeps the counts of what vanished below.

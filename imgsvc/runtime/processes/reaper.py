@@ -1,6 +1,6 @@
 """Reaping processes that became ours because their parent died: the daemon is a child subreaper.
 
-Monitors, helpers of an OCI runtime, and commands of an exec whose runtime was killed end as our children. Nobody else
+Monitors, helpers of an OCI runtime, and commands of an exec whose runtime was killed end as our children. No other code
 waits for them, and a PID namespace cannot end while one of its processes is an unreaped zombie. Children that we started
 ourselves are left to the code that started them: their wait status is not ours to take. What is not ours is
 

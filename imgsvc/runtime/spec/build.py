@@ -310,7 +310,7 @@ def unified_limits(values: Mapping[str, str]) -> dict[str, str]:
 
 
 def allowed_annotations(plan: ContainerPlan) -> dict[str, str]:
-    """Annotations of the specification: ours, and those the handler's configuration lets through (C-C22).
+    """Annotations of the specification: ours, and those the handler's configuration allows.
 
     Nothing an image says arrives here (CVE-2026-53488).
     """

@@ -219,7 +219,7 @@ class ContainerBuilder:
         selinux.relabel(bound.source, label)
         if user is None:
             return bound
-        view = bundle / f"declared-{number}"  # the runtime looks it up as the pod's root, who may not go through our directories
+        view = bundle / f"declared-{number}"  # the runtime looks it up as the pod's root, which may not pass through imgsvc's directories
         view.mkdir(mode=0o711)
         kernel.mount(bound.source, str(view), "", kernel.MS_BIND)
         return replace(bound, source=str(view))

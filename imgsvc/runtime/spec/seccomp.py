@@ -2,7 +2,7 @@
 
 Left out on purpose: kernel modules, kexec, reboot, clocks, swap, quotas, ptrace-like access for old kernels aside, new
 namespaces and mounts (they come back with CAP_SYS_ADMIN), keyrings, perf and BPF, userfaultfd, io_uring, obsolete calls.
-Sockets of the families AF_ALG and AF_VSOCK are refused: both reach far into the kernel (C-C18).
+Sockets of the families AF_ALG and AF_VSOCK are refused: both reach far into the kernel.
 
 Names a libseccomp or an architecture does not know are skipped by the runtimes.
 Source: syscalls(2), capabilities(7); runtime-spec config-linux.md#seccomp.

@@ -116,7 +116,7 @@ def _cgroup_parent(parent: str) -> None:
 
 
 def sysctls(values: Mapping[str, str], config: PodSandboxConfig) -> None:
-    """Only namespaced sysctls, only when the pod has that namespace for itself, only harmless characters (C-C20)."""
+    """Only namespaced sysctls, only when the pod has that namespace for itself, only harmless characters."""
     for name, value in values.items():
         dotted = canonical(name)
         if not _SYSCTL_NAME.fullmatch(name) or ".." in name.replace("/", "."):

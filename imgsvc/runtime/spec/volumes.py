@@ -117,7 +117,7 @@ def root_propagation(mounts: Iterable[Mount]) -> str:
 
 
 def sub_path_of_image(root: Path, sub_path: str, target: Path) -> None:
-    """Bind a directory of a mounted image at `target`, chosen inside the image whatever its symlinks say (C-C6).
+    """Bind a directory of a mounted image at `target`, resolved inside the image, whatever its symlinks say.
 
     Raises: InvalidArgument (leads out, or not a directory), NotFound.
     """
@@ -139,7 +139,7 @@ def sub_path_of_image(root: Path, sub_path: str, target: Path) -> None:
 
 
 def declared_volume(rootfs: Path, path: str, storage: Path, owner: tuple[int, int] = (0, 0)) -> BoundMount:
-    """A volume the image declares: a directory of the container's own, filled with what the image has there (C-C5).
+    """A volume the image declares: a directory of the container's own, filled with the image's content of that path.
 
     Owners are as the root shows them to us: in a pod with a user namespace, those on the node.
     owner: (UID, GID) on the node of the container's root, for a directory that the image does not have.

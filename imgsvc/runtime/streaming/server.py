@@ -184,7 +184,7 @@ class StreamServer:
     def _drop_one(self) -> None:
         """Close the oldest handshake of the address that has most: a client with a session to start needs only a moment.
 
-        Refusing new ones instead would let anybody on the node close the server by saying nothing.
+        Refusing new ones instead would let any local process block the server by sending nothing.
         """
         most = Counter(self._handshakes.values()).most_common(1)[0][0]
         oldest = next(task for task, address in self._handshakes.items() if address == most)

@@ -220,7 +220,7 @@ class TarBytes:
 
 
 class Ahead:
-    """Runs stages a few chunks ahead of who needs what they make, in a thread of their own, as long as a processor is free for it.
+    """Runs stages a few chunks ahead of their reader, in a thread of their own, as long as a processor is free for it.
 
     Inflating and hashing release the interpreter's lock, so that one layer keeps two processors busy: `igzip | tar` in a
     process. Where others have layers to unpack for all processors, one thread does the same work without waiting for the lock.

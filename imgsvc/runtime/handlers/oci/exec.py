@@ -2,7 +2,7 @@
 
 The runtime starts the process and ends; the process is then an orphan that the daemon, a subreaper, adopts. So nothing
 stands between the process and its three pipes, or its terminal, whose master side the runtime hands over through a
-socket. (In the foreground runc copies the streams itself, 10 MB per session, and does not return while anybody holds
+socket. (In the foreground runc copies the streams itself, 10 MB per session, and does not return while any process holds
 them open.) A client that leaves takes its process with it: SIGHUP first, as from a lost terminal, then SIGKILL for the
 whole process group.
 """
