@@ -19,13 +19,13 @@ BUSYBOX = "docker.io/library/busybox:latest"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--quick`: see tests/support/quick.py."""
-    parser.addoption("--quick", action="store_true", help="only tests that start no process and take no more than seconds")
+    parser.addoption("--quick", action="store_true", help="only tests that start no process")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Install what `--quick` means."""
     if config.getoption("--quick"):
-        config.pluginmanager.register(Quick(), "quick")
+        config.pluginmanager.register(Quick(config), "quick")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

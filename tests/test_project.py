@@ -76,3 +76,23 @@ def test_commands_that_contributors_are_told_exist() -> None:
     assert [
         path for path in re.findall(r"`((?:tests|docs)/[\w./-]+)`", (ROOT / "CONTRIBUTING.md").read_text()) if not (ROOT / path).exists()
     ] == []
+
+
+# Words that say who acts where the text should name the process, caller or file; and papers that are not in this repository.
+DIALECT = re.compile(
+    r"\b(somebody|anybody|everybody|whoever|anew|those who|(is|are) told of|st(an|oo)ds? for|what it knew|leave to (use|decrypt|run))\b"
+    r"|\bnobody\b(?! =|\}|, )|(?<![-\w])(needs|contract|runtime|field|layout)\.md\b|\bfacts/",
+    re.IGNORECASE,
+)
+
+
+def test_texts_are_plain_english_and_cite_what_readers_have() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    sources = [path for path in (ROOT / "imgsvc").rglob("*.py") if path.parent.name != "api"]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {match[0]}"
+        for path in (*pages, *sources)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if (match := DIALECT.search(line))
+    ]
+    assert found == []

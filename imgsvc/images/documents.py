@@ -1,4 +1,4 @@
-"""Small documents (indexes, manifests, configs): from the store where that is allowed, else by one request for all who ask alike."""
+"""Small documents (indexes, manifests, configs): from the store where that is allowed, else by one request for all callers that ask for the same."""
 
 from __future__ import annotations
 

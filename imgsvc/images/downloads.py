@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 
 
 class WrongBytes(DataLoss):
-    """A download gave other bytes than the digest names. elsewhere: whether somebody else can be asked."""
+    """A download gave other bytes than the digest names. elsewhere: whether another endpoint can be asked."""
 
     def __init__(self, cause: DataLoss, source: BlobSource, *, elsewhere: bool) -> None:
         served = ", ".join(source.by_endpoint) or "bytes kept from an earlier try"
-        super().__init__(cause.what, where=served, hint="nothing of it was kept; tell who runs that registry or mirror")
+        super().__init__(cause.what, where=served, hint="nothing of it was kept; inform the operator of that registry or mirror")
         self.source = source
         self.elsewhere = elsewhere
 
@@ -36,7 +36,7 @@ Progress = Callable[[int], None]  # told how many bytes, from the start and with
 
 
 class Follower(Protocol):
-    """Reads a blob while it comes in: an unpack job, or who sends it on."""
+    """Reads a blob while it arrives: an unpack job, or the mirror's answer to a client."""
 
     def advance(self, available: int) -> None:
         """That many bytes, from the start and without a gap, can be read now."""
@@ -45,7 +45,7 @@ class Follower(Protocol):
 class GrowingBlob:
     """A blob on its way in: followers learn how many bytes, from the start and without a gap, can be read.
 
-    They are not verified before the download's end; whoever uses them earlier uses nothing of it before that.
+    They are not verified before the download's end; a follower that reads them earlier must not publish anything before that.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class GrowingBlob:
     def open(self, fd: int, available: int) -> None:
         """The file exists; its descriptor is duplicated here and lives until close().
 
-        A later try opens anew: those who followed the failed one have failed with it.
+        A later attempt opens it again: followers of the failed one have failed with it.
         """
         self.close()
         self._followers.clear()
@@ -102,9 +102,9 @@ class GrowingBlob:
 
 
 class Feed:
-    """A follower that passes a growing blob on through a pipe: who reads it sees the bytes as they come, then the end.
+    """A follower that passes a growing blob on through a pipe: the reader sees the bytes as they come, then the end.
 
-    A thread moves them inside the kernel; it ends with the blob, with close(), and when nobody reads any more.
+    A thread moves them inside the kernel; it ends with the blob, with close(), and when the reader has gone.
     """
 
     def __init__(self, blob: int, size: int) -> None:
@@ -126,7 +126,7 @@ class Feed:
             self._changed.notify()
 
     def detach(self) -> None:
-        """Close our end: whoever should read has it now. Idempotent."""
+        """Close our end: the reader has it now. Idempotent."""
         if self.output >= 0:
             os.close(self.output)
             self.output = -1
@@ -144,7 +144,7 @@ class Feed:
             while sent < self._size and (ready := self._wait(sent)):
                 moved = os.splice(self._blob, self._input, ready, offset_src=sent)
                 if not moved:
-                    break  # cut meanwhile: whoever writes the file says why
+                    break  # truncated meanwhile: the download that writes the file reports why
                 sent += moved
         except BrokenPipeError:
             pass  # the reader's verdict says why
@@ -190,7 +190,7 @@ class Blobs:
         self.growing: Shared[GrowingBlob] = Shared(GrowingBlob, GrowingBlob.close)
 
     async def fetch(self, fetcher: Fetcher, blob: Descriptor, progress: Progress) -> BlobSource | None:
-        """Make one blob be in the content store, joining whoever fetches it already.
+        """Bring one blob into the content store, joining a running download of it.
 
         Returns:  who served it; None when it was here.
         Raises:   WrongBytes, PullFailed, ResourceExhausted.
@@ -211,7 +211,7 @@ class Blobs:
                 raise DataLoss(f"{error.what}, and no other endpoint has it: {second.what}", where=error.where, hint=error.hint) from second
 
     async def _fetch(self, fetcher: Fetcher, blob: Descriptor, progress: Progress) -> BlobSource | None:
-        # Looked at in the flight: before it, the flight of somebody else may end between the look and the start.
+        # Checked inside the flight: another flight may end between a check outside and the start of this one.
         if await self._threads.run(self.has, blob.digest):
             return None
         return await self._download(fetcher, blob, progress)
@@ -232,13 +232,13 @@ class Blobs:
 
                 try:
                     await self._threads.run(writer.commit, blob.size, blob.digest, verified=verified)
-                except (DigestMismatch, SizeMismatch) as error:  # and not a disk that failed, which is nobody else's doing
+                except (DigestMismatch, SizeMismatch) as error:  # but not a failed disk, which no other endpoint can help
                     raise WrongBytes(error, source, elsewhere=await fetcher.rejected(blob, source)) from error
                 growing.grew(blob.size)
                 return source
 
     def drop_partial(self, digest: Digest) -> None:
-        """Give back the bytes of a download that will not be resumed, unless somebody is at it. Blocking."""
+        """Give back the bytes of a download that will not be resumed, unless a writer is using them. Blocking."""
         with contextlib.suppress(Unavailable):
             self._content.abort(_ingest_ref(digest))
 

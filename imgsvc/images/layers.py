@@ -1,4 +1,4 @@
-"""Layers from blob to committed snapshot: side by side, each by one flight that everybody who needs it joins.
+"""Layers from blob to committed snapshot: side by side, each by one shared task (flight) that every pull that needs it joins.
 
 A layer's stages: its blob grows (blobs.Blobs) while an unpack worker follows it; the worker's verdict; *settled*, when it
 is fitted to its parents and its files are as they will be; on disk; *committed* on its parent. Stages overlap between
@@ -50,7 +50,7 @@ class PullReporter(Protocol):
     """Told how a pull goes; must not block. Sizes [bytes]."""
 
     def resolved(self, digest: Digest, endpoint: str) -> None:
-        """The reference stands for this digest."""
+        """The digest that the reference resolved to."""
 
     def layer(self, digest: Digest, size: int, downloaded: int, state: str) -> None:
         """A layer moved on; state is one of LAYER_STATES."""
@@ -60,7 +60,7 @@ class PullReporter(Protocol):
 
 
 class Silent:
-    """The reporter of those who do not watch."""
+    """A reporter that ignores everything."""
 
     def resolved(self, digest: Digest, endpoint: str) -> None:
         """Ignored."""
@@ -107,7 +107,7 @@ def layer_names(diff_ids: Sequence[Digest], secrets: Sequence[tuple[Digest, str]
 
     Plain layers are named by chain ID. From the first encrypted layer on, the name also covers the ciphertext's digest
     and the fingerprint of the unwrapped key: a plain descriptor can never reuse a decrypted layer, and an encrypted one
-    only with the same blob and the same key (facts/ocicrypt.md section 9).
+    only with the same blob and the same key.
 
     Args: secrets: None for a plain layer, else (blob digest, key fingerprint).
     """
@@ -127,7 +127,7 @@ def layer_names(diff_ids: Sequence[Digest], secrets: Sequence[tuple[Digest, str]
 
 
 async def unwrap_layers(decryptor: Decryptor, layers: Sequence[Descriptor]) -> list[LayerKey | None]:
-    """Leave to use each layer: the key of an encrypted one, unwrapped now; None for a plain one. All side by side.
+    """Authorisation to use each layer: the key of an encrypted one, unwrapped now; None for a plain one. All concurrently.
 
     Raises: KeyMissing (of whichever layer is refused first) and what else Decryptor.unwrap raises.
     """
@@ -186,7 +186,7 @@ class Layers:
         here = await self._threads.run(lambda: [plan.snapshotter.stat(name) is not None for name in plan.names])
         for layer, there in zip(plan.layers, here, strict=True):
             if not there:
-                plan.report(layer, 0, "waiting")  # all at once, so that whoever watches knows how much there is to come
+                plan.report(layer, 0, "waiting")  # all at once, so that a progress display knows the total
         for position in range(len(here)):
             if not here[position] and any(here[position:]):
                 await self._ensure(plan, position)
@@ -205,7 +205,7 @@ class Layers:
             await make(plan, position, key, jobs)
 
     async def _ensure(self, plan: LayerPlan, position: int) -> None:
-        """Make one layer's snapshot exist, with all below it, joining whoever is at it already.
+        """Make one layer's snapshot exist, with all below it, joining a flight for it if there is one.
 
         Raises: PullFailed, DataLoss, InvalidArgument, ResourceExhausted. Nothing of a failed layer stays but its blob.
         """
@@ -320,7 +320,7 @@ class Layers:
     ) -> tuple[UnpackJob, Sequence[Mount]]:
         """Unpack one layer into a new active snapshot, from its growing blob if need be. Returns the finished job and the snapshot's mounts.
 
-        A worker or stream processor that fails on bytes nobody has verified yet proves nothing against the layer: the
+        A worker or stream processor that fails on bytes that are not verified yet proves nothing against the layer: the
         download is judged first, and the layer is unpacked again from the bytes that are right.
         """
         layer = plan.layers[position]
@@ -410,7 +410,7 @@ class Layers:
     async def _source(
         self, layer: Descriptor, fetch: asyncio.Future[None], blob: GrowingBlob, stack: AsyncExitStack
     ) -> tuple[int, Feed | None]:
-        """What to read: the stored blob, or the growing one; through a pipe for who cannot follow a growing file."""
+        """What to read: the stored blob, or the growing one; through a pipe for a reader that cannot follow a growing file."""
         if fetch.done():
             fetch.result()
             stored = self._threads.holding(partial(self._blobs.stored_fd, layer.digest), os.close)

@@ -1,15 +1,15 @@
 """Which repository has shown which bytes to this node, and whether that took credentials. Private means private.
 
-What a repository shows without credentials is public, for everybody and under every other name. What took credentials is
+What a repository serves without credentials is public, for every caller and under every other name. What took credentials is
 private to that repository: it is used for another repository, or for a caller without credentials, only after that
 repository has shown with that caller's rights that it has the bytes. Digests are no secrets, so naming one proves nothing:
 documents are fetched whole, and of a layer a random sample is fetched and compared. That is remembered per repository, and
 public bytes are never asked for.
 
-An unpacked layer stands for bytes too. It is known by its snapshot's name, and counts as shown by a repository whose blob
+The same holds for an unpacked layer. It is known by its snapshot's name, and counts as shown by a repository whose blob
 was seen to unpack to it: an image config may claim any diff ID.
 
-A record is kept as long as its blob is stored or an image consists of it. Without a record bytes are private to nobody, so
+A record is kept as long as its blob is stored or an image consists of it. Without a record no repository grants access to the bytes, so
 that every repository has to show them. What was stored before there were records counts as having taken credentials.
 """
 
@@ -47,7 +47,7 @@ class Provenance:
         return any(names.values()) or (not anonymous and repository in names)
 
     def may_hand_on(self, repository: str, digest: str) -> bool:
-        """Whether bytes may be given to everybody under a repository's name."""
+        """Whether every caller may have the bytes under a repository's name."""
         names = self._names(digest)
         return names.get(repository, any(names.values()))
 

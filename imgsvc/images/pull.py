@@ -1,16 +1,16 @@
-"""Pulling: resolve → fetch → decrypt → unpack → publish, each part shared by everybody who needs it at the same time.
+"""Pulling: resolve → fetch → decrypt → unpack → publish, each part shared by all pulls that need it at the same time.
 
 The order of a pull, and what makes it safe:
 
 1. resolve asks the registry, always, so that the caller's credentials are really checked (KEP-2535).
-2. A lease names everything the pull will need before it looks what is there, so that no collection takes it away.
+2. A lease names everything the pull will need before it checks what is stored, so that no collection removes it.
 3. Index, manifest and config are verified and stored. Layers are named by chain ID (see layer_names), so a layer that is
    there under its name is complete and is not fetched again.
 4. Each missing layer is one flight (layers.py) over one download (blobs.py); a second pull that needs the same joins it.
    The last to leave cancels it; bytes stay for resume.
 5. Only then the image gets its name, in one transaction. A kill anywhere before leaves no image and no half layer.
 
-Source: needs.md A1, A6, B5; docs/architecture.md ("The life of a pull").
+Source: docs/architecture.md ("The life of a pull").
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from imgsvc.snapshot.interfaces import Key, Name, Unpacker
 
 @dataclass(frozen=True, slots=True)
 class PullRequest:
-    """What to pull, for whom, into which snapshotter. reporter: told about progress.
+    """What to pull, with which credentials, into which snapshotter. reporter: receives progress.
 
     source: where from, if not from the registries of this node's configuration (an archive).
     """
@@ -59,7 +59,7 @@ class Verifier(Protocol):
     """Decides whether an image may be used, by its name and digest; see verification.py."""
 
     async def verify(self, reference: Reference, target: Descriptor, credential: Credential | None) -> None:
-        """Raises: PermissionDenied with the reason SignatureValidationFailed when it may not, or when nobody can tell.
+        """Raises: PermissionDenied with the reason SignatureValidationFailed when it may not, or when that cannot be decided.
 
         The verdict is about target.digest, whatever a tag says later. credential: the puller's own, for signatures.
         """
@@ -86,7 +86,7 @@ class Pulled:
 
 
 class PullObserver(Protocol):
-    """Told of every pull, whoever asked for it; must not block."""
+    """Receives every pull, from any caller; must not block."""
 
     def started(self, request: PullRequest) -> None:
         """A pull begins."""
@@ -120,7 +120,7 @@ class Puller:
         self._images = storage.images
         self._leases = storage.leases
         self._threads = storage.threads
-        self.blobs = Blobs(storage.content, storage.threads)  # shared with whoever else downloads into the store
+        self.blobs = Blobs(storage.content, storage.threads)  # shared with all other downloads into the store
         self._layers = Layers(self.blobs, storage.snapshotters, unpacker, decryptor, storage.threads, durable=durable)
         self.documents = Documents(storage.content, storage.threads, provenance)  # likewise
         self._provenance = provenance

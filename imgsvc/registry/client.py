@@ -62,7 +62,7 @@ class RegistryClient:
         observer: RegistryObserver | None = None,
         bulk: Sender | None = None,
     ) -> None:
-        """bulk: who fetches blobs, this process where nobody else does; the caller closes it."""
+        """bulk: fetches blobs; None: this process does. The caller closes it."""
         self._settings = settings
         self.observer = observer or Unwatched()
         self._stored = credentials or NoCredentials()

@@ -172,7 +172,7 @@ class Download:
                     if not is_refusal:
                         self._book.note(endpoint, error)
                     if len(self._workers) > 1:
-                        # The others go on; whoever is left alone decides about the host.
+                        # The others go on; the last remaining stream decides about the host.
                         self._tuner.limit(len(self._workers) - 1)
                         return
                     if not is_refusal and (span.left or not wanted):

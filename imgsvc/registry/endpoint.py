@@ -4,7 +4,7 @@ What leaves with a request is decided here. On the endpoint itself: configured h
 credential its policy allows. After the first redirect to another scheme, host or port: none of these, for good, even
 when a later redirect leads back. From HTTPS to HTTP: nothing at all.
 
-Source: needs.md A4.3, C-R4 … C-R8; distribution-spec "Determining support", "Error codes".
+Source: distribution-spec "Determining support", "Error codes".
 """
 
 from __future__ import annotations
@@ -327,7 +327,7 @@ class Endpoint:
         try:
             return await self._follow(ask, answer)
         except RequestFailed as error:
-            # Somebody between us and the server can make TLS fail: only where that gains nothing any failure counts.
+            # A man in the middle can force TLS to fail. Fall back on any TLS error only where no credential is at stake.
             if not is_guess or not (error.is_plain_http or (error.phase == "tls" and self.host.downgrade_is_safe)):
                 raise
         self._session.downgraded[self.host.url] = None

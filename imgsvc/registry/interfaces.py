@@ -112,7 +112,7 @@ def _told(attempt: Attempt) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a reference stands for. endpoint: URL base that answered; document: the manifest or index if it came along."""
+    """What a reference resolves to. endpoint: URL base that answered; document: the manifest or index if it came along."""
 
     descriptor: Descriptor
     endpoint: str
@@ -157,9 +157,9 @@ class Fetcher(Protocol):
         """
 
     async def rejected(self, descriptor: Descriptor, source: BlobSource) -> bool:
-        """The digest of a downloaded blob was wrong: those who served it are asked for it last from now on.
+        """The digest of a downloaded blob was wrong: the endpoints that served it are asked for it last from now on.
 
-        Returns:  whether somebody else can be asked: then download anew.
+        Returns:  whether another endpoint can be asked: then download again.
         """
 
 

@@ -95,7 +95,7 @@ class NewTask:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a container ended. finished_at: ns since the epoch. known: False when nobody can tell the code (then 255)."""
+    """How a container ended. finished_at: ns since the epoch. known: False when the code is unknown (then 255)."""
 
     code: int
     finished_at: int
@@ -190,7 +190,7 @@ class OCIRuntime(Protocol):
         """Kill what still runs and remove the runtime's state, cgroup and monitor. Absent is a success."""
 
     async def usage(self, container_id: str) -> Usage | None:
-        """What a container has used that has no cgroup on this node; None when nobody can tell."""
+        """What a container has used that has no cgroup on this node; None when it is unknown."""
 
     async def update(self, container_id: str, resources: Mapping[str, Any]) -> None:
         """Change limits: an OCI `linux.resources` object. Raises: FailedPrecondition."""
@@ -202,7 +202,7 @@ class OCIRuntime(Protocol):
         """
 
     async def reopen_log(self, container_id: str, log_path: str) -> None:
-        """Close the log and open its path anew, after a rotation; returns when the new file exists."""
+        """Close the log and open its path again, after a rotation; returns when the new file exists."""
 
     async def exec_sync(self, container_id: str, command: Sequence[str], timeout_s: float) -> ExecResult:
         """Run a command in the container. Raises: DeadlineExceeded (it was killed), FailedPrecondition."""

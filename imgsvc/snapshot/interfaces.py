@@ -38,7 +38,7 @@ class Mount:
     options: tuple[str, ...] = ()
 
     def value(self, option: str) -> str:
-        """What is set as `option=value`; "" for nothing."""
+        """The value set as `option=value`; "" when not set."""
         return next((o.removeprefix(option + "=") for o in self.options if o.startswith(option + "=")), "")
 
 
@@ -212,7 +212,7 @@ class ScrubbableLayers(Protocol):
         """
 
     def difference(self, name: Name, key: Key, cancel: CancelToken) -> str:
-        """What a committed snapshot has other than an active one, in words; "" for nothing. Blocking: reads both."""
+        """How a committed snapshot differs from an active one, in words; "" when equal. Blocking: reads both."""
 
 
 class ScrubbableSnapshotter(Snapshotter, ScrubbableLayers, Protocol):

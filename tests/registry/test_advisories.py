@@ -148,7 +148,7 @@ def test_c_r2_hostile_json_is_an_error_in_time(tmp_path: Path, body: bytes) -> N
         hosts_d(tmp_path, only(fake))
         started = time.monotonic()
         assert fails(resolve(tmp_path)).code in ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize(

@@ -343,7 +343,7 @@ def test_c_x10_headers_that_promise_too_much(bench: Bench, name: str) -> None:
     started = time.monotonic()
     with pytest.raises((InvalidArgument, ResourceExhausted)):
         unpack(bench, "beside", layer)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_c_x10_a_size_beyond_the_layer_is_an_error(bench: Bench) -> None:
@@ -378,7 +378,7 @@ def test_c_x11_numbers_that_are_none(bench: Bench, field: str, value: bytes) -> 
         return
     with pytest.raises((InvalidArgument, ResourceExhausted)):
         unpack(bench, "beside", block + END)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def _zeros(size: int) -> bytes:
@@ -439,7 +439,7 @@ def test_c_x13_broken_streams_are_errors_and_the_next_layer_works(bench: Bench, 
                 layer, bench.overlay.prepare(bench.key(), None), rebase=True, media_type="x.tar+gzip", diff_id=Digest.of(WHOLE)
             )
         )
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     assert set(unpack(bench, "beside", WHOLE)) == {"f"}
 
 

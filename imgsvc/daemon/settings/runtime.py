@@ -42,7 +42,7 @@ def runtime_settings(settings: Config, state: Path, root: Path) -> RuntimeSettin
 
 
 def cgroup_driver(configured: str) -> str:
-    """ "auto" is systemd where it runs the machine and cgroup v2 is mounted, as the kubelet itself detects it."""
+    """Resolve "auto": systemd where it runs the machine and cgroup v2 is mounted, as the kubelet itself detects it."""
     if configured != "auto":
         return configured
     unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()

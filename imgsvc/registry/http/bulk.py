@@ -1,7 +1,7 @@
 """Requests whose answers are large, made by a process of its own: the daemon's side, a Sender like transport.Transport.
 
 The process is started on first use, or by warm(), and again if it should die. It has its own connections; what is asked of
-whom with which credential is decided here. A lot of a body is stored from the memory it came into, without a copy.
+which host, with which credential, is decided here. A lot of a body is stored from the memory it came into, without a copy.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class _Job:
         """No more of this. Idempotent."""
         self.handed_over()
         self._socket.close()
-        with contextlib.suppress(BufferError):  # somebody took a part of a lot that is still looked at: it is unmapped after that
+        with contextlib.suppress(BufferError):  # a reader still holds part of a segment: it is unmapped after that
             self._memory.close()
 
 

@@ -112,7 +112,7 @@ async def _fetch(transport: Transport, order: Order, job: socket.socket, lots: L
 
 
 def _tell(job: socket.socket, message: bytes) -> None:
-    with contextlib.suppress(OSError):  # the daemon has left; who waits for its messages notices
+    with contextlib.suppress(OSError):  # the daemon has left; the reader of its messages notices
         job.send(message)
 
 
@@ -161,7 +161,7 @@ async def serve(control: socket.socket) -> None:
 
 async def _main() -> None:
     await serve(socket.socket(fileno=int(sys.argv[1])))
-    os._exit(0)  # at once, whoever still waits for a name to be resolved
+    os._exit(0)  # at once, also when a thread still resolves a name
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a request and its answer are, whoever makes them: transport.py in this process, bulk.py in another one."""
+"""A request and its answer, for transport.py in this process and bulk.py in another one."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Response(ABC):
 
     @abstractmethod
     def reach(self) -> Reach:
-        """Address class of the server; through a proxy nobody knows, so PUBLIC, the narrowest."""
+        """Address class of the server; unknown through a proxy, so PUBLIC, the narrowest."""
 
     @abstractmethod
     def chunks(self) -> AsyncGenerator[Chunk, None]:

@@ -1,10 +1,10 @@
 """Which addresses a server may send us to. Pure.
 
-A challenge's realm and a redirect are URLs chosen by somebody else. They must not steer a daemon with access to the
+A challenge's realm and a redirect are URLs chosen by the server. They must not steer a daemon with access to the
 node's own network at loopback, link-local (cloud metadata) and the like, unless the registry itself lives there.
 The check is made on the very address that is connected to, so that DNS cannot change its mind in between.
 
-Source: needs.md C-R5; RFC 6890; RFC 4291 2.5.5.2 (mapped), RFC 6052 (NAT64), RFC 3056 (6to4).
+Source: RFC 6890; RFC 4291 2.5.5.2 (mapped), RFC 6052 (NAT64), RFC 3056 (6to4).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class ConnectFailed(httpcore.ConnectError):
 
 
 class AddressRefused(httpcore.ConnectError):
-    """The name stands for an address that a server may not send us to."""
+    """The name resolves to an address that a server may not redirect to."""
 
 
 class TlsFailed(httpcore.ConnectError):
@@ -333,7 +333,7 @@ async def _start_tls(
     async with _closing_on_error(inner):
         try:
             stream = TlsStream(inner, context, server_hostname)
-        except ValueError as error:  # behind a proxy nobody has looked the name up
+        except ValueError as error:  # behind a proxy the name was not resolved here
             raise TlsFailed("this cannot be a host's name", plain=False) from error
         await stream.handshake(timeout)
     return stream

@@ -1,6 +1,6 @@
 """Text from outside made fit for errors and logs: no secrets, no control characters, no kilobytes. Pure.
 
-Source: needs.md C-R16, A4.7; distribution-spec "Error Codes" for the body.
+Source: distribution-spec "Error Codes" for the body.
 """
 
 from __future__ import annotations

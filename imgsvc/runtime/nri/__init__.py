@@ -11,7 +11,7 @@
     adjust       an adjustment applied to an OCI specification. Pure.
 
 One request is under way at a time: plugins are asked one after another, in the order of their indices, and each sees what those
-before it have changed. A plugin that joins is told of everything that is there in such a turn, too; so whatever is made meanwhile
+before it have changed. A plugin that joins receives all pods and containers in such a turn, too; so whatever is made meanwhile
 is either in that list or asked about afterwards, and never both.
 
 A plugin that does not answer in time, or breaks the connection, is dropped, and the request goes on without it. What a plugin

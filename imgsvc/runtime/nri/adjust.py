@@ -58,7 +58,7 @@ class Node:
 
 
 def apply(spec: Spec, wanted: nri.ContainerAdjustment, node: Node) -> None:
-    """Change a specification in place; all but CDI devices, whose files somebody must read.
+    """Change a specification in place; all but CDI devices, whose files must be read first.
 
     Raises: InvalidArgument (malformed), FailedPrecondition (the node cannot).
     """

@@ -169,7 +169,7 @@ class _Claims:
         table[number] = ",".join([*names, *([] if self.plugin in names else [self.plugin])])
 
     def give_up(self, number: int, key: str | None = None) -> None:
-        """Whoever has set it, it is free again."""
+        """Free the setting for the next plugin."""
         owners = self.owners.owners[self.container_id]
         if key is None:
             owners.simple.pop(number, "")

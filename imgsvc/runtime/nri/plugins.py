@@ -46,7 +46,7 @@ class Plugins:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anybody to ask, or somebody is being told what there is."""
+        """Whether a plugin is connected or being synchronised."""
         return bool(self._plugins) or self._turn.locked()
 
     def describe(self) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def _config(directory: Path, index: str, name: str) -> str:
 
 
 def _answers(path: Path) -> bool:
-    """Whether somebody serves on a socket. Blocking."""
+    """Whether a server answers on a socket. Blocking."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_KNOCK_S)
         try:

@@ -1,6 +1,6 @@
 """What the use cases of pods and containers call, and what plugins ask of them.
 
-While nobody has connected, each of these costs a look at a list.
+Without a connected plugin, each of these costs a look at a list.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Nri:
         self._boot_id = boot_id
         self._plugins: Plugins | None = None
         self._changes: Changes | None = None
-        # Being made, and not asked about any more: who joins is told of them as of those that are there.
+        # Being made, and not asked about any more: a plugin that joins learns of them with the existing ones.
         self._new_pods: dict[str, SandboxRecord] = {}
         self._new_containers: dict[str, ContainerRecord] = {}
         self._evicting: set[asyncio.Task[None]] = set()
@@ -82,7 +82,7 @@ class Nri:
 
     @property
     def busy(self) -> bool:
-        """Whether anybody is to be asked."""
+        """Whether a plugin is to be asked."""
         return self._plugins is not None and self._plugins.busy
 
     def describe(self) -> dict[str, Any]:
