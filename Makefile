@@ -17,7 +17,7 @@ setup:
 	@$(PYTHON) scripts/setup.py test
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m tests.run $(PYTEST_ARGS)
 
 quick: lint
 	$(BIN)/python -m pytest --quick -q -rfE $(PYTEST_ARGS)

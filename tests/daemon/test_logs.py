@@ -47,7 +47,7 @@ def test_text_says_level_and_logger() -> None:
     assert "DEBUG a.b: now: x" in logged("text")[0]
 
 
-@pytest.mark.parametrize("pid, heard", [("", True), (str(os.getpid()), True), ("1", False)])
+@pytest.mark.parametrize("pid, heard", [("", True), (str(os.getpid()), True), ("1", False)], ids=("any", "ours", "another"))
 def test_the_watchdog_hears_of_us_while_all_is_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: str, heard: bool) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "s"))
     monkeypatch.setenv("WATCHDOG_USEC", "20000")
