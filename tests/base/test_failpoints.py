@@ -90,7 +90,7 @@ def test_delay_waits_without_holding_up_the_event_loop() -> None:
 
 
 def test_kill_is_sigkill() -> None:
-    code = f"from imgsvc import failpoints as f; f.arm('{NAME}=kill'); f.failpoint('{NAME}'); print('alive')"
+    code = f"from imgsvc.base import failpoints as f; f.arm('{NAME}=kill'); f.failpoint('{NAME}'); print('alive')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30)
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"")
 

@@ -94,7 +94,7 @@ def test_c_d1_killed_at_sixty_percent_resumes_there(tmp_path: Path) -> None:
     """Chunk 6 of 10 is in the file when the process dies: at most 42 % may be fetched again (issue 4)."""
     data = BLOBS["kept"]
     code = (
-        "import os, sys; from pathlib import Path; from imgsvc import failpoints\n"
+        "import os, sys; from pathlib import Path; from imgsvc.base import failpoints\n"
         "from imgsvc.content.local import LocalStore; from imgsvc.base.metadb.database import MetaDB\n"
         "from tests.content.crash_scenario import *\n"
         "root = Path(sys.argv[1]); failpoints.arm(os.environ[failpoints.ENV])\n"

@@ -16,7 +16,7 @@ from imgsvc.daemon.systemd import Notifier
 
 CODE = """
 import logging
-from imgsvc import logs
+from imgsvc.daemon import logs
 logs.start("info", {style!r})
 log = logging.getLogger("a.b")
 log.debug("not yet")

@@ -67,8 +67,8 @@ import os, sys, asyncio
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from imgsvc.content.local import LocalStore
-from imgsvc.leases import LeaseBook
-from imgsvc.metadb import MetaDB
+from imgsvc.images.leases import LeaseBook
+from imgsvc.base.metadb.database import MetaDB
 
 before = lambda: datetime.now(UTC) - timedelta(days=2)
 root = Path(sys.argv[1])

@@ -224,7 +224,8 @@ def test_c_d4_a_truncated_database_is_set_aside_by_an_offline_repair(node: Daemo
     assert cri.image_status(node.images(), APP) is None
     downloads = len(source.seen("/blobs/", "GET"))
     pull(node, APP)
-    assert len(source.seen("/blobs/", "GET")) == downloads, "the blobs outlived the metadata"
+    samples = source.seen("/blobs/", "GET")[downloads:]  # who may have the blobs went with the metadata, so each is shown again
+    assert all("range" in request.headers for request in samples), "the blobs outlived the metadata"
     assert check(node) == []
 
 

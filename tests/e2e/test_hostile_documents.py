@@ -26,6 +26,7 @@ REFUSALS = {
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.DATA_LOSS,
     grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.UNKNOWN,  # with a reason that the kubelet looks for
 }
 
 

@@ -216,7 +216,7 @@ def test_without_root_images_are_served_and_status_says_what_is_off(
 
 @pytest.mark.root
 def test_without_root_the_defaults_are_the_users_own_directories(nobodys_directory: Path) -> None:
-    code = "from imgsvc import config, places; c = config.load(None).config; print(c.root, c.state, places.socket_address())"
+    code = "from imgsvc import config; from imgsvc.base import places; c = config.load(None).config; print(c.root, c.state, places.socket_address())"
     where = {"HOME": str(nobodys_directory), "XDG_DATA_HOME": "", "XDG_RUNTIME_DIR": ""}
     shown = subprocess.run([*AS_NOBODY, sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **where})
     if "Permission" in shown.stderr:

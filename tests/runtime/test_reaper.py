@@ -13,9 +13,9 @@ pytestmark = pytest.mark.root  # becoming a subreaper needs none, but the daemon
 # Makes this process a subreaper as the daemon is, lets `orphan` make a grandchild that ends as our zombie child.
 _PREAMBLE: Final = """
 import asyncio, os, subprocess, sys, time
-from imgsvc import children
-from imgsvc import kernel, procfs
-from imgsvc.runtime.reaper import Reaper, _identity, _zombies
+from imgsvc.base import children
+from imgsvc.base import kernel, procfs
+from imgsvc.runtime.processes.reaper import Reaper, _identity, _zombies
 
 kernel.become_subreaper()
 reaper = Reaper()
@@ -135,7 +135,7 @@ def test_the_unpack_server_that_died_keeps_its_status() -> None:
     check("""
 import signal
 from imgsvc.snapshot.interfaces import Limits
-from imgsvc.snapshot.unpacker import WorkerUnpacker
+from imgsvc.snapshot.unpack.unpacker import WorkerUnpacker
 
 async def main():
     unpacker = WorkerUnpacker(max_concurrent=1, limits=Limits(1 << 30, 1000, 100))

@@ -364,11 +364,11 @@ def test_limits_are_per_layer_and_zero_means_none(tmp_path: Path) -> None:
 
 UNPRIVILEGED = """
 import os, sys
-from imgsvc.snapshot.extract import Extractor
-from imgsvc.snapshot.laying import InPlaceStyle
-from imgsvc.snapshot.tarstream import TarStream
-from imgsvc.removal import remove_at
-from imgsvc.snapshot.tree import Tree
+from imgsvc.snapshot.unpack.extract import Extractor
+from imgsvc.snapshot.unpack.laying import InPlaceStyle
+from imgsvc.snapshot.unpack.tarstream import TarStream
+from imgsvc.base.removal import remove_at
+from imgsvc.snapshot.unpack.tree import Tree
 
 layer = iter([open(sys.argv[1], "rb").read()])
 os.chown(sys.argv[2], 65534, 65534)
