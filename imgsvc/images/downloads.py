@@ -227,6 +227,7 @@ class Blobs:
                 await afailpoint("layer.downloaded")
                 loop = asyncio.get_running_loop()
 
+                # Called on a thread once the digest is right and before the fsync, so that followers need not wait for the disk.
                 def verified() -> None:
                     loop.call_soon_threadsafe(growing.prove, blob.size)
 

@@ -221,13 +221,14 @@ class Layers:
         snapshotter = plan.snapshotter
         if await self._threads.run(snapshotter.stat, name) is not None:
             return
-        key = Key(f"unpack-{uuid.uuid4().hex}")
+        key = Key(f"unpack-{uuid.uuid4().hex}")  # random: a crash leaves at most an unreferenced snapshot
         make = self._way(snapshotter)
         with self._stages.use(f"{snapshotter.name}/{name}") as stage:
             try:
                 async with AsyncExitStack() as jobs:
                     usage, stage.mounts = await make(plan, position, key, jobs)
                 await afailpoint("layer.settled")
+                # From here on the layer above can settle on this one, while this one waits for the disk and for its parent.
                 stage.settled.set()
                 await both(self._sync(snapshotter, key), self._committed(plan, position - 1))
                 await afailpoint("layer.synced")
@@ -235,6 +236,7 @@ class Layers:
                 plan.unpacked.add(position)
                 await afailpoint("layer.committed")
             except BaseException:
+                # Also when cancelled. A later flight of the same name must not see this attempt's mounts.
                 stage.settled.clear()
                 stage.mounts = ()
                 await to_the_end(self._discard(snapshotter, key))
@@ -264,8 +266,10 @@ class Layers:
 
     async def _beside(self, plan: LayerPlan, position: int, key: Key, jobs: AsyncExitStack) -> tuple[Usage | None, Sequence[Mount]]:
         """Unpack a layer while its parents are still on their way, then fit it to them. Jobs are ended by `jobs`."""
+        # Both at once: the parent's flight needs nothing of this one, so waiting for it cannot deadlock.
         (job, own), below = await both(self._unpack(plan, position, key, None, jobs), self._settled(plan, position - 1))
         await afailpoint("layer.unpacked")
+        # Three cases: the parent is settled but not committed, so its mounts come from its stage; it is committed; there is none.
         if below:
             mounts: Sequence[Mount] = plan.snapshotter.stacked(own, below)
         elif position:
@@ -333,18 +337,21 @@ class Layers:
                 raise
             except (DataLoss, InvalidArgument, FailedPrecondition):
                 if not blob.opened.is_set():
-                    raise  # it was here, verified
-                await self.bring(plan, layer)
+                    raise  # the blob was stored and verified, so the layer itself is bad
+                await self.bring(plan, layer)  # raises when the download is to blame; else the bytes are right now
             except _CrowdedOutError as error:
-                await error.download
+                await error.download  # no unpack worker is held meanwhile
+        # Second attempt, from the stored blob, into a new snapshot of the same key.
         await self._threads.run(plan.snapshotter.remove, key)
         return await self._follow(plan, position, key, parent, jobs)
 
     async def _follow(
         self, plan: LayerPlan, position: int, key: Key, parent: Name | None, jobs: AsyncExitStack
     ) -> tuple[UnpackJob, Sequence[Mount]]:
+        """One attempt. `stack` ends what the attempt needs; `jobs`, the caller's, ends what must live until the layer has settled."""
         layer = plan.layers[position]
         async with AsyncExitStack() as stack:
+            # Held before the download starts, so that its opening cannot be missed.
             blob = stack.enter_context(self._blobs.growing.use(layer.digest))
             async with self._beginning:
                 if isinstance(plan.snapshotter, StreamSnapshotter):
@@ -354,6 +361,7 @@ class Layers:
                 await afailpoint("layer.prepared")
                 fetch = asyncio.ensure_future(self._fetch(plan, layer))
                 stack.push_async_callback(_end, fetch)
+                # Either there is a file to follow, or the blob was stored already, or the download failed: _source tells which.
                 await _first_of(fetch, blob.opened.wait())
             if self._decryptor.processed(layer):
                 await stack.enter_async_context(self._chains)
@@ -366,6 +374,7 @@ class Layers:
                 plan.report(layer, layer.size, "unpacking")
             follower = feed or job
             blob.follow(follower)
+            # A stored blob does not grow, and a finished download announced its end before the follower joined.
             if fetch.done():
                 follower.advance(layer.size)
             try:
@@ -378,10 +387,10 @@ class Layers:
                 raise
             except ImgsvcError:
                 if chain and _succeeded(fetch):
-                    await chain.wait()  # had they all they need, their verdict counts first: the cause is usually there
+                    await chain.wait()  # their input was complete, so their own error counts first: it usually names the cause
                 raise
             if chain:
-                await chain.wait()
+                await chain.wait()  # a processor may reject the layer after its last byte: that is the MAC's verdict
             for phase, seconds in applied.timings.items():
                 plan.spent(phase, seconds)
             return job, mounts

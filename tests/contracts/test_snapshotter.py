@@ -250,9 +250,9 @@ def test_removing_a_large_tree_is_quick_and_happens_behind(snapshotter: Snapshot
         for _ in range(400):
             deep = deep / "deep"
             deep.mkdir()
-    started = time.monotonic()
+    started = time.thread_time()
     snapshotter.remove(K)
-    assert time.monotonic() - started < 0.5  # seconds, on a busy machine; deleting takes longer
+    assert time.thread_time() - started < 0.05  # seconds of this thread, whatever else runs: deleting 10 000 names takes ten times that
     assert snapshotter.stat(K) is None
     snapshotter.close()
     left = tmp_path / snapshotter.name / "trash"

@@ -56,7 +56,7 @@ class Settler:
         self._unit = os.fstatvfs(upper.root_fd).f_frsize or 4096
 
     def run(self) -> None:
-        """Raises: NeedsParents, BadLayer, OSError; then the upper directory is worth nothing."""
+        """Raises: NeedsParents, BadLayer, OSError; then the upper directory must be discarded."""
         try:
             self._run()
         except OSError as error:
@@ -66,19 +66,22 @@ class Settler:
 
     def _run(self) -> None:
         journal = self._journal
-        self._check_paths()
+        self._check_paths()  # first: nothing may be changed on the strength of a path that means something else
         self._make_links()
+        # A whiteout that hides nothing would be visible as a device in a directory that is not merged.
         for path in sorted(journal.whiteouts):
             if self._lower_status(path) is None:
                 self._touch(path.rpartition(b"/")[0])
                 _unlink(self._upper, path)
                 self.inodes -= 1
         self._drop_empty_implied()
+        # Only where there is something to hide: an opaque mark on a new directory would be one more attribute without effect.
         for path in sorted(journal.fresh | journal.opaque):
             if not path:
                 self._hide_root()
             elif self._lower_status(path, itself=False) is not None:
                 self._mark_opaque(path)
+        # Times last and deepest first, since every change above touched its parent directory.
         for path, times in sorted(self._times.items(), reverse=True):
             if path not in journal.implied:
                 fd = self._upper.open_exact(path)
@@ -98,7 +101,7 @@ class Settler:
         return False
 
     def _lower_status(self, path: bytes, *, itself: bool = True) -> os.stat_result | None:
-        """What shines through at `path` (links not followed), or None."""
+        """The status of what lower layers show at `path` (links not followed), or None."""
         return None if self._hidden(path, itself=itself) else self._below(path)
 
     def _below(self, path: bytes) -> os.stat_result | None:
@@ -108,7 +111,7 @@ class Settler:
         parent, _, name = path.rpartition(b"/")
         try:
             fd = self._lower.open_exact(parent)
-        except OSError:  # absent, a link or a file on the way: nothing of that path shines through
+        except OSError:  # absent, or a link or file on the way: the lower layers show nothing at that path
             return None
         try:
             return os.lstat(name or b".", dir_fd=fd)
