@@ -35,7 +35,7 @@ def owed() -> AbstractSet[int]:
 
 
 class Companion:
-    """A module of ours as a process beside the daemon: started by exec when it is first needed, and again if it should die.
+    """A module of imgsvc as a process beside the daemon: started by exec on first use, and again if it dies.
 
     Its arguments are the descriptor of a SOCK_SEQPACKET socket, then `arguments`. It ends when that socket is closed. It is in a
     process group of its own, for signals of a terminal, but in the daemon's session: where the kernel schedules by sessions

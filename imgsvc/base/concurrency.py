@@ -206,7 +206,7 @@ class Threads:
             raise
 
     async def run_cancellable(self, cancel: CancelToken, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """As run, for long work that looks at `cancel`: a caller that is cancelled asks the work to stop before it waits for it."""
+        """As run, for long work that checks `cancel`: a caller that is cancelled asks the work to stop before it waits for it."""
         work = asyncio.ensure_future(self.run(call, *args, **kwargs))
         try:
             return await asyncio.shield(work)

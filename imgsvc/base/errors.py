@@ -89,7 +89,7 @@ class ResourceExhausted(ImgsvcError):
 
 
 class FailedPrecondition(ImgsvcError):
-    """Right request, wrong state: a snapshot with children, a sandbox that is not ready."""
+    """The request is valid but the state is not: a snapshot with children, a sandbox that is not ready."""
 
     code = "FAILED_PRECONDITION"
 
@@ -108,7 +108,7 @@ class OutOfRange(ImgsvcError):
 
 
 class Unimplemented(ImgsvcError):
-    """A feature that is not there on this node or in this version."""
+    """A feature that this node or this version does not have."""
 
     code = "UNIMPLEMENTED"
 

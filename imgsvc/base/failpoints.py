@@ -141,7 +141,7 @@ def armed(name: str) -> bool:
 
 
 def failpoint(name: str) -> None:
-    """Act if `name` is armed. Costs one look at an empty dictionary otherwise."""
+    """Act if `name` is armed. Costs one dictionary lookup otherwise."""
     if _armed:
         time.sleep(_act(name) / 1000)
 

@@ -316,7 +316,7 @@ def detached(directory: str) -> int:
 
 
 def _clone(source: str, attributes: int, userns_fd: int, *, recursive: bool = False) -> int:
-    """A bind mount of `source` that is nowhere yet, with some attributes set."""
+    """A detached bind mount of `source`, with some attributes set."""
     more = _AT_RECURSIVE if recursive else 0
     flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC | more)
     tree = _check(_syscall(_SYS_OPEN_TREE, _AT_FDCWD, ctypes.c_char_p(os.fsencode(source)), flags), source)
@@ -331,7 +331,7 @@ def _clone(source: str, attributes: int, userns_fd: int, *, recursive: bool = Fa
 
 
 def _attach(tree: int, target: str) -> None:
-    """Put a mount that is nowhere yet at its place, and close its descriptor."""
+    """Attach a detached mount at its place, and close its descriptor."""
     try:
         empty, where = ctypes.c_char_p(b""), ctypes.c_char_p(os.fsencode(target))
         _check(_syscall(_SYS_MOVE_MOUNT, tree, empty, _AT_FDCWD, where, ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH)), target)

@@ -1,4 +1,4 @@
-"""Where the daemon's things are unless something else is configured. Imports next to nothing: every command needs it."""
+"""Default paths of the daemon. Imports next to nothing: every command needs it."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 
 def run_import(arguments: argparse.Namespace) -> int:
-    """`imgsvc config import`: 1 when a key was refused; the result is written all the same."""
+    """`imgsvc config import`: 1 when a key was refused; the result is written anyway."""
     from imgsvc.config.containerd import import_file
     from imgsvc.registry.hosts.legacy import parse_legacy
 

@@ -1,4 +1,4 @@
-"""How the CLI shows things: tables, JSON, sizes. The live display of a pull is in progress.py."""
+"""Output of the CLI: tables, JSON, sizes. The live display of a pull is in progress.py."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def parse_duration(value: object, where: str) -> float:
 
 
 def _imported(patterns: typing.Iterable[str], base: Path, where: str) -> list[Path]:
-    """Files in the order of the patterns, those of one pattern by name, each once. Raises: NotFound for a name that is no pattern."""
+    """Files in the order of the patterns, those of one pattern by name, each once. Raises: NotFound for a missing file that is named without a pattern."""
     found: list[Path] = []
     for pattern in patterns:
         names = sorted(Path(name) for name in glob.glob(str(base / pattern)))

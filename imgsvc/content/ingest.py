@@ -58,7 +58,7 @@ Publish = Callable[[Finished], Info]
 
 @dataclass(frozen=True, slots=True)
 class IngestRecord:
-    """What is known of an ingest besides its bytes."""
+    """The metadata of an ingest."""
 
     ingest_ref: str
     total: int | None

@@ -167,7 +167,7 @@ class LocalStore:
     # Manager
 
     def walk(self) -> Iterator[Info]:
-        """Reads the records a page at a time; their files are not looked at."""
+        """Reads the records a page at a time, without their files."""
         last = ""
         while True:
             with self._db.read() as txn:

@@ -70,7 +70,7 @@ def digest_of(fd: int, algorithm: str, cancel: CancelToken | None = None) -> Dig
 
 
 def wrong_size(store: Provider, descriptor: Descriptor) -> str:
-    """What is wrong when a stored blob has another size than its descriptor says, "" when nothing is or the blob is not here. Blocking.
+    """The fault when a stored blob has another size than its descriptor says; "" when there is none or the blob is not stored. Blocking.
 
     A digest alone does not prove the size that a manifest claims, and nothing else looks at it when nothing has to be fetched.
     """

@@ -69,7 +69,7 @@ class PublicSocket:
     """The socket that clients know. The server binds another name beside it, which is moved to its place when it serves.
 
     So a client never meets a socket with the wrong owner, and the server, which deletes the name it has bound when it
-    stops, never deletes one that another daemon has put there meanwhile.
+    stops, never deletes one that another daemon has created since.
     """
 
     def __init__(self, path: Path) -> None:

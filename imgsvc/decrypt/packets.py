@@ -94,7 +94,7 @@ def layer_options(private: bytes, public: Mapping[str, Any], where: str) -> Laye
     """Put unwrapped private options and public options together.
 
     The MAC covers neither the nonce nor any annotation, so a nonce the public options bring must not replace the wrapped
-    one, and a missing one must not be made up. `digest` in the private options is that of the blob before the tool
+    one, and a missing one must not be invented. `digest` in the private options is that of the blob before the tool
     recompressed it and proves nothing.
 
     Raises: InvalidArgument; its text carries no value.

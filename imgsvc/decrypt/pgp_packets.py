@@ -32,7 +32,7 @@ _SECRET_KEY_TAGS: Final = (5, 7)  # primary and subkey
 
 
 class Malformed(ValueError):
-    """Not OpenPGP, cut short, or of a kind that is not read here."""
+    """Not OpenPGP, cut short, or of an unsupported kind."""
 
 
 class WrongPassphrase(Exception):

@@ -34,7 +34,7 @@ BringBack = Callable[[Image, Sequence[Digest]], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class PushRequest:
-    """What to push, with which credentials. reporter: told about layers; their states are "waiting", "pushing", "exists", "done"."""
+    """What to push, with which credentials. reporter: receives layers with their states "waiting", "pushing", "exists", "done"."""
 
     reference: Reference
     credential: Credential | None
@@ -76,7 +76,7 @@ class Pusher:
     async def push(self, request: PushRequest) -> Pushed:
         """Upload an image under one of its names on this node.
 
-        Raises: NotFound (no such image here); FailedPrecondition (a part is neither here nor to be had); PullFailed.
+        Raises: NotFound (no such image); FailedPrecondition (a part is neither stored nor available); PullFailed.
         """
         name = request.reference
         image = self._images.find(str(name))

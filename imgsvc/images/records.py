@@ -159,7 +159,7 @@ class ImageStore:
         return self._images.get(image_id)
 
     def find(self, text: str) -> Image | None:
-        """By ID, unambiguous short ID, tag, digest or tag@digest, normalised. None when it is not here.
+        """By ID, unambiguous short ID, tag, digest or tag@digest, normalised. None when it is not stored.
 
         Raises: InvalidArgument when `text` cannot be any of these, or is a short ID of several images.
         """
@@ -240,7 +240,7 @@ class ImageStore:
         return await self.add(image, name.tagged, "")
 
     async def remove(self, image_id: str) -> Image | None:
-        """Forget an image with all its names; None when it was not here. Its parts go with the next collection."""
+        """Forget an image with all its names; None when it was not stored. The next collection removes its parts."""
 
         async def forget() -> Image | None:
             await self._db.awrite(lambda txn: txn.delete(TABLE, image_id))

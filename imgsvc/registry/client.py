@@ -33,7 +33,7 @@ from imgsvc.registry.slots import FairSlots
 
 @dataclass(frozen=True, slots=True)
 class RegistrySettings:
-    """Everything the client is told.
+    """The client's settings.
 
     roots: directories of config_path, in order.  inline: configurations from legacy `registry.mirrors`, by namespace or "*".
     max_downloads, max_downloads_per_image: blobs fetched at once.  max_extra_connections: for parallel ranges, per node.

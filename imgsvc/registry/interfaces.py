@@ -164,7 +164,7 @@ class Fetcher(Protocol):
 
 
 class RegistryObserver(Protocol):
-    """Told what a client does besides what its answers say; must not block. Labels are few: phases of Attempt, kinds of failures."""
+    """Receives what a client does beyond its answers; must not block. Labels are few: phases of Attempt, kinds of failures."""
 
     def queued(self, seconds: float) -> None:
         """A download waited that long for its slot."""

@@ -58,7 +58,7 @@ class Events:
         self._kept: deque[ContainerEvent] = deque(maxlen=MAX_WAITING)
 
     def emit(self, kind: EventType, container_id: str, sandbox_id: str) -> None:
-        """Tell every listener; where there is none, the next one. Never waits."""
+        """Send to every listener, or keep it for the next one. Never waits."""
         sandbox = self._records.sandboxes.get(sandbox_id)
         containers = tuple(c for c in self._records.containers_of(sandbox_id) if c.made_at)
         event = ContainerEvent(container_id, kind, now_ns(), sandbox, containers)

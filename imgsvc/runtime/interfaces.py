@@ -39,7 +39,7 @@ class Images(Protocol):
     """What the runtime needs from the image side; built by the edge. All asynchronous, on the event loop."""
 
     async def runnable(self, reference: str) -> RunnableImage | None:
-        """Look an image up by ID, short ID, tag or digest; None when it is not here."""
+        """Look an image up by ID, short ID, tag or digest; None when it is not stored."""
 
     async def prepare_root(
         self, container_id: str, image_id: Digest, *, snapshotter: str, readonly: bool = False, user: UserNamespace | None = None

@@ -43,7 +43,7 @@ class HandlerSettings:
 
     @classmethod
     def described(cls, text: str) -> HandlerSettings:
-        """The settings that describe() told of. Raises: ValueError, TypeError."""
+        """The settings that describe() returned. Raises: ValueError, TypeError."""
         return cls(**json.loads(text))
 
 

@@ -136,7 +136,7 @@ class Snapshotter(Protocol):
         """
 
     def sync(self, keys: Sequence[Key]) -> None:
-        """Put the contents of active snapshots on disk, in one go where the file system allows."""
+        """Put the contents of active snapshots on disk, with one call where the file system allows."""
 
     def remove(self, *keys_or_names: str) -> None:
         """Forget at once, delete in the background; several in one commit, children before their parents. Absent is a success.
@@ -273,7 +273,7 @@ class UnpackJob(Protocol):
 
     async def finish(self, progress: Callable[[int], None] = ...) -> Applied:
         """Wait for the worker's verdict; may be called at once, so that a bad layer ends its download. The snapshot is not
-        committed here. A file's bytes must all be announced by advance(size), before or meanwhile. progress: told how many bytes of a file are done with, now and then.
+        committed here. A file's bytes must all be announced by advance(size), before or meanwhile. progress: called from time to time with the number of processed bytes.
 
         Raises: DataLoss (diff ID differs, broken stream), InvalidArgument (hostile entry), ResourceExhausted (limit or
         disk). The worker is gone in every case; on an error the caller removes the snapshot.

@@ -371,7 +371,7 @@ class MetaDB:
         return mapped
 
     def _refuse_newer(self) -> None:
-        """Look at the format before anything is written."""
+        """Check the format before anything is written."""
         with self._env.begin() as txn:
             if txn.stat()["entries"] == 0:
                 return

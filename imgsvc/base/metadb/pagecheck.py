@@ -3,7 +3,7 @@
 LMDB keeps no checksums and trusts its pages: a page of zeros, which is what some file systems leave after a power cut,
 is an assertion that fails, and a free list that names pages in use overwrites them. So every page that can be reached is
 looked at before the file is opened: its number and kind, where its nodes are, how deep it lies, and that it belongs to
-one tree only. What records say is not looked at.
+one tree only. The contents of records are not checked.
 
 Source: LMDB 0.9 mdb.c (MDB_page, MDB_node, MDB_db, MDB_meta), 64 bits, little endian.
 """
@@ -112,7 +112,7 @@ class _Walk:
         return found
 
     def _nodes(self, number: int, kind: int, below: list[int], found: list[tuple[int, int, int]]) -> None:
-        """Look at one branch or leaf page."""
+        """Check one branch or leaf page."""
         self._take(number)
         start = number * self._page_size
         own, _, flags, lower, upper = _PAGE.unpack_from(self._data, start)
@@ -158,7 +158,7 @@ class _Walk:
         self._seen[number] = 1
 
     def _free(self, at: int, size: int) -> None:
-        """Look at one entry of the free list: a count, then that many page numbers."""
+        """Check one entry of the free list: a count, then that many page numbers."""
         (count,) = _NUMBER.unpack_from(self._data, at)
         if (count + 1) * _NUMBER.size > size:
             raise _Damaged("its free list is broken")

@@ -192,7 +192,7 @@ def _sandboxer(key: Key) -> Verdict:
 
 
 def _runtime_option(key: Key) -> Verdict:
-    """Options of runc's shim one by one; those of other shims are theirs and go along whole."""
+    """Options of runc's shim one by one; those of other shims are copied whole."""
     name, runtime = key.keys[-1], key.keys[-3]
     target = ("runtime", "runtimes", runtime, "options", name)
     if key.sibling("runtime_type", up=2) not in RUNC:

@@ -180,7 +180,7 @@ class _Reporter:
 
 
 async def _events(task: asyncio.Future[Any], reporter: _Reporter) -> AsyncIterator[admin_pb2.PullEvent]:
-    """What the reporter is told while the task runs; at the end the task is done. Raises: what the task raises."""
+    """The reporter's messages while the task runs; at the end the task is done. Raises: what the task raises."""
     task.add_done_callback(lambda _: reporter.end())
     try:
         while (event := await reporter.next()) is not None:

@@ -35,7 +35,7 @@ class Drivers:
 
 
 def open_unpacker(settings: Config, queued: Callable[[float], None]) -> WorkerUnpacker:
-    """Build it; no worker runs yet. queued: told how long [s] a layer waited for a worker."""
+    """Build it; no worker runs yet. queued: called with the time [s] that a layer waited for a worker."""
     return WorkerUnpacker(
         max_concurrent=settings.images.max_concurrent_unpacks,
         limits=_limits(settings),

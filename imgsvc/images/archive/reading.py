@@ -109,7 +109,7 @@ class _Members:
 
 
 class ArchiveReader:
-    """Reads one archive. `on_blob` is told every digest before it is stored, so that a lease can name it first."""
+    """Reads one archive. `on_blob` is called with every digest before it is stored, so that a lease can name it first."""
 
     def __init__(self, content: Store, open_tar: OpenTar, on_blob: Callable[[Digest], None]) -> None:
         self._content = content

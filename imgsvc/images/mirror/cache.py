@@ -64,7 +64,7 @@ class _Coming:
 
 
 class PullThrough:
-    """Fetches on behalf of a Mirror. namespaces: registries this is done for; keep: how long things stay after use."""
+    """Fetches on behalf of a Mirror. namespaces: registries to fetch from; keep: how long content stays after its last use."""
 
     def __init__(
         self,

@@ -62,7 +62,7 @@ class Mirror:
     """Answers the requests of an HttpServer.
 
     check: raises for an image that may not be used; private: whether clients with a certificate may have images that
-    took credentials; through: fetches what is not stored; served: told of every answer with its size [bytes].
+    took credentials; through: fetches what is not stored; served: called for every answer with its size [bytes].
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Images that are to be here at all times, said in files that the daemon watches.
+"""Images to keep on the node at all times, named in files that the daemon watches.
 
     plan       a file → what is wanted (pure but for reading it)
     windows    when pulling is allowed (pure)

@@ -135,7 +135,7 @@ class Prepull:
         self._wake.set()
 
     def now(self) -> None:
-        """Try everything at once, whatever failed before or was looked at lately; windows stay closed."""
+        """Try all images at once, whatever failed before or was checked recently; closed windows stay closed."""
         self._memory = {key: replace(memory, failures=0, succeeded_at=0.0) for key, memory in self._memory.items()}
         self._wake.set()
 

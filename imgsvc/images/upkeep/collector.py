@@ -3,7 +3,7 @@
     mark            pure: from the roots along references; remembers from where, so that `explain` can say why
     removal_order   pure: what refers goes before what it refers to
     sweep           removes in that order; a failure keeps what the failed thing needs, and nothing else
-    evict           pure: which cached things go beyond a budget
+    evict           pure: which cached objects exceed a budget
     Collector       when to do all that: after deletions and expired leases, when space is low, on request
 
 Collecting runs beside pulls. It lists what exists first and reads the roots second, so that it never judges a thing
@@ -64,7 +64,7 @@ class Keeper(Protocol):
 
 
 class Collectable(Protocol):
-    """One kind of things that can be removed: blobs, snapshots, unfinished writes."""
+    """One kind of removable object: blobs, snapshots, unfinished writes."""
 
     @property
     def kind(self) -> str:
@@ -81,7 +81,7 @@ class Collectable(Protocol):
 
 
 class Cache(Protocol):
-    """Which of the needed things are there for speed only."""
+    """Which of the needed objects are kept for speed only."""
 
     def cached(self) -> Iterable[Cached]:
         """All of them. As Keeper.roots."""
@@ -98,7 +98,7 @@ class SweepReport:
 
 @dataclass(frozen=True, slots=True)
 class CollectionReport:
-    """One collection. live: things needed; evicted: cached things among the removed. Durations [s]."""
+    """One collection. live: objects in use; evicted: cached objects among the removed. Durations [s]."""
 
     reason: str
     live: int
@@ -219,7 +219,7 @@ def _removed(nodes: Sequence[Node], remove: Callable[..., None], report: SweepRe
 
 
 def _together(nodes: Iterable[Node], edges: Edges) -> Iterator[list[Node]]:
-    """Runs of things of one kind, none of which needs another: what fails in a run must not decide about the rest of it."""
+    """Runs of objects of one kind, none of which needs another, so that one failure does not affect the rest of the run."""
     group: list[Node] = []
     needed: set[Node] = set()
     for node in nodes:
@@ -233,7 +233,7 @@ def _together(nodes: Iterable[Node], edges: Edges) -> Iterator[list[Node]]:
 
 
 def evict(cached: Iterable[Cached], budget: int) -> list[Node]:
-    """Which cached things go so that the rest fits into `budget` [bytes], least recently used first."""
+    """Which cached objects to remove so that the rest fits into `budget` [bytes], least recently used first."""
     entries = sorted(cached, key=lambda entry: entry.used_at, reverse=True)
     gone: list[Node] = []
     used = 0
@@ -273,7 +273,7 @@ class Collector:
         policy: Policy,
         collected: Callable[[CollectionReport | None], None] = lambda report: None,
     ) -> None:
-        """root: directory on the file system whose free space counts. collected: told of every collection, None when it failed."""
+        """root: directory on the file system whose free space counts. collected: called after every collection, with None when it failed."""
         self._collected = collected
         self._keepers = keepers
         self._collectables = {collectable.kind: collectable for collectable in collectables}

@@ -27,7 +27,7 @@ RECOVERY_BUDGET: Final = 10.0  # [s] of hashing before the socket answers; what 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is not as it should be, or that was not looked at (broken is false then).
+    """One fault, or one object that was not checked (broken is false then).
 
     repaired: done about it, "" when nothing was.
     """

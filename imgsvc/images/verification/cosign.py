@@ -1,6 +1,6 @@
 """What cosign writes, checked: simple signing payloads, DSSE envelopes, sigstore bundles, with a key pair's public half. Pure.
 
-Key pairs only: certificates (keyless signing) and transparency logs are not looked at, so nothing here needs a clock, a
+Key pairs only: certificates (keyless signing) and transparency logs are not supported, so nothing here needs a clock, a
 network or a root of trust beyond the key.
 
 Source: cosign specs/SIGNATURE_SPEC.md, BUNDLE_SPEC.md; DSSE protocol.md; in-toto statement v0.1 and v1.

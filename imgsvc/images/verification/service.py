@@ -140,7 +140,7 @@ class Verification:
                 raise Refused(str(reference), target.digest, f"{missing} ({rule.where})")
 
     async def _fingerprint(self, policy: Policy | None) -> str:
-        """Of everything a verdict depends on besides the image."""
+        """A fingerprint of everything a verdict depends on besides the image."""
         programs = await self._threads.run(self._programs.fingerprint)
         text = f"{policy.fingerprint if policy else ''}\0{programs}\0{self._fail_closed}"
         return hashlib.sha256(text.encode()).hexdigest()

@@ -128,7 +128,7 @@ def parse_providers(data: bytes, where: str) -> list[Provider]:
 
 
 def _provider(entry: object, where: str) -> Provider:
-    """One entry. A plugin that wants the service account token of the image's pod is of no use without a kubelet."""
+    """One entry. A plugin that wants the service account token of the image's pod cannot work without a kubelet."""
     if not isinstance(entry, dict):
         raise InvalidArgument("a provider is not a mapping", where=where)
 

@@ -41,7 +41,7 @@ _MAX_TOLD: Final = 256  # warnings remembered
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """One place that was looked at, and the outcome in words."""
+    """One path that was tried, and the outcome in words."""
 
     path: str
     outcome: str
@@ -103,7 +103,7 @@ class HostDirectories:
             self._told.add(warning)
 
     def search(self, namespace: str, repository: str = "") -> tuple[HostsConfig, list[Searched]]:
-        """As lookup, for explain: what is blocked is returned, and every place that was looked at comes along."""
+        """As lookup, for explain: blocked hosts are returned, and every path that was tried."""
         if repository and not is_repository(repository):
             raise InvalidArgument(f'no repository is called "{repository}", so its file is never used', where=namespace, hint=_LOWER)
         searched: list[Searched] = []

@@ -155,7 +155,7 @@ class HostsConfig:
 
     @property
     def directories(self) -> tuple[str, ...]:
-        """Where credentials.toml is looked for: beside the file, then in the directories above it up to the registry's."""
+        """The directories searched for credentials.toml: beside the file, then in the directories above it up to the registry's."""
         above = PurePosixPath(self.directory).parents[: len(self.prefix.split("/")) if self.prefix else 0]
         return (self.directory, *map(str, above)) if self.directory else ()
 
@@ -234,7 +234,7 @@ def default_host(namespace: str, origin: str, tls: Tls | None = None) -> Host:
 def parse_hosts(document: Document, namespace: str, directory: str, prefix: str = "") -> HostsConfig:
     """A hosts.toml. `directory` anchors relative paths of certificates. `prefix`: of the repositories it is for, "" for all.
 
-    Raises: InvalidArgument with file:line:column and the way out, for anything that is not exactly understood.
+    Raises: InvalidArgument with file:line:column and the way out, for anything that is not fully understood.
     """
     _check_shape(document)
     warnings: list[str] = []

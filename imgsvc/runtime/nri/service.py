@@ -1,6 +1,6 @@
 """What the use cases of pods and containers call, and what plugins ask of them.
 
-Without a connected plugin, each of these costs a look at a list.
+Without a connected plugin, each of these costs one check of a list.
 """
 
 from __future__ import annotations

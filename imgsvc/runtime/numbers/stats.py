@@ -48,7 +48,7 @@ class _CpuMark:
 
 
 class Stats:
-    """One per daemon. Remembers the last look at each container, for rates."""
+    """One per daemon. Remembers the last sample of each container, for rates."""
 
     def __init__(self, core: Core) -> None:
         self._core = core

@@ -41,7 +41,7 @@ class Stalls:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """One look at a cgroup. limit, swap_limit, pids_limit: 0 when there is none.
+    """One sample of a cgroup. limit, swap_limit, pids_limit: 0 when there is none.
 
     memory: memory.stat of either version, as the kernel names its lines. stalls: by resource; empty without PSI.
     """
@@ -87,7 +87,7 @@ class Usage:
 
 
 def read(host: Host, path: str, *, details: bool = False) -> Usage | None:
-    """Look at a cgroup (path below the cgroup root); None when it is gone. details: what only metrics need. Blocking."""
+    """Sample a cgroup (path below the cgroup root); None when it is gone. details: what only metrics need. Blocking."""
     relative = path.lstrip("/")
     return _read_v2(ROOT / relative) if host.unified else _read_v1(relative, details=details)
 

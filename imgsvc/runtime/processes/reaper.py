@@ -119,7 +119,7 @@ class Reaper:
             del self._codes[next(iter(self._codes))]
 
     def exit_code(self, pid: int) -> int | None:
-        """How an orphan that was reaped ended (128 + N for signal N); None when that is not known."""
+        """How an orphan that was reaped ended (128 + N for signal N); None when unknown."""
         status = self._codes.pop(pid, None)
         if status is None:
             return None

@@ -135,7 +135,7 @@ def load_profile(path: str) -> dict[str, Any]:
 
 
 def apparmor(security: LinuxContainerSecurityContext, host: Host, settings: RuntimeSettings) -> str:
-    """Name of the AppArmor profile, "" for none. Raises: FailedPrecondition when a named one cannot be had."""
+    """Name of the AppArmor profile, "" for none. Raises: FailedPrecondition when a named one is not available."""
     profile = security.apparmor or _apparmor_name(security.apparmor_profile)
     named = profile is not None and profile.profile_type == ProfileType.Localhost
     if security.privileged and not named:
@@ -176,7 +176,7 @@ def loaded_apparmor_profiles() -> frozenset[str]:
 def container_label(security: LinuxContainerSecurityContext, pod_label: str) -> str:
     """The label of a container's processes, "" for none: its own, or what it leaves out as the pod's. Raises: InvalidArgument.
 
-    A privileged container has none; its files are labelled like those of others all the same.
+    A privileged container has none; its files are still labelled like those of others.
     """
     return selinux.process_label(pod_label, security.selinux_options, selinux.level_of(pod_label)) if pod_label else ""
 

@@ -53,7 +53,7 @@ def parse_number(text: str, what: str) -> int | None:
 def announced_user(image_user: str) -> tuple[int | None, str]:
     """(UID, user name) of an image's USER as ImageStatus has them: exactly one is given, and none at all is UID 0.
 
-    What cannot be used, such as a number out of range, is told as a name: never as a UID, so that no check of it passes.
+    What cannot be used, such as a number out of range, is reported as a name, never as a UID, so that no check of it passes.
     More than any name can have is left out, with a mark: a handful of configs full of USER would make a listing too large to send.
     """
     name = image_user.partition(":")[0] or _ROOT

@@ -74,7 +74,7 @@ class CommandTarget(Protocol):
     async def run(self, streams: Streams) -> int:
         """Serve one session until it ends by itself. Cancelled when the client leaves; leaves nothing behind in either case.
 
-        Returns: the exit code, 0 to 255 (attach: 0).   Raises: ImgsvcError when the session could not be had.
+        Returns: the exit code, 0 to 255 (attach: 0).   Raises: ImgsvcError when the session could not start.
         """
 
 

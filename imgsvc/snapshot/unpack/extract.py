@@ -334,7 +334,7 @@ class Extractor:
             self._inherits = self._inherits or name == _DEFAULT_ACL
 
     def _not_taken(self, target: int | bytes, code: int | None) -> bool:
-        """Whether it is this attribute that cannot be set there, which is no reason to give a layer up; GNU tar does not either."""
+        """Whether it is this attribute that cannot be set there, which does not fail the layer; GNU tar goes on, too."""
         if code == errno.EPERM:
             return not self._privileged or not isinstance(target, int)  # links, FIFOs and devices have no user.* attributes
         if code == errno.ENOSPC:

@@ -156,7 +156,7 @@ class GzipReader:
 
 
 class _Head:
-    """A source whose first bytes were looked at already."""
+    """A source whose first bytes were read already."""
 
     def __init__(self, head: bytes, source: Reader) -> None:
         self._head = head

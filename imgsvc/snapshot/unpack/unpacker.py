@@ -242,7 +242,7 @@ class WorkerUnpacker:
     ) -> None:
         """transform: "module:function" giving a decrypting StreamTransform for LayerInput.secret, "" for none.
 
-        queued: told how long each layer waited for its slot [s].
+        queued: called with the time each layer waited for its slot [s].
         """
         self.queued = queued
         self._max_concurrent = 0

@@ -372,7 +372,7 @@ def _open_target(order: dict[str, Any]) -> int:
 
 
 def _apart(directory: str) -> int:
-    """A descriptor of a directory, as the root of a mount that is nowhere else where this process may make one."""
+    """A descriptor of a directory, as the root of a detached mount where this process may make one."""
     try:
         return kernel.detached(directory)
     except OSError:

@@ -119,7 +119,7 @@ class Conmon:
         return argv
 
     def pid(self, container_id: str) -> int:
-        """Conmon's pid, 0 when there is none. Raises: OSError when that cannot be told now."""
+        """Conmon's pid, 0 when there is none. Raises: OSError when that is unknown now."""
         try:
             return int((self._paths.bundle(container_id) / "conmon.pid").read_text())
         except (FileNotFoundError, ValueError):
