@@ -369,7 +369,7 @@ async def ended(future: asyncio.Future[Any]) -> None:
         raise cancelled
 
 
-async def stop(*tasks: asyncio.Future[Any]) -> list[Exception]:
+async def stop_tasks(*tasks: asyncio.Future[Any]) -> list[Exception]:
     """Cancel tasks and wait until all have ended, however often the caller is cancelled meanwhile.
 
     Returns what those failed with that did not end by being cancelled.

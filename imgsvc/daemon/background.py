@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
 
-from imgsvc.base.concurrency import stop
+from imgsvc.base.concurrency import stop_tasks
 
 log = logging.getLogger(__name__)
 
@@ -19,5 +19,5 @@ def background(stack: AsyncExitStack, work: Coroutine[Any, Any, object]) -> None
 
 
 async def _end(task: asyncio.Future[object]) -> None:
-    for error in await stop(task):
+    for error in await stop_tasks(task):
         log.warning("a background task failed: %s", error)

@@ -20,7 +20,7 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from imgsvc.base.concurrency import CancelToken
 from imgsvc.base.errors import Cancelled, ImgsvcError, InvalidArgument, printable
 from imgsvc.base.oci import MIB, load_json_object
-from imgsvc.decrypt.children import run_bounded
+from imgsvc.base.programs import run_blocking
 from imgsvc.decrypt.interfaces import KeyWrapper, NotOpened
 from imgsvc.decrypt.keydir import read_bounded
 from imgsvc.decrypt.keys import KeyFileError
@@ -125,10 +125,10 @@ class ProviderWrapper:
         return [f"key provider {printable(self.provider.name, 60)}"]
 
     def _run(self, request: bytes) -> bytes:
-        done = run_bounded(self.provider.command, request, timeout_s=self.timeout_s, limit=MAX_ANSWER, cancel=self.cancel)
+        done = run_blocking(self.provider.command, request, timeout_s=self.timeout_s, limit=MAX_ANSWER, cancel=self.cancel)
         if done.status:
             raise InvalidArgument(
-                f"exit status {done.status}: {printable(done.stderr) or 'no text on stderr'}", where=self.provider.command[0]
+                f"exit status {done.status}: {printable(done.said) or 'no text on stderr'}", where=self.provider.command[0]
             )
         return done.stdout
 

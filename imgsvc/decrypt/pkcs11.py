@@ -31,7 +31,7 @@ from imgsvc.base import yamlfile
 from imgsvc.base.concurrency import CancelToken
 from imgsvc.base.errors import Cancelled, ImgsvcError, InvalidArgument, PermissionDenied, printable
 from imgsvc.base.oci import MIB, load_json_object
-from imgsvc.decrypt.children import POLL_S, run_bounded
+from imgsvc.base.programs import POLL_S, run_blocking
 from imgsvc.decrypt.interfaces import KeyWrapper, NotOpened
 from imgsvc.decrypt.keydir import read_bounded
 from imgsvc.decrypt.keys import KeyFileError, KeyRing, TokenFile
@@ -253,9 +253,9 @@ def _ask(key: TokenKey, wrapped: Sequence[tuple[bytes, str]], timeout_s: float, 
     env = {**os.environ, **key.env, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     argv = (sys.executable, "-m", "imgsvc.decrypt.pkcs11_child")
     with _turn(key.module, cancel):
-        done = run_bounded(argv, json.dumps(request).encode(), timeout_s=timeout_s, limit=MAX_OPTIONS, env=env, cancel=cancel)
+        done = run_blocking(argv, json.dumps(request).encode(), timeout_s=timeout_s, limit=MAX_OPTIONS, env=env, cancel=cancel)
     if done.status:
-        raise KeyFileError(printable(done.stderr.rpartition("\n")[2]) or f"the PKCS#11 module ended with status {done.status}")
+        raise KeyFileError(printable(done.said.rpartition("\n")[2]) or f"the PKCS#11 module ended with status {done.status}")
     return done.stdout
 
 

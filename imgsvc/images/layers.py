@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Protocol
 
-from imgsvc.base.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both, ended, to_the_end, trickles
+from imgsvc.base.concurrency import Coalesced, Shared, SingleFlight, Threads, all_of, both, stop_tasks, to_the_end, trickles
 from imgsvc.base.errors import Aborted, DataLoss, FailedPrecondition, ImgsvcError, InvalidArgument, ResourceExhausted
 from imgsvc.base.failpoints import afailpoint
 from imgsvc.base.oci import Descriptor, Digest
@@ -304,7 +304,7 @@ class Layers:
                 if layer.done():
                     layer.result()
             finally:
-                await _end(layer)
+                await stop_tasks(layer)
             return stage.mounts
 
     async def bring(self, plan: LayerPlan, layer: Descriptor) -> None:
@@ -360,7 +360,7 @@ class Layers:
                     mounts = await self._threads.run(plan.snapshotter.prepare, key, parent)
                 await afailpoint("layer.prepared")
                 fetch = asyncio.ensure_future(self._fetch(plan, layer))
-                stack.push_async_callback(_end, fetch)
+                stack.push_async_callback(stop_tasks, fetch)
                 # Either there is a file to follow, or the blob was stored already, or the download failed: _source tells which.
                 await _first_of(fetch, blob.opened.wait())
             if self._decryptor.processed(layer):
@@ -383,7 +383,7 @@ class Layers:
             except _CrowdedOutError as error:
                 # It joins the flight before this stack ends `fetch`, so that the download goes on.
                 error.download = asyncio.ensure_future(self.bring(plan, layer))
-                jobs.push_async_callback(_end, error.download)
+                jobs.push_async_callback(stop_tasks, error.download)
                 raise
             except ImgsvcError:
                 if chain and _succeeded(fetch):
@@ -414,7 +414,7 @@ class Layers:
                 raise _CrowdedOutError
             return working.result()
         finally:
-            await _end(working)
+            await stop_tasks(working)
 
     async def _source(
         self, layer: Descriptor, fetch: asyncio.Future[None], blob: GrowingBlob, stack: AsyncExitStack
@@ -460,12 +460,6 @@ def _layer_input(plan: LayerPlan, position: int, source: int, chain: ChainRun | 
         size=layer.size,
         secret=key.secret if key and not chain else None,
     )
-
-
-async def _end(task: asyncio.Future[Any]) -> None:
-    """Stop a task that may be done already; its error, if any, has been told or no longer matters."""
-    task.cancel()
-    await ended(task)  # also when cancelled again: it gives back what it holds before we go on
 
 
 async def _awaited(task: asyncio.Future[None]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from imgsvc.base.concurrency import stop_tasks
 from imgsvc.base.numerals import whole_number
 from imgsvc.base.oci import KIB, MIB, Descriptor
 from imgsvc.registry.documents import lied
@@ -109,10 +110,7 @@ class Download:
                 self._start_workers()
                 await self._watch()
         finally:
-            for worker in self._workers:
-                worker.cancel()
-            # A cancelled worker first finishes the write it has under way.
-            await asyncio.gather(*self._workers, return_exceptions=True)
+            await stop_tasks(*self._workers)  # a cancelled worker first finishes the write it has under way
 
     def _start_workers(self) -> None:
         while len(self._workers) < self._tuner.target:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.base.concurrency import Undo, in_thread, time_limit
+from imgsvc.base.concurrency import Undo, in_thread, stop_tasks, time_limit
 from imgsvc.base.errors import FailedPrecondition, ImgsvcError, InvalidArgument, NotFound, printable
 from imgsvc.base.failpoints import afailpoint
 from imgsvc.runtime.core import Core, os_errors
@@ -410,8 +410,7 @@ class Containers:
     async def _forget(self, record: ContainerRecord) -> None:
         """Stop watching, and drop the record."""
         if (watcher := self._watchers.pop(record.id, None)) is not None:
-            watcher.cancel()
-            await asyncio.wait([watcher])
+            await stop_tasks(watcher)
         self._ended.pop(record.id, None)
         self._signalled.discard(record.id)
         await self._core.records.drop_container(record)
@@ -468,10 +467,7 @@ class Containers:
 
     async def close(self) -> None:
         """Stop watching; containers keep running."""
-        for watcher in self._watchers.values():
-            watcher.cancel()
-        if self._watchers:
-            await asyncio.wait(self._watchers.values())
+        await stop_tasks(*self._watchers.values())
 
 
 def merge_resources(old: LinuxContainerResources | None, new: LinuxContainerResources) -> LinuxContainerResources:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from imgsvc.base.concurrency import KeyedLock, ended, in_thread
+from imgsvc.base.concurrency import KeyedLock, in_thread, stop_tasks
 from imgsvc.base.fsutil import boot_id, private_dir
 from imgsvc.base.metadb.database import MetaDB
 from imgsvc.base.removal import discard
@@ -103,9 +103,7 @@ class RuntimeNode:
 
     async def close(self) -> None:
         """Stop watching. Pods keep running."""
-        for task in self.tasks:
-            task.cancel()
-            await ended(task)
+        await stop_tasks(*self.tasks)
         await self.core.nri.close()
         await self.sandboxes.close()
         await self.containers.close()

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol, TypeVar
 from google.protobuf.message import DecodeError
 
 from imgsvc.api import ttrpc_pb2
-from imgsvc.base.concurrency import time_limit
+from imgsvc.base.concurrency import stop_tasks, time_limit
 from imgsvc.base.errors import (
     DataLoss,
     DeadlineExceeded,
@@ -167,8 +167,7 @@ class Client:
 
     async def close(self) -> None:
         """End the connection."""
-        self._receiver.cancel()
-        await asyncio.wait([self._receiver])
+        await stop_tasks(self._receiver)
 
 
 class Server:

@@ -103,11 +103,11 @@ asyncio.run(main())
 def test_a_program_whose_helper_keeps_the_pipes_open_keeps_its_status() -> None:
     check("""
 import threading
-from imgsvc.decrypt.children import run_bounded
+from imgsvc.base.programs import run_blocking
 
 results = []
 script = "sleep 1 & exit 9"  # the shell is a zombie while its helper holds standard output
-thread = threading.Thread(target=lambda: results.append(run_bounded(["sh", "-c", script], b"", timeout_s=20, limit=100)))
+thread = threading.Thread(target=lambda: results.append(run_blocking(["sh", "-c", script], b"", timeout_s=20, limit=100)))
 thread.start()
 while not _zombies():
     time.sleep(0.01)

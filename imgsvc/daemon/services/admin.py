@@ -14,6 +14,7 @@ import grpc.aio
 
 from imgsvc import config
 from imgsvc.api import admin_pb2, admin_pb2_grpc
+from imgsvc.base.concurrency import stop_tasks
 from imgsvc.base.errors import InvalidArgument, NotFound, printable
 from imgsvc.base.oci import Digest, Platform
 from imgsvc.base.reference import Reference
@@ -187,8 +188,7 @@ async def _events(task: asyncio.Future[Any], reporter: _Reporter) -> AsyncIterat
             yield event
         await task
     finally:
-        task.cancel()
-        await asyncio.wait([task])
+        await stop_tasks(task)
 
 
 def _credential(username: str, password: str) -> Credential | None:

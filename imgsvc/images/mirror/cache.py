@@ -27,7 +27,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Final
 
-from imgsvc.base.concurrency import Shared, Threads, time_limit, to_the_end
+from imgsvc.base.concurrency import Shared, Threads, stop_tasks, time_limit, to_the_end
 from imgsvc.base.errors import NotFound
 from imgsvc.base.http1 import FileBody, StreamBody
 from imgsvc.base.metadb.database import MetaDB, Record
@@ -325,8 +325,7 @@ class _BlobStream:
 
     async def aclose(self) -> None:
         """Leave the download; the last to leave stops it, and its bytes stay for the next one."""
-        self._fetch.cancel()
-        await asyncio.wait([self._fetch])
+        await stop_tasks(self._fetch)
         self._held.close()
 
 

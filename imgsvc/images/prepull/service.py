@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
-from imgsvc.base.concurrency import Threads, time_limit
+from imgsvc.base.concurrency import Threads, stop_tasks, time_limit
 from imgsvc.base.errors import ImgsvcError
 from imgsvc.base.failpoints import afailpoint
 from imgsvc.base.metadb.database import MetaDB
@@ -116,10 +116,7 @@ class Prepull:
                         await self._wake.wait()
                 self._wake.clear()
         finally:
-            for task in self._running.values():
-                task.cancel()
-            if self._running:
-                await asyncio.wait(self._running.values())
+            await stop_tasks(*self._running.values())
 
     async def _round(self) -> None:
         if await self._threads.run(self._read_files):

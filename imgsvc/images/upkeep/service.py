@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from imgsvc.base.concurrency import CancelToken, stop
+from imgsvc.base.concurrency import CancelToken, stop_tasks
 from imgsvc.base.errors import DataLoss, NotFound
 from imgsvc.images.records import Image
 from imgsvc.images.rootfs import KEY_PREFIX, is_unpacked
@@ -83,7 +83,7 @@ class Upkeep:
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Collect in the background until the stack is closed."""
-        stack.push_async_callback(stop, asyncio.ensure_future(self._collector.run()))
+        stack.push_async_callback(stop_tasks, asyncio.ensure_future(self._collector.run()))
 
     def go_by(self, policy: Policy) -> None:
         """Collect by this policy from now on."""

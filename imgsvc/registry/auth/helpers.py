@@ -6,83 +6,41 @@ credentialprovider.kubelet.k8s.io/v1.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import fnmatch
 import json
 import os
 import re
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from imgsvc.base import yamlfile
-from imgsvc.base.concurrency import time_limit
-from imgsvc.base.errors import ImgsvcError, InvalidArgument, Unavailable
+from imgsvc.base.errors import DeadlineExceeded, ImgsvcError, InvalidArgument, Unavailable
 from imgsvc.base.oci import MIB, load_json_object
+from imgsvc.base.programs import Finished, run
 from imgsvc.base.tomlfile import parse_duration
 from imgsvc.registry.auth.dockerconfig import helper_server, parse_helper_answer
 from imgsvc.registry.interfaces import Credential
 
 _MAX_OUTPUT: Final = MIB  # [bytes]
-_LAST_WAIT_S: Final = 2.0  # for a killed program to be gone
 _PROGRAM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 _NOT_FOUND: Final = b"credentials not found"  # what helpers print, on stdout or stderr, when they have none
 _API: Final = "credentialprovider.kubelet.k8s.io/"
 
 
-async def run(argv: Sequence[str], data: bytes, *, env: Mapping[str, str], timeout_s: float) -> tuple[int, bytes, bytes]:
-    """Run a program with `data` on its stdin. Returns (exit status, stdout, stderr), both bounded.
-
-    Raises: Unavailable when it cannot be started, takes too long, or prints too much. The program does not survive.
-    """
+async def _run(argv: Sequence[str], data: bytes, *, env: Mapping[str, str], timeout_s: float) -> Finished:
+    """Run a program with `data` on its stdin. Raises: Unavailable when it cannot be started, takes too long, or prints too much."""
     try:
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=dict(env),
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise Unavailable(
-            f"credential program not started: {error.strerror}", where=argv[0], hint="install it where the daemon finds it"
-        ) from error
-    try:
-        async with time_limit(timeout_s):
-            stdout, stderr, _ = await asyncio.gather(_bounded(process.stdout), _bounded(process.stderr), _feed(process, data))
-            status = await process.wait()
-    except TimeoutError as error:
+        done = await run(argv, stdin=data, env=env, timeout_s=timeout_s, limit=_MAX_OUTPUT + 1)
+    except DeadlineExceeded as error:
         raise Unavailable(f"credential program did not answer within {timeout_s:g} s", where=argv[0]) from error
-    finally:
-        if process.returncode is None:
-            # The whole session: a child of the program would keep the pipes open, and asyncio waits for their end.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), _LAST_WAIT_S)
-    if len(stdout) > _MAX_OUTPUT:
+    except ImgsvcError as error:
+        raise Unavailable(
+            f"credential program not started: {error.what}", where=argv[0], hint="install it where the daemon finds it"
+        ) from error
+    if len(done.stdout) > _MAX_OUTPUT:
         raise Unavailable(f"credential program printed more than {_MAX_OUTPUT} bytes", where=argv[0])
-    return status, stdout, stderr
-
-
-async def _bounded(stream: asyncio.StreamReader | None) -> bytes:
-    """Everything up to a byte more than allowed; the rest is read and dropped so that the program can end."""
-    kept = bytearray()
-    while stream and (chunk := await stream.read(64 * 1024)):
-        kept += chunk[: _MAX_OUTPUT + 1 - len(kept)]
-    return bytes(kept)
-
-
-async def _feed(process: asyncio.subprocess.Process, data: bytes) -> None:
-    if process.stdin is None:
-        return
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        process.stdin.write(data)
-        await process.stdin.drain()
-    process.stdin.close()
+    return done
 
 
 async def ask_docker_helper(name: str, registry: str, *, env: Mapping[str, str], timeout_s: float) -> Credential | None:
@@ -90,14 +48,14 @@ async def ask_docker_helper(name: str, registry: str, *, env: Mapping[str, str],
     if not _PROGRAM.fullmatch(name):
         raise InvalidArgument("the name of a credential helper may have letters, digits, dots, dashes", where="credHelpers")
     program = f"docker-credential-{name}"
-    status, stdout, stderr = await run([program, "get"], helper_server(registry).encode(), env=env, timeout_s=timeout_s)
-    if status:
-        if _NOT_FOUND in stdout + stderr:
+    done = await _run([program, "get"], helper_server(registry).encode(), env=env, timeout_s=timeout_s)
+    if done.status:
+        if _NOT_FOUND in done.stdout + done.stderr:
             return None
         # Its words stay with it: some helpers print what they were given.
-        raise Unavailable(f"credential helper failed with status {status} for {registry}", where=program)
+        raise Unavailable(f"credential helper failed with status {done.status} for {registry}", where=program)
     try:
-        return parse_helper_answer(stdout, program, registry)
+        return parse_helper_answer(done.stdout, program, registry)
     except ImgsvcError as error:
         raise Unavailable(error.what, where=program) from error
 
@@ -195,13 +153,11 @@ async def ask_provider(
         what = f'credential provider "{provider.name}" requires the token of a pod\'s service account, which only the kubelet has'
         raise Unavailable(what, where=program, hint="with a kubelet, its own --image-credential-provider-config does this")
     request = {"kind": "CredentialProviderRequest", "apiVersion": provider.api_version, "image": image}
-    status, stdout, _ = await run(
-        [program, *provider.args], json.dumps(request).encode(), env={**env, **dict(provider.env)}, timeout_s=timeout_s
-    )
-    if status:
-        raise Unavailable(f"credential provider failed with status {status}", where=program)
+    done = await _run([program, *provider.args], json.dumps(request).encode(), env={**env, **dict(provider.env)}, timeout_s=timeout_s)
+    if done.status:
+        raise Unavailable(f"credential provider failed with status {done.status}", where=program)
     try:
-        answer = load_json_object(stdout, program, limit=_MAX_OUTPUT)
+        answer = load_json_object(done.stdout, program, limit=_MAX_OUTPUT)
     except ImgsvcError as error:
         raise Unavailable(error.what, where=program) from error
     auths: Any = answer.get("auth") or {}

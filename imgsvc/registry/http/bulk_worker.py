@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from imgsvc.base import confinement, kernel
+from imgsvc.base.concurrency import stop_tasks
 from imgsvc.base.errors import ImgsvcError, Internal
 from imgsvc.registry.http.bulk_messages import (
     COUNT,
@@ -128,8 +129,7 @@ async def _serve_one(transport: Transport, order: Order, job: socket.socket, mem
                 while await asyncio.get_running_loop().sock_recv(job, 1):
                     lots.freed()
         finally:
-            fetching.cancel()
-            await asyncio.wait([fetching])
+            await stop_tasks(fetching)
 
 
 async def serve(control: socket.socket) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from imgsvc.base.concurrency import stop
+from imgsvc.base.concurrency import stop_tasks
 from imgsvc.base.errors import Unimplemented
 from imgsvc.base.failpoints import afailpoint
 from imgsvc.runtime.core import Core
@@ -75,4 +75,4 @@ class Holders:
 
     async def close(self) -> None:
         """Stop watching; the pods stay."""
-        await stop(*self._watchers.values())
+        await stop_tasks(*self._watchers.values())

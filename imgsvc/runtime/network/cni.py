@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from imgsvc.base.errors import DataLoss, InvalidArgument, NotFound, Unavailable, printable
 from imgsvc.base.fsutil import private_dir, write_atomic
-from imgsvc.runtime.processes.run import SAFE_PATH, Finished, run
+from imgsvc.base.programs import SAFE_PATH, Finished, run
 
 PLUGIN_TIMEOUT_S: Final = 110.0  # below the kubelet's two minutes for one CRI call
 MAX_CONFIG: Final = 1024 * 1024  # [bytes] of one configuration file

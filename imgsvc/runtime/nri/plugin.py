@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from imgsvc import __version__
 from imgsvc.api import nri_pb2 as nri
-from imgsvc.base.concurrency import ended, time_limit
+from imgsvc.base.concurrency import stop_tasks, time_limit
 from imgsvc.base.errors import DataLoss, DeadlineExceeded, FailedPrecondition, ImgsvcError, InvalidArgument, Unimplemented, printable
 from imgsvc.runtime.nri.messages import batches, is_index
 from imgsvc.runtime.nri.mux import PLUGIN_SERVICE, RUNTIME_SERVICE, Multiplexer
@@ -192,9 +192,7 @@ class Plugin:
             except (ImgsvcError, TimeoutError) as error:
                 log.debug("NRI plugin %s did not say goodbye: %s", self.name, error)
         self._events = 0
-        for task in (self._server, self._mux):
-            task.cancel()
-            await ended(task)
+        await stop_tasks(self._server, self._mux)
         await self._client.close()
 
     async def _serve(self, server: Server) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from imgsvc.api import nri_pb2 as nri
-from imgsvc.base.concurrency import all_of, ended, in_thread
+from imgsvc.base.concurrency import all_of, ended, in_thread, stop_tasks
 from imgsvc.base.errors import FailedPrecondition, ImgsvcError, printable
+from imgsvc.base.programs import SAFE_PATH, kill_group, started_whole
 from imgsvc.runtime.nri.messages import plugin_name
 from imgsvc.runtime.nri.plugin import Change, Plugin
-from imgsvc.runtime.processes.run import SAFE_PATH, kill_group, started_whole
 from imgsvc.runtime.settings import NriSettings
 
 log = logging.getLogger(__name__)
@@ -69,9 +69,7 @@ class Plugins:
                 path = Path(self._settings.socket_path)
                 if self._socket == _identity(path):
                     path.unlink()
-        for task in [*self._joining]:
-            task.cancel()
-            await ended(task)
+        await stop_tasks(*self._joining)
         await all_of(*(plugin.close() for plugin in self._plugins))
         self._plugins = []
         for task in [*self._watching]:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Final, Protocol
 
 from imgsvc.api import nri_pb2 as nri
-from imgsvc.base.concurrency import ended, in_thread
+from imgsvc.base.concurrency import in_thread, stop_tasks
 from imgsvc.base.errors import FailedPrecondition, ImgsvcError, printable
 from imgsvc.runtime.host import Host
 from imgsvc.runtime.model import LinuxContainerResources
@@ -74,9 +74,7 @@ class Nri:
 
     async def close(self) -> None:
         """Let go of all plugins."""
-        for task in [*self._evicting]:
-            task.cancel()
-            await ended(task)
+        await stop_tasks(*self._evicting)
         if self._plugins is not None:
             await self._plugins.close()
 

@@ -1,1 +1,1 @@
-"""Processes: running short ones, noticing the end of others, reaping orphans."""
+"""Processes: noticing the end of others, reaping orphans. Foreign programs are run by base/programs.py."""

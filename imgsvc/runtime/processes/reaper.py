@@ -25,6 +25,7 @@ import signal
 from typing import Final, NamedTuple
 
 from imgsvc.base import children, kernel, procfs
+from imgsvc.base.concurrency import stop_tasks
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,7 @@ class Reaper:
         if self._pending:
             self._pending.cancel()
         if self._sweeper:
-            self._sweeper.cancel()
-            await asyncio.wait([self._sweeper])
+            await stop_tasks(self._sweeper)
 
     def adopt(self, pid: int) -> None:
         """This process is or will be an orphan of ours: reap it when it ends. Gone already is fine."""

@@ -10,8 +10,8 @@ import shutil
 from typing import Final
 
 from imgsvc.base.errors import ImgsvcError
+from imgsvc.base.programs import run
 from imgsvc.runtime.host import Host
-from imgsvc.runtime.processes.run import run
 
 log = logging.getLogger(__name__)
 

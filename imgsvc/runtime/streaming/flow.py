@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from typing import Any, Final
 
+from imgsvc.base.concurrency import stop_tasks
 from imgsvc.runtime.streaming.interfaces import TerminalSize
 
 WINDOW: Final = 64 * 1024  # [bytes] kept per stream before its sender has to wait; a chunk may go over it
@@ -100,12 +101,4 @@ async def until_first(*work: Coroutine[Any, Any, None]) -> None:
             if task.done():
                 task.result()
     finally:
-        await stop(tasks)
-
-
-async def stop(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel tasks and wait until they have given back what they hold."""
-    pending = list(tasks)
-    for task in pending:
-        task.cancel()
-    await asyncio.gather(*pending, return_exceptions=True)
+        await stop_tasks(*tasks)

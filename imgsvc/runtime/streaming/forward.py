@@ -7,9 +7,10 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
+from imgsvc.base.concurrency import stop_tasks
 from imgsvc.base.errors import ImgsvcError
 from imgsvc.runtime.streaming import spdy
-from imgsvc.runtime.streaming.flow import Inbox, stop
+from imgsvc.runtime.streaming.flow import Inbox
 from imgsvc.runtime.streaming.interfaces import Connection, PortTarget
 from imgsvc.runtime.streaming.portforward import Pair, Pairing, PortForwardError
 
@@ -55,7 +56,7 @@ class SpdyForward:
         finally:
             for timer in self._timers.values():
                 timer.cancel()
-            await stop(self._tasks)
+            await stop_tasks(*self._tasks)
 
     async def _handle(self, event: spdy.Event) -> None:
         match event:
@@ -164,7 +165,7 @@ async def forward(target: PortTarget, port: int, inbox: Inbox, send: Send, finis
         if half_close:
             await upload
     finally:
-        await stop([upload])
+        await stop_tasks(upload)
         connection.close()
 
 

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import Final
 
+from imgsvc.base.concurrency import stop_tasks
 from imgsvc.runtime.streaming import websocket
-from imgsvc.runtime.streaming.flow import Inbox, stop, until_first
+from imgsvc.runtime.streaming.flow import Inbox, until_first
 from imgsvc.runtime.streaming.forward import forward
 from imgsvc.runtime.streaming.interfaces import PortTarget
 from imgsvc.runtime.streaming.peer import Peer
@@ -93,7 +94,7 @@ class WebSocketForward:
         try:
             await asyncio.gather(*tasks)
         finally:
-            await stop(tasks)
+            await stop_tasks(*tasks)
         await self._peer.send(websocket.close_frame(websocket.CloseCode.NORMAL))
 
     async def _forward(self, index: int) -> None:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
-from imgsvc.base.concurrency import in_thread, time_limit
+from imgsvc.base.concurrency import in_thread, stop_tasks, time_limit
 from imgsvc.base.errors import ImgsvcError, InvalidArgument, Unavailable
 from imgsvc.runtime.settings import StreamSettings
 from imgsvc.runtime.streaming.command import CommandSession, CommandWire, SpdyCommand, WebSocketCommand
-from imgsvc.runtime.streaming.flow import stop, until_first
+from imgsvc.runtime.streaming.flow import until_first
 from imgsvc.runtime.streaming.forward import SpdyForward
 from imgsvc.runtime.streaming.forward_websocket import MAX_PORTS, WebSocketForward, WebSocketTunnel
 from imgsvc.runtime.streaming.http import MAX_HEAD, HttpRefusal, Request, Upgrade, negotiate, parse_head, refuse
@@ -94,7 +94,7 @@ class StreamServer:
         """Stop listening and end every session; their targets have given back everything on return. Idempotent."""
         if self._server:
             self._server.close()
-        await stop([*self._sessions, *([self._watch_certificate] if self._watch_certificate else [])])
+        await stop_tasks(*self._sessions, *([self._watch_certificate] if self._watch_certificate else []))
         if self._server:
             await self._server.wait_closed()
             self._server = None

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from imgsvc.base.concurrency import stop_tasks
 from imgsvc.base.errors import FailedPrecondition, from_os_error
 from imgsvc.runtime.streaming.fdio import SocketConnection
-from imgsvc.runtime.streaming.flow import stop
 from imgsvc.runtime.streaming.interfaces import ContainerProcess, Sizes, Source, Streams
 
 _STDOUT, _STDERR = 2, 3
@@ -48,7 +48,7 @@ class AttachTarget:
             await _deliver(connection, streams)
             return 0
         finally:
-            await stop(side)
+            await stop_tasks(*side)
             connection.close()
 
 

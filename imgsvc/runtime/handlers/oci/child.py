@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Sequence
 
 from imgsvc.base.errors import Internal, NotFound, from_os_error
-from imgsvc.runtime.processes.run import SAFE_PATH
+from imgsvc.base.programs import SAFE_PATH
 from imgsvc.runtime.streaming.interfaces import Adopter
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from imgsvc.base.errors import FailedPrecondition, printable
-from imgsvc.runtime.processes.run import run
+from imgsvc.base.programs import run
 
 
 async def require_criu() -> None:

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from imgsvc.base import procfs
-from imgsvc.base.concurrency import time_limit, to_the_end
+from imgsvc.base.concurrency import stop_tasks, time_limit, to_the_end
 from imgsvc.base.errors import DeadlineExceeded, Internal, printable
 from imgsvc.base.removal import discard
 from imgsvc.runtime.handlers.oci.child import Child, Orphan, signal_group_of
 from imgsvc.runtime.streaming.fdio import FdReader, FdWriter
-from imgsvc.runtime.streaming.flow import stop
 from imgsvc.runtime.streaming.interfaces import ContainerProcess, Sink, Sizes, Source, Streams
 
 DRAIN_S: Final = 1.0  # for output of processes that outlive the one we started and share its pipes
@@ -206,7 +205,7 @@ async def _carry(wires: _Wires, streams: Streams, drain_s: float) -> int:
             task.result()
         return ended.result()
     finally:
-        await stop([*side, ended, *outputs])
+        await stop_tasks(*side, ended, *outputs)
 
 
 async def _ended(wires: _Wires, drain_s: float) -> int:

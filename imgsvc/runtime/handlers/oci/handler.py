@@ -17,6 +17,7 @@ from typing import IO, Any, Final
 from imgsvc.base.concurrency import Undo, in_thread, time_limit, to_the_end
 from imgsvc.base.errors import DeadlineExceeded, FailedPrecondition, ImgsvcError, NotFound
 from imgsvc.base.fsutil import private_dir
+from imgsvc.base.programs import Finished, kill_group, run
 from imgsvc.base.removal import scratch_directory
 from imgsvc.runtime.handlers.oci.attach import AttachTarget
 from imgsvc.runtime.handlers.oci.criu import dump_failed, require_criu
@@ -25,7 +26,6 @@ from imgsvc.runtime.handlers.oci.monitor import CREATE_TIMEOUT_S, Conmon, Monito
 from imgsvc.runtime.holder.pause_program import write_pause
 from imgsvc.runtime.interfaces import ExecResult, Exit, HandlerFeatures, NewTask, OCIRuntime
 from imgsvc.runtime.processes.reaper import Reaper
-from imgsvc.runtime.processes.run import Finished, kill_group, run
 from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.settings import HandlerSettings, RuntimeSettings
 from imgsvc.runtime.spec.build import DEFAULT_PATH

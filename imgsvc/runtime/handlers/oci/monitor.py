@@ -26,10 +26,10 @@ from typing import Any, Final
 
 from imgsvc.base.concurrency import in_thread, time_limit, to_the_end
 from imgsvc.base.errors import DeadlineExceeded, FailedPrecondition, NotFound, from_os_error, printable
+from imgsvc.base.programs import SAFE_PATH, kill_group
 from imgsvc.runtime.interfaces import Exit, NewTask
 from imgsvc.runtime.processes.exits import UNKNOWN_EXIT, now_ns, process_gone, read_exit_file, settle, start_time
 from imgsvc.runtime.processes.reaper import Reaper
-from imgsvc.runtime.processes.run import SAFE_PATH, kill_group
 
 CREATE_TIMEOUT_S: Final = 120.0
 _EXIT_FILE_WAIT_S: Final = 12.0  # conmon drains the container's pipes before it stores the code

@@ -30,8 +30,8 @@ from imgsvc.api import bootstrap_pb2, task_v2_pb2, types_pb2
 from imgsvc.base.concurrency import in_thread
 from imgsvc.base.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unimplemented, printable
 from imgsvc.base.fsutil import write_atomic
+from imgsvc.base.programs import SAFE_PATH, run
 from imgsvc.runtime.handlers.shim.events import ShimEvents
-from imgsvc.runtime.processes.run import SAFE_PATH, run
 
 NAMESPACE: Final = "imgsvc"
 MAX_VERSION: Final = 3

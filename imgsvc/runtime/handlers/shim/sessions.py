@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol, TypeVar
 from google.protobuf import any_pb2, empty_pb2
 
 from imgsvc.api import task_v2_pb2 as task
+from imgsvc.base.concurrency import stop_tasks
 from imgsvc.base.errors import FailedPrecondition, ImgsvcError
 from imgsvc.base.removal import discard
 from imgsvc.runtime.handlers.oci.exec import exec_process
@@ -80,7 +81,7 @@ class ShimExec:
                     reader.end_within(_DRAIN_S)
                 await asyncio.gather(*carried)
             finally:
-                await stop(carried)
+                await stop_tasks(*carried)
         return ended.exit_status
 
     @asynccontextmanager
@@ -95,7 +96,7 @@ class ShimExec:
         try:
             yield
         finally:
-            await stop(sides)
+            await stop_tasks(*sides)
 
     async def _feed(self, source: Source, writer: FdWriter, exec_id: str) -> None:
         while data := await source.read():
@@ -141,7 +142,7 @@ class ShimAttach:
                 sides.append(asyncio.create_task(self._feed(streams.stdin, writer)))
             if streams.sizes:
                 sides.append(asyncio.create_task(resize(self.tasks, self.container_id, "", streams.sizes)))
-            ours.push_async_callback(stop, sides)
+            ours.push_async_callback(stop_tasks, *sides)
             sinks = {"stdout": streams.stdout, "stderr": streams.stderr}
             async with contextlib.aclosing(self.log.follow()) as output:
                 async for name, data in output:
@@ -191,14 +192,6 @@ async def resize(tasks: Tasks, container_id: str, exec_id: str, sizes: Sizes) ->
         request = task.ResizePtyRequest(id=container_id, exec_id=exec_id, width=size.width, height=size.height)
         with contextlib.suppress(FailedPrecondition):
             await tasks.ask(container_id, "ResizePty", request, empty_pb2.Empty)
-
-
-async def stop(jobs: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel and wait."""
-    for job in jobs:
-        job.cancel()
-    if jobs:
-        await asyncio.wait(jobs)
 
 
 def as_command_target(target: ShimExec | ShimAttach) -> CommandTarget:
