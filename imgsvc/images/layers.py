@@ -251,7 +251,7 @@ class Layers:
     async def _as_stream(self, plan: LayerPlan, position: int, key: Key, jobs: AsyncExitStack) -> tuple[Usage | None, Sequence[Mount]]:
         """Write a layer's tar stream as it is; parents matter when the image is sealed."""
         job, _ = await self._unpack(plan, position, key, None, jobs)
-        return await self._unpacker.settle([], job), ()
+        return await job.settle([]), ()
 
     async def _sync(self, snapshotter: Snapshotter, key: Key) -> None:
         if self._syncs:
@@ -277,7 +277,7 @@ class Layers:
         else:
             mounts = own
         try:
-            return await self._unpacker.settle(mounts, job), mounts
+            return await job.settle(mounts), mounts
         except Aborted:
             # It came through a pipe and needs its parents while it is unpacked.
             await self._threads.run(plan.snapshotter.remove, key)
@@ -287,7 +287,7 @@ class Layers:
         """Unpack a layer onto its committed parent."""
         await both(self.bring(plan, plan.layers[position]), self._committed(plan, position - 1))
         job, mounts = await self._unpack(plan, position, key, plan.names[position - 1] if position else None, jobs)
-        return await self._unpacker.settle([], job), mounts
+        return await job.settle([]), mounts
 
     async def _committed(self, plan: LayerPlan, position: int) -> None:
         if position >= 0:

@@ -279,6 +279,19 @@ class UnpackJob(Protocol):
         disk). The worker is gone in every case; on an error the caller removes the snapshot.
         """
 
+    async def settle(self, mounts: Sequence[Mount]) -> Usage | None:
+        """Complete a layer with what only works once its parents are there: after finish, in layer order, before commit.
+
+        Directories the layer did not carry get their parent's metadata, links to files of lower layers are made, marks
+        that hide nothing go. Nothing to do for jobs without rebase. A layer that cannot be completed this way is
+        unpacked once more on its mounted parents, from the source.
+
+        Args:     mounts: of the snapshot on its real parents: snapshotter.stacked or snapshotter.mounts(key, parent=…).
+        Returns:  usage to give to commit.
+        Raises:   as finish; Aborted when the layer has to be unpacked again but came through a pipe: then prepare it on
+                  its parent and start it with rebase=False.
+        """
+
     async def abort(self) -> None:
         """Kill the worker, wait until it is gone, and forget the layer. Idempotent; the caller removes the snapshot."""
 
@@ -295,19 +308,6 @@ class Unpacker(Protocol):
 
     def is_wanted(self) -> bool:
         """Whether a layer waits for a slot."""
-
-    async def settle(self, mounts: Sequence[Mount], job: UnpackJob) -> Usage | None:
-        """Complete a layer with what only works once its parents are there: after finish, in layer order, before commit.
-
-        Directories the layer did not carry get their parent's metadata, links to files of lower layers are made, marks
-        that hide nothing go. Nothing to do for jobs without rebase. A layer that cannot be completed this way is
-        unpacked once more on its mounted parents, from the source.
-
-        Args:     mounts: of the snapshot on its real parents: snapshotter.stacked or snapshotter.mounts(key, parent=…).
-        Returns:  usage to give to commit.
-        Raises:   as finish; Aborted when the layer has to be unpacked again but came through a pipe: then prepare it on
-                  its parent and start it with rebase=False.
-        """
 
     async def close(self) -> None:
         """Kill what runs and stop the worker server."""

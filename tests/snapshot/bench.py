@@ -93,7 +93,7 @@ class Bench:
         except BaseException:
             await job.abort()
             raise
-        return applied, lambda mounts: self.unpacker.settle(mounts, job)
+        return applied, job.settle
 
     def beside(self, layers: Sequence[bytes]) -> tuple[Name, list[Usage | None]]:
         """All layers at the same time, each without its parents; then settled and committed in order."""

@@ -73,7 +73,7 @@ def test_a_layer_is_unpacked_while_it_arrives(bench: Bench, tmp_path: Path, pack
             assert applied.unpacked == len(PLAIN)
             assert applied.entries == 3
             assert applied.timings["waited"] > 0
-            await bench.unpacker.settle(bench.overlay.mounts(key), job)
+            await job.settle(bench.overlay.mounts(key))
 
     bench.run(work)
 
@@ -195,7 +195,7 @@ def test_a_piped_layer_that_needs_its_parents_says_so(bench: Bench) -> None:
         os.close(reading)
         await job.finish()
         with pytest.raises(Aborted):
-            await bench.unpacker.settle(bench.overlay.stacked(own, parent), job)
+            await job.settle(bench.overlay.stacked(own, parent))
 
     bench.run(work)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -17,23 +16,39 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, TypeVar
 
 from imgsvc.base import errors, failpoints, kernel
 from imgsvc.base.children import Companion
 from imgsvc.base.concurrency import Slots
-from imgsvc.base.errors import Cancelled, DataLoss, ImgsvcError, Unavailable
+from imgsvc.base.errors import Cancelled, DataLoss, Internal, Unavailable
 from imgsvc.base.oci import MIB, Digest
-from imgsvc.snapshot.interfaces import COUNT, STREAM, Applied, LayerInput, Limits, Mount, Unpacker, UnpackJob, Usage
+from imgsvc.snapshot.interfaces import COUNT, STREAM, Applied, LayerInput, Limits, Mount, Unpacker, Usage
+from imgsvc.snapshot.unpack.messages import (
+    Failed,
+    LayerBytes,
+    Merge,
+    Merged,
+    Record,
+    Request,
+    Settle,
+    Settled,
+    Unpack,
+    Unpacked,
+    Verdict,
+    pack_request,
+    unpack_verdict,
+)
 
 log = logging.getLogger(__name__)
+
+V = TypeVar("V", Unpacked, Settled, Merged)
 
 _PROCESSORS: Final = len(os.sched_getaffinity(0))
 _MAX_FDS: Final = 200  # with one message; the kernel takes 253
 _VERDICT_LIMIT: Final = 64 * 1024  # [bytes]
 _SPEED: Final = 40 * MIB  # [bytes/s], about, of a stored layer. What takes long begins first, unless others wait for longer than that
-_CATEGORIES: Final = {c.code: c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, ImgsvcError)}
 
 
 class DiffIDMismatch(DataLoss):
@@ -65,13 +80,13 @@ class _Worker:
         self._pidfd = pidfd
         self._unsent: int | None = None
 
-    def give(self, subject: str, order: Mapping[str, Any], fds: Sequence[int]) -> None:
+    def give(self, subject: str, request: Request, fds: Sequence[int]) -> None:
         """Send an order and its descriptors. Raises: WorkerKilled when the worker is gone."""
         self._subject = subject
-        self._send(json.dumps(order).encode(), fds)
+        self._send(pack_request(request), fds)
 
     async def give_more(self, fds: Sequence[int]) -> None:
-        """Further descriptors for an order, in as many messages as they take. Raises: WorkerKilled."""
+        """Further descriptors for a request, in as many messages as they take. Raises: WorkerKilled."""
         for start in range(0, len(fds), _MAX_FDS):
             self._send(bytes(COUNT), fds[start : start + _MAX_FDS])
             await asyncio.sleep(0)
@@ -101,14 +116,13 @@ class _Worker:
         if available is not None:
             self.advance(available)
 
-    async def verdict(self, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+    async def verdict(self, progress: Callable[[int], None] = lambda count: None) -> Verdict:
         """Wait for the worker's answer, and tell how far it is until then. Raises: WorkerKilled when it died without one."""
         while len(data := await self._receive()) == COUNT:
             progress(int.from_bytes(data, "big"))
         if not data:
             raise WorkerKilled(self._subject)
-        verdict: dict[str, Any] = json.loads(data)
-        return verdict
+        return unpack_verdict(data)
 
     async def _receive(self) -> bytes:
         """The worker's next message, b"" when there will be none."""
@@ -149,10 +163,10 @@ class _Worker:
 class WorkerJob:
     """An UnpackJob. journal: memfd with what is left to settle."""
 
-    def __init__(self, owner: WorkerUnpacker, layer: LayerInput, mounts: Sequence[Mount], order: dict[str, Any], source: int) -> None:
+    def __init__(self, owner: WorkerUnpacker, layer: LayerInput, mounts: Sequence[Mount], request: Unpack | Record, source: int) -> None:
         self.layer = layer
         self.mounts = mounts
-        self.order = order
+        self.request = request
         self.source = source
         self.journal = os.memfd_create("imgsvc-journal", os.MFD_CLOEXEC)
         self.usage: Usage | None = None
@@ -172,17 +186,17 @@ class WorkerJob:
             taken.callback(slots.release)
             self._owner.queued(time.monotonic() - began)
             with contextlib.ExitStack() as opened:
-                self._worker = await self._owner.hire(_subject(self.layer), self.order, self._descriptors(opened))
+                self._worker = await self._owner.spawn(_subject(self.layer), self.request, self._descriptors(opened))
             self._taken = taken.pop_all()
         self._worker.advance(self._available)
 
     def _descriptors(self, opened: contextlib.ExitStack) -> list[int]:
-        """What the worker gets with its order; files of a stream are created here, so that it needs no directory."""
-        room = self._owner.room.fileno()
-        if self.order["do"] != "record":
-            return [self.journal, self.source, room]
+        """What the worker gets with its request; files of a stream are created here, so that it needs no directory."""
+        spare_cpu = self._owner.spare_cpu.fileno()
+        if isinstance(self.request, Unpack):
+            return [self.journal, self.source, spare_cpu]
         (stream,) = self.mounts
-        return [_create(stream.value("index"), opened), self.source, room, _create(stream.source, opened)]
+        return [_create(stream.value("index"), opened), self.source, spare_cpu, _create(stream.source, opened)]
 
     def advance(self, available: int) -> None:
         """Bytes [0, available) can be read now."""
@@ -195,24 +209,38 @@ class WorkerJob:
         if self._worker is None:
             raise Cancelled("unpacking was stopped", where=str(self.layer.digest))
         try:
-            verdict = _checked(await self._worker.verdict(progress), self.layer, _directory(self.order["mounts"]))
+            verdict = _expected(Unpacked, await self._worker.verdict(progress), self.where)
         finally:
             await self._release()
-        found = Digest(verdict["diff_id"])
+        found = Digest(verdict.diff_id)
         if found != self.layer.diff_id:
             raise DiffIDMismatch(self.layer.digest, self.layer.diff_id, found)
-        if verdict["warnings"]:
-            log.warning("layer %s: left out: %s", self.layer.digest, verdict["warnings"])
-        self.usage = Usage(verdict["size"], verdict["inodes"]) if self.order["rebase"] else None
+        if verdict.warnings:
+            log.warning("layer %s: left out: %s", self.layer.digest, verdict.warnings)
+        self.usage = Usage(verdict.size, verdict.inodes) if self.is_rebased else None
         return Applied(
             diff_id=found,
-            unpacked=verdict["unpacked"],
-            entries=verdict["entries"],
+            unpacked=verdict.unpacked,
+            entries=verdict.entries,
             usage=self.usage,
-            timings=verdict["timings"],
-            warnings=verdict["warnings"],
-            peak_memory=verdict["peak_memory"],
+            timings=verdict.timings,
+            warnings=verdict.warnings,
+            peak_memory=verdict.peak_memory,
         )
+
+    async def settle(self, mounts: Sequence[Mount]) -> Usage | None:
+        """See UnpackJob."""
+        return await self._owner.settle(mounts, self)
+
+    @property
+    def is_rebased(self) -> bool:
+        """Whether the layer was unpacked without its parents."""
+        return isinstance(self.request, Unpack) and self.request.rebase
+
+    @property
+    def where(self) -> str:
+        """For errors: the layer, and where its files are written."""
+        return f"{_subject(self.layer)} in {_directory(self.mounts)}"
 
     async def abort(self) -> None:
         """Kill the worker and give everything back."""
@@ -248,7 +276,7 @@ class WorkerUnpacker:
         self._max_concurrent = 0
         self._working = 0  # jobs that have a worker or wait for one
         # What workers see of that; they may write it, and mislead one another. An object, whose closed descriptor is never another file's.
-        self.room = os.fdopen(kernel.fixed_memory("imgsvc-room", 1), "r+b", buffering=0)
+        self.spare_cpu = os.fdopen(kernel.fixed_memory("imgsvc-spare-cpu", 1), "r+b", buffering=0)
         self.configure(max_concurrent, limits)
         environment = {name: value for name, value in os.environ.items() if name == failpoints.ENV}  # and nothing of the daemon's own
         self._server = Companion("imgsvc.snapshot.unpack.worker", transform, environment=environment)
@@ -262,8 +290,8 @@ class WorkerUnpacker:
             self.slots = Slots(max_concurrent)
             self._settling = asyncio.Semaphore(max_concurrent)  # short and last: not queued behind layers waiting for bytes
         self._max_concurrent = max_concurrent
-        self._tell_room()
-        self._limits = {"unpacked_bytes": limits.unpacked_bytes, "entries": limits.entries, "ratio": limits.ratio}
+        self._tell_spare_cpu()
+        self._limits = limits
 
     async def warm(self) -> None:
         """Start the worker server now, so that the first layer does not wait for it. Raises: OSError."""
@@ -276,18 +304,9 @@ class WorkerUnpacker:
 
     async def start(self, layer: LayerInput, mounts: Sequence[Mount], *, rebase: bool) -> WorkerJob:
         """See Unpacker."""
-        order = {
-            "do": "record" if mounts[0].type == STREAM else "unpack",
-            "rebase": rebase,
-            "wipe": False,
-            "mounts": _plain(mounts),
-            "media_type": layer.media_type,
-            "diff_id": layer.diff_id,
-            "size": layer.size,
-            "secret": None if layer.secret is None else layer.secret.hex(),
-            "limits": self._limits,
-        }
-        job = WorkerJob(self, layer, mounts, order, os.dup(layer.source))
+        of = LayerBytes(layer.media_type, layer.diff_id, layer.size, layer.secret, self._limits)
+        request = Record(of) if mounts[0].type == STREAM else Unpack(of, tuple(mounts), rebase)
+        job = WorkerJob(self, layer, mounts, request, os.dup(layer.source))
         try:
             await job.begin()
         except BaseException:
@@ -295,29 +314,28 @@ class WorkerUnpacker:
             raise
         return job
 
-    async def settle(self, mounts: Sequence[Mount], job: UnpackJob) -> Usage | None:
-        """See Unpacker."""
-        assert isinstance(job, WorkerJob)
+    async def settle(self, mounts: Sequence[Mount], job: WorkerJob) -> Usage | None:
+        """As WorkerJob.settle, for that."""
         try:
-            if not job.order["rebase"] or not os.fstat(job.journal).st_size:
+            if not job.is_rebased or not os.fstat(job.journal).st_size:
                 return job.usage  # nothing was left to do
             async with self._settling:
-                verdict = await self._settled(_subject(job.layer), {"do": "settle", "mounts": _plain(mounts)}, job.journal)
-            if verdict.get("error", {}).get("needs_parents") and stat.S_ISREG(os.fstat(job.source).st_mode):
+                verdict = await self._settled(_subject(job.layer), Settle(tuple(mounts)), job.journal)
+            if isinstance(verdict, Failed) and verdict.needs_parents and stat.S_ISREG(os.fstat(job.source).st_mode):
                 return await self._again(mounts, job)
-            added = _checked(verdict, job.layer, _directory(job.order["mounts"]))
+            added = _expected(Settled, verdict, job.where)
             assert job.usage is not None
-            return Usage(job.usage.size + added["size"], job.usage.inodes + added["inodes"])
+            return Usage(job.usage.size + added.size, job.usage.inodes + added.inodes)
         finally:
             job.close()
 
-    async def _settled(self, subject: str, order: Mapping[str, Any], journal: int) -> dict[str, Any]:
+    async def _settled(self, subject: str, request: Settle, journal: int) -> Verdict:
         """The verdict of a process that settles; one that has done it may do it again."""
-        worker = await self._settler(subject, order, journal)
+        worker = await self._settler(subject, request, journal)
         goes_on = False
         try:
             verdict = await worker.verdict()
-            goes_on = "error" not in verdict
+            goes_on = isinstance(verdict, Settled)
         finally:
             if goes_on:
                 self._settlers.append(worker)
@@ -325,17 +343,17 @@ class WorkerUnpacker:
                 await worker.end()
         return verdict
 
-    async def _settler(self, subject: str, order: Mapping[str, Any], journal: int) -> _Worker:
-        """A process that has taken the order: one that waits for such, else a new one."""
+    async def _settler(self, subject: str, request: Settle, journal: int) -> _Worker:
+        """A process that has taken the request: one that waits for such, else a new one."""
         while self._settlers:
             worker = self._settlers.pop()
             try:
-                worker.give(subject, order, [journal])
+                worker.give(subject, request, [journal])
             except WorkerKilled:
                 await worker.end()
             else:
                 return worker
-        return await self.hire(subject, order, [journal])
+        return await self.spawn(subject, request, [journal])
 
     def opened(self) -> None:
         """A job has begun its life."""
@@ -351,21 +369,21 @@ class WorkerUnpacker:
     def one_more(self) -> Iterator[None]:
         """Count a job, for as long as it waits for a worker or has one."""
         self._working += 1
-        self._tell_room()
+        self._tell_spare_cpu()
         try:
             yield
         finally:
             self._working -= 1
-            self._tell_room()
+            self._tell_spare_cpu()
 
-    def _tell_room(self) -> None:
-        if not self.room.closed:
-            os.pwrite(self.room.fileno(), b"\1" if min(self._working, self._max_concurrent) < _PROCESSORS else b"\0", 0)
+    def _tell_spare_cpu(self) -> None:
+        if not self.spare_cpu.closed:
+            os.pwrite(self.spare_cpu.fileno(), b"\1" if min(self._working, self._max_concurrent) < _PROCESSORS else b"\0", 0)
 
     async def _again(self, mounts: Sequence[Mount], job: WorkerJob) -> Usage | None:
         """Unpack the layer once more, in place on its mounted parents."""
-        order = {**job.order, "rebase": False, "wipe": True, "mounts": _plain(mounts)}
-        again = WorkerJob(self, job.layer, mounts, order, os.dup(job.source))
+        request = Unpack(job.request.layer, tuple(mounts), rebase=False, wipe=True)
+        again = WorkerJob(self, job.layer, mounts, request, os.dup(job.source))
         try:
             await again.begin()
             again.advance(job.layer.size)
@@ -379,7 +397,7 @@ class WorkerUnpacker:
             self._settlers.pop().dismiss()
         async with self._lock:
             self._server.stop()
-        self.room.close()
+        self.spare_cpu.close()
 
     async def merge(self, layers: Sequence[tuple[int, int]], output: int) -> None:
         """Write the EROFS image of layers, base first, given as descriptors of tar stream and index, to `output`, and sync it.
@@ -388,28 +406,28 @@ class WorkerUnpacker:
         """
         subject = "the image of its layers"
         async with self._settling:
-            worker = await self.hire(subject, {"do": "merge", "layers": len(layers)}, [output])
+            worker = await self.spawn(subject, Merge(len(layers)), [output])
             try:
                 await worker.give_more([fd for layer in layers for fd in layer])
-                verdict = _judged(await worker.verdict(), subject)
+                verdict = _expected(Merged, await worker.verdict(), subject)
             finally:
                 await worker.end()
-        if verdict["warnings"]:
-            log.warning("an image of %d layers: left out: %s", len(layers), verdict["warnings"])
+        if verdict.warnings:
+            log.warning("an image of %d layers: left out: %s", len(layers), verdict.warnings)
 
-    async def hire(self, subject: str, order: Mapping[str, Any], fds: Sequence[int]) -> _Worker:
-        """A fresh worker process with an order. Raises: Unavailable when none can be started, or when it died at once."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    async def spawn(self, subject: str, request: Request, fds: Sequence[int]) -> _Worker:
+        """A new worker process with a request. Raises: Unavailable when none can be started, or when it died at once."""
+        ours, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            with theirs:
+            with child_end:
                 ours.setblocking(False)
-                pidfd = await self._fork(theirs.fileno())
+                pidfd = await self._fork(child_end.fileno())
         except BaseException:
             ours.close()
             raise
         worker = _Worker(subject, ours, pidfd)
         try:
-            worker.give(subject, order, fds)
+            worker.give(subject, request, fds)
         except BaseException:
             await worker.end()
             raise
@@ -466,25 +484,18 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def _plain(mounts: Sequence[Mount]) -> list[tuple[str, str, list[str]]]:
-    return [(m.type, m.source, list(m.options)) for m in mounts]
-
-
-def _directory(mounts: Sequence[tuple[str, str, list[str]]]) -> str:
+def _directory(mounts: Sequence[Mount]) -> str:
     """Where files are written, for errors: a full disk is a place, not a digest."""
-    upper = [option.removeprefix("upperdir=") for _, _, options in mounts for option in options if option.startswith("upperdir=")]
-    return upper[0] if upper else mounts[-1][1] if mounts else "its snapshot"
+    upper = [upper for mount in mounts if (upper := mount.value("upperdir"))]
+    return upper[0] if upper else mounts[-1].source if mounts else "its snapshot"
 
 
-def _checked(verdict: dict[str, Any], layer: LayerInput, directory: str) -> dict[str, Any]:
-    """The verdict, or the error in it."""
-    return _judged(verdict, f"{_subject(layer)} in {directory}")
-
-
-def _judged(verdict: dict[str, Any], where: str) -> dict[str, Any]:
-    error = verdict.get("error")
-    if error is not None:
-        raise _CATEGORIES[error["code"]](error["what"], where=where, hint=error["hint"])
+def _expected(kind: type[V], verdict: Verdict, where: str) -> V:
+    """The verdict, or the error in it. where: for errors, in place of the worker's own."""
+    if isinstance(verdict, Failed):
+        raise type(verdict.error)(verdict.error.what, where=where, hint=verdict.error.hint)
+    if not isinstance(verdict, kind):
+        raise Internal(f"the worker answered with {type(verdict).__name__}", where=where)
     return verdict
 
 

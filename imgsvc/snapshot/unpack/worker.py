@@ -8,12 +8,12 @@ go on from one to the next. Any of them may be killed at any time; the caller re
 
 Protocol (SOCK_SEQPACKET sockets, messages of one process to the other, in both directions in order):
 * to the server: b"job" with the child's job socket; answer: b"pid" with a pidfd.
-* on the job socket to the child: one JSON object (see unpacker.py), its order, with descriptors: [journal, source, room] to unpack,
-  [journal] to settle, [index, source, room, tar stream] to record, [output] to merge, with the layers' files in further messages.
-  When it is to unpack or to record, 8-byte big-endian counts of readable bytes follow. `room` is a file whose one byte
+* on the job socket to the child: a request (see messages.py), with descriptors: [journal, source, spare_cpu] to unpack,
+  [journal] to settle, [index, source, spare_cpu, tar stream] to record, [output] to merge, with the layers' files in further messages.
+  When it is to unpack or to record, 8-byte big-endian counts of readable bytes follow. `spare_cpu` is a file whose one byte
   says whether there is a processor (not 0) that no other layer is being unpacked on.
-* on the job socket from the child: 8-byte big-endian counts of bytes it is done with, then one JSON object, its verdict. No verdict means that the
-  process died. One that has settled takes another order after it.
+* on the job socket from the child: 8-byte big-endian counts of bytes it is done with, then its verdict. No verdict means that the
+  process died. One that has settled takes another request after it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import ctypes
 import functools
 import gc
 import importlib
-import json
 import os
 import resource
 import signal
@@ -35,7 +34,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import Final
 
 from imgsvc.base import confinement, failpoints, kernel
 from imgsvc.base.errors import DataLoss, ImgsvcError, Internal, InvalidArgument, ResourceExhausted, from_os_error
@@ -49,6 +48,21 @@ from imgsvc.snapshot.mount import mount_all
 from imgsvc.snapshot.unpack.extract import Extractor
 from imgsvc.snapshot.unpack.inflate import READ_SIZE, Ahead, BlobReader, TarBytes, Transform, TransformReader, open_layer
 from imgsvc.snapshot.unpack.laying import InPlaceStyle, Journal, OverlayStyle
+from imgsvc.snapshot.unpack.messages import (
+    Failed,
+    LayerBytes,
+    Merge,
+    Merged,
+    Record,
+    Request,
+    Settle,
+    Settled,
+    Unpack,
+    Unpacked,
+    Verdict,
+    pack_verdict,
+    unpack_request,
+)
 from imgsvc.snapshot.unpack.settle import NeedsParents, Settler
 from imgsvc.snapshot.unpack.tarheader import BadLayer, Header
 from imgsvc.snapshot.unpack.tarstream import TarStream
@@ -121,46 +135,49 @@ def _reap(_signal: int, _frame: object) -> None:
 
 
 def _child(job: socket.socket, make_transform: Callable[[bytes], Transform] | None) -> None:
-    """Take orders and answer them until one fails, a layer is unpacked or the daemon has gone. Never returns."""
+    """Take requests and answer them until one fails, a layer is unpacked or the daemon has gone. Never returns."""
     try:
         again = True
         while again:
             message, fds, _, _ = socket.recv_fds(job, MAX_MESSAGE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
             if not message:
                 break
-            order = json.loads(message)
-            verdict = _verdict(order, job, fds, make_transform)
-            again = order["do"] == "settle" and "error" not in verdict
-            job.send(json.dumps(verdict).encode())
+            request = unpack_request(message)
+            verdict = _verdict(request, job, fds, make_transform)
+            again = isinstance(verdict, Settled)
+            job.send(pack_verdict(verdict))
     finally:
         os._exit(0)
 
 
-def _verdict(
-    order: dict[str, Any], job: socket.socket, fds: list[int], make_transform: Callable[[bytes], Transform] | None
-) -> dict[str, Any]:
+def _verdict(request: Request, job: socket.socket, fds: list[int], make_transform: Callable[[bytes], Transform] | None) -> Verdict:
     try:
-        if order["do"] == "settle":
-            return _settle(order, fds[0])
-        if order["do"] == "merge":
-            return _merge(order, job, fds[0])
-        if order["do"] == "record":
-            index, source, room, tar = fds
-            return _record(order, job, tar, index, source, room, make_transform)
-        journal, source, room = fds
-        return _unpack(order, job, journal, source, room, make_transform)
+        return _answer(request, job, fds, make_transform)
     except ImgsvcError as error:
-        return {"error": {"code": error.code, "what": error.what, "hint": error.hint, "needs_parents": isinstance(error, NeedsParents)}}
+        return Failed(error, needs_parents=isinstance(error, NeedsParents))
     except RecursionError:
-        return {"error": {"code": BadLayer.code, "what": "bad layer: directories nested too deeply", "hint": ""}}
+        return Failed(BadLayer("directories nested too deeply"))
     except MemoryError:
-        return {"error": {"code": "RESOURCE_EXHAUSTED", "what": "the layer needs more memory than a worker may use", "hint": ""}}
+        return Failed(ResourceExhausted("the layer needs more memory than a worker may use"))
     except OSError as error:
-        failed = from_os_error(error, "unpacking failed")
-        return {"error": {"code": failed.code, "what": failed.what, "hint": failed.hint}}
+        return Failed(from_os_error(error, "unpacking failed"))
     except BaseException as error:  # noqa: BLE001  # the edge of the process
         _print_trace(error)
-        return {"error": {"code": Internal.code, "what": "the unpack worker met a bug of ours; its trace is in the log", "hint": ""}}
+        return Failed(Internal("the unpack worker met a bug of ours; its trace is in the log"))
+
+
+def _answer(request: Request, job: socket.socket, fds: list[int], make_transform: Callable[[bytes], Transform] | None) -> Verdict:
+    match request:
+        case Settle():
+            return _settle(request, fds[0])
+        case Merge():
+            return _merge(request, job, fds[0])
+        case Record():
+            index, source, spare_cpu, tar = fds
+            return _record(request, job, tar, index, source, spare_cpu, make_transform)
+        case Unpack():
+            journal, source, spare_cpu = fds
+            return _unpack(request, job, journal, source, spare_cpu, make_transform)
 
 
 def _print_trace(error: BaseException) -> None:
@@ -179,21 +196,21 @@ def _limit_resources() -> None:
 
 
 def _unpack(
-    order: dict[str, Any], job: socket.socket, journal: int, source: int, room: int, make_transform: Callable[[bytes], Transform] | None
-) -> dict[str, Any]:
+    request: Unpack, job: socket.socket, journal: int, source: int, spare_cpu: int, make_transform: Callable[[bytes], Transform] | None
+) -> Unpacked:
     started = time.monotonic()
     failpoint("unpack.begin")
-    style = OverlayStyle() if order["rebase"] else InPlaceStyle()
-    root = _open_target(order)
+    style = OverlayStyle() if request.rebase else InPlaceStyle()
+    root = _open_target(request)
     privileged = kernel.effective_capabilities() & _UNPACK_CAPABILITIES == _UNPACK_CAPABILITIES
     confinement.enter(root)
     kernel.keep_capabilities(_UNPACK_CAPABILITIES)
     confinement.allow_only(confinement.Calls.UNPACK)
-    limits = order["limits"]
-    with _reading(order, job, source, room, make_transform) as layer:
+    limits = request.layer.limits
+    with _reading(request.layer, job, source, spare_cpu, make_transform) as layer:
         stream = TarStream(layer.next_chunk)
         tree = Tree(root, style.create_implied)
-        extractor = Extractor(tree, style, max_entries=limits["entries"], max_bytes=limits["unpacked_bytes"], privileged=privileged)
+        extractor = Extractor(tree, style, max_entries=limits.entries, max_bytes=limits.unpacked_bytes, privileged=privileged)
         extractor.run(stream)
         stream.drain()
     if isinstance(style, OverlayStyle):
@@ -203,34 +220,32 @@ def _unpack(
 
 
 def _record(
-    order: dict[str, Any],
+    request: Record,
     job: socket.socket,
     tar: int,
     index: int,
     source: int,
-    room: int,
+    spare_cpu: int,
     make_transform: Callable[[bytes], Transform] | None,
-) -> dict[str, Any]:
+) -> Unpacked:
     """Write the layer's tar stream and its index to two files. Neither a right nor a directory is needed for that."""
     started = time.monotonic()
     failpoint("unpack.begin")
     _give_everything_up()
-    limits = order["limits"]
+    limits = request.layer.limits
     size = 0
 
     def check(entry: Header, count: int) -> None:
         failpoint("unpack.entry")
-        if limits["entries"] and count > limits["entries"]:
-            raise ResourceExhausted(
-                f"the layer has more than {limits['entries']} entries", hint="raise the limit on entries if you trust it"
-            )
+        if limits.entries and count > limits.entries:
+            raise ResourceExhausted(f"the layer has more than {limits.entries} entries", hint="raise the limit on entries if you trust it")
 
     def write_index(data: bytes) -> None:
         nonlocal size
         size += len(data)
         write_all(index, data)
 
-    with _reading(order, job, source, room, make_transform) as layer:
+    with _reading(request.layer, job, source, spare_cpu, make_transform) as layer:
 
         def next_chunk() -> bytes:
             chunk = layer.next_chunk()
@@ -244,17 +259,17 @@ def _record(
     return layer.verdict(started, entries, layer.data.total + size, 2, {})
 
 
-def _merge(order: dict[str, Any], job: socket.socket, output: int) -> dict[str, Any]:
+def _merge(request: Merge, job: socket.socket, output: int) -> Merged:
     """Write the image of the layers whose files come in further messages, base first: [tar stream, index] each."""
     _give_everything_up()
     fds: list[int] = []
-    while len(fds) < 2 * order["layers"]:
+    while len(fds) < 2 * request.layers:
         message, more, _, _ = socket.recv_fds(job, COUNT, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
         if not message:
             os._exit(1)  # the daemon is gone
         fds += more
     written = build_image([OpenLayer(tar, index) for tar, index in zip(fds[::2], fds[1::2], strict=True)], output)
-    return {"inodes": written.inodes, "size": written.size, "warnings": written.warnings}
+    return Merged(written.size, written.inodes, written.warnings)
 
 
 def _give_everything_up() -> None:
@@ -267,54 +282,52 @@ def _give_everything_up() -> None:
 class _Reading:
     """A layer's bytes on their way: decrypted, inflated, hashed, counted."""
 
-    def __init__(self, order: dict[str, Any], waited: Waiting, raw: BlobReader, sealed: TransformReader | None, room: int) -> None:
-        self._algorithm, _, self._expected = order["diff_id"].partition(":")
+    def __init__(self, layer: LayerBytes, waited: Waiting, raw: BlobReader, sealed: TransformReader | None, spare_cpu: int) -> None:
+        self._algorithm = layer.diff_id.partition(":")[0]
         self._waited = waited
         self._raw = raw
-        self._room = room
+        self._spare_cpu = spare_cpu
         self.data = TarBytes(
-            open_layer(Ahead(lambda: sealed.read(READ_SIZE), self._has_room) if sealed else raw, order["media_type"]),
+            open_layer(Ahead(lambda: sealed.read(READ_SIZE), self._has_spare_cpu) if sealed else raw, layer.media_type),
             raw,
             algorithm=self._algorithm,
-            max_bytes=order["limits"]["unpacked_bytes"],
-            max_ratio=order["limits"]["ratio"],
+            max_bytes=layer.limits.unpacked_bytes,
+            max_ratio=layer.limits.ratio,
         )
-        self.next_chunk = Ahead(self.data.next_chunk, self._has_room).next_chunk
+        self.next_chunk = Ahead(self.data.next_chunk, self._has_spare_cpu).next_chunk
 
-    def _has_room(self) -> bool:
-        return os.pread(self._room, 1, 0) != b"\0"
+    def _has_spare_cpu(self) -> bool:
+        return os.pread(self._spare_cpu, 1, 0) != b"\0"
 
-    def verdict(self, started: float, entries: int, size: int, inodes: int, warnings: Mapping[str, int]) -> dict[str, Any]:
-        """The report to the daemon about an unpacked layer."""
+    def verdict(self, started: float, entries: int, size: int, inodes: int, warnings: Mapping[str, int]) -> Unpacked:
+        """What the daemon is told of a layer that is unpacked."""
         total = time.monotonic() - started
-        return {
-            "diff_id": f"{self._algorithm}:{self.data.hexdigest()}",
-            "matches": self.data.hexdigest() == self._expected,
-            "read": self._raw.offset,
-            "unpacked": self.data.total,
-            "entries": entries,
-            "size": size,
-            "inodes": inodes,
-            "warnings": dict(Counter(warnings).most_common(20)),
-            "timings": {"waited": self._waited.seconds, "unpacked": total - self._waited.seconds},
-            "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
+        return Unpacked(
+            diff_id=f"{self._algorithm}:{self.data.hexdigest()}",
+            unpacked=self.data.total,
+            entries=entries,
+            size=size,
+            inodes=inodes,
+            warnings=dict(Counter(warnings).most_common(20)),
+            timings={"waited": self._waited.seconds, "unpacked": total - self._waited.seconds},
+            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
 
 
 @contextlib.contextmanager
 def _reading(
-    order: dict[str, Any], job: socket.socket, source: int, room: int, make_transform: Callable[[bytes], Transform] | None
+    layer: LayerBytes, job: socket.socket, source: int, spare_cpu: int, make_transform: Callable[[bytes], Transform] | None
 ) -> Iterator[_Reading]:
     """A layer's bytes for a `with` block, which ends with the verdict on a decrypted layer."""
     waited = Waiting(job)
-    raw = BlobReader(source, order["size"], waited.wait_for)
+    raw = BlobReader(source, layer.size, waited.wait_for)
     sealed: TransformReader | None = None
-    if order["secret"] is not None:
+    if layer.secret is not None:
         if make_transform is None:
             raise Internal("a layer with a key, but no transform is configured")
-        sealed = TransformReader(raw, make_transform(bytes.fromhex(order["secret"])))
+        sealed = TransformReader(raw, make_transform(layer.secret))
     with _authenticated(sealed):
-        yield _Reading(order, waited, raw, sealed, room)
+        yield _Reading(layer, waited, raw, sealed, spare_cpu)
 
 
 @contextlib.contextmanager
@@ -361,12 +374,12 @@ class Waiting:
         return min(self._available, offset + STRIDE)
 
 
-def _open_target(order: dict[str, Any]) -> int:
+def _open_target(request: Unpack) -> int:
     """The root to unpack into; mounted in a mount namespace of this process's own where it is more than a directory."""
-    mounts = [Mount(m[0], m[1], tuple(m[2])) for m in order["mounts"]]
-    if order["wipe"]:
+    mounts = list(request.mounts)
+    if request.wipe:
         _wipe(mounts)
-    if order["rebase"] or (len(mounts) == 1 and mounts[0].type == "bind"):
+    if request.rebase or (len(mounts) == 1 and mounts[0].type == "bind"):
         return _apart(_target_of(mounts))
     return _mounted(mounts, os.path.dirname(_target_of(mounts)), _apart)
 
@@ -424,11 +437,11 @@ def _leave_the_mounts() -> None:
     kernel.unshare_mounts()
 
 
-def _settle(order: dict[str, Any], journal: int) -> dict[str, Any]:
+def _settle(request: Settle, journal: int) -> Settled:
     failpoint("unpack.settle")
     kernel.keep_capabilities(_SETTLE_CAPABILITIES)
     _settle_only()
-    mounts = [Mount(m[0], m[1], tuple(m[2])) for m in order["mounts"]]
+    mounts = list(request.mounts)
     options = [option for mount in mounts for option in mount.options]
     with contextlib.ExitStack() as opened:
         opened.callback(os.close, journal)
@@ -439,7 +452,7 @@ def _settle(order: dict[str, Any], journal: int) -> dict[str, Any]:
         settler = Settler(upper, lower, Journal.load(os.pread(journal, os.fstat(journal).st_size, 0)), opaque_xattr=xattr)
         settler.run()
     failpoint("unpack.settled")
-    return {"size": settler.size, "inodes": settler.inodes}
+    return Settled(settler.size, settler.inodes)
 
 
 @functools.cache
