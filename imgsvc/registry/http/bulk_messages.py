@@ -18,7 +18,8 @@ import json
 from dataclasses import asdict, astuple, dataclass
 from typing import Any, Final
 
-from imgsvc.base.errors import ImgsvcError, Internal, InvalidArgument
+from imgsvc.base.errors import ImgsvcError
+from imgsvc.base.errorwire import error_from_plain, error_to_plain
 from imgsvc.base.oci import KIB, MIB
 from imgsvc.registry.hosts.hosts import Tls
 from imgsvc.registry.http.exchange import RequestFailed, Route, Timeouts
@@ -32,7 +33,6 @@ COUNT: Final = 4  # [bytes] of the message that a lot is there; no JSON of ours 
 MAX_MESSAGE: Final = 192 * KIB  # [bytes] that the kernel takes in one piece
 MAX_FILES: Final = 200  # of TLS with one order; the kernel passes 253 descriptors at a time
 MAX_END: Final = 64 * KIB  # [bytes] of a message after the head
-_MAX_TEXT: Final = 2 * KIB  # [characters] of each text about a failure; JSON may make six bytes of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +102,12 @@ def pack_end(error: ImgsvcError | None = None) -> bytes:
     """The last message: what went wrong, if anything."""
     if error is None:
         return b"{}"
-    told = {"what": error.what[:_MAX_TEXT], "where": error.where[:_MAX_TEXT], "hint": error.hint[:_MAX_TEXT]}
+    told: dict[str, Any] = {**error_to_plain(error)}
     if isinstance(error, RequestFailed):
-        told |= {name: getattr(error, name) for name in ("code", "phase", "status", "wait", "is_plain_http", "is_silent")}
+        told |= {name: getattr(error, name) for name in ("phase", "status", "wait", "is_plain_http", "is_silent")}
         told |= {"failure": error.failure.value}
         return _packed({"failed": told})
-    return _packed({"invalid" if isinstance(error, InvalidArgument) else "internal": told})
+    return _packed({"error": told})
 
 
 def unpack_head(message: bytes) -> Head:
@@ -125,10 +125,8 @@ def unpack_end(message: bytes) -> None:
 def _check(plain: dict[str, Any]) -> None:
     if told := plain.get("failed"):
         raise RequestFailed(**{**told, "failure": Failure(told["failure"])})
-    if told := plain.get("invalid"):
-        raise InvalidArgument(**told)
-    if told := plain.get("internal"):
-        raise Internal(**told)
+    if told := plain.get("error"):
+        raise error_from_plain(told)
 
 
 def _pairs(plain: list[list[str]]) -> tuple[tuple[str, str], ...]:
