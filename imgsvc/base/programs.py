@@ -228,7 +228,7 @@ def _exchange(
 
 
 def _feed_some(selector: selectors.BaseSelector, key: selectors.SelectorKey, pending: memoryview) -> memoryview:
-    """Write what fits; close stdin when all is written or nobody reads any more."""
+    """Write what fits; close stdin when all is written or the program has stopped reading."""
     try:
         pending = pending[os.write(key.fd, pending) :]
     except BrokenPipeError:

@@ -300,7 +300,7 @@ class _Reading:
         return os.pread(self._spare_cpu, 1, 0) != b"\0"
 
     def verdict(self, started: float, entries: int, size: int, inodes: int, warnings: Mapping[str, int]) -> Unpacked:
-        """What the daemon is told of a layer that is unpacked."""
+        """The verdict on a layer that is unpacked."""
         total = time.monotonic() - started
         return Unpacked(
             diff_id=f"{self._algorithm}:{self.data.hexdigest()}",
