@@ -266,7 +266,7 @@ def test_names(name: str, base: str, reference: str) -> None:
 
 
 def test_without_any_name_one_is_asked_for() -> None:
-    with pytest.raises(InvalidArgument, match="called") as caught:
+    with pytest.raises(InvalidArgument, match="does not name the image") as caught:
         Named(oci.Descriptor(oci.OCI_MANIFEST, APP.digest, 1), "v7").reference("")
     assert "--name" in caught.value.hint
 
