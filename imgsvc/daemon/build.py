@@ -55,7 +55,7 @@ from imgsvc.images.provenance import Provenance
 from imgsvc.images.pull import Puller
 from imgsvc.images.push import Pusher
 from imgsvc.images.records import ImageStore, pin_patterns
-from imgsvc.images.rootfs import ContainerRoots
+from imgsvc.images.rootfs import ContainerRootfs
 from imgsvc.images.storage import Storage
 from imgsvc.images.telemetry.events import EventBus
 from imgsvc.images.telemetry.metrics import Gauge, Page
@@ -120,7 +120,7 @@ class Telemetry:
         """An empty page, a bus without listeners, and the observer of both."""
         page, bus = Page(), EventBus()
         observer = Observer(page, bus)
-        images.watch(observer.image)
+        images.on_change(observer.image)
         return cls(page, bus, observer)
 
 
@@ -265,7 +265,7 @@ class _Images:
 
     puller: Puller
     provenance: Provenance
-    roots: ContainerRoots
+    roots: ContainerRootfs
 
 
 async def _open_images(reloader: Reloader, store: _Store, remote: _Remote) -> _Images:
@@ -283,7 +283,7 @@ async def _open_images(reloader: Reloader, store: _Store, remote: _Remote) -> _I
         observer=store.telemetry.observer,
         durable=reloader.loaded.config.images.sync == "full",
     )
-    roots = ContainerRoots(
+    roots = ContainerRootfs(
         storage.images,
         storage.snapshotters,
         remote.decryptor,

@@ -59,7 +59,7 @@ class PullReporter(Protocol):
         """That many of a layer's stored bytes are unpacked."""
 
 
-class Silent:
+class NullReporter:
     """A reporter that ignores everything."""
 
     def resolved(self, digest: Digest, endpoint: str) -> None:

@@ -15,7 +15,7 @@ from imgsvc.base.concurrency import KeyedLock, Threads, Undo
 from imgsvc.base.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, from_os_error, printable
 from imgsvc.images.leases import LeaseManager
 from imgsvc.images.records import ImageStore
-from imgsvc.images.rootfs import KEY_PREFIX, ContainerRoots
+from imgsvc.images.rootfs import KEY_PREFIX, ContainerRootfs
 from imgsvc.runtime.interfaces import RootMount
 
 MountAll = Callable[[Sequence[RootMount], str], None]  # blocking; mounts on a directory of the host's
@@ -28,7 +28,7 @@ class ImageMounts:
     def __init__(
         self,
         images: ImageStore,
-        roots: ContainerRoots,
+        roots: ContainerRootfs,
         leases: LeaseManager,
         threads: Threads,
         snapshotter: str,

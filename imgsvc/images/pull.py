@@ -32,7 +32,7 @@ from imgsvc.decrypt.interfaces import Decryptor, LayerKey
 from imgsvc.images.choosing import Chosen, choose
 from imgsvc.images.documents import Documents
 from imgsvc.images.downloads import Blobs
-from imgsvc.images.layers import LayerPlan, Layers, PullReporter, Silent, layer_names, layer_secrets, unwrap_layers
+from imgsvc.images.layers import LayerPlan, Layers, NullReporter, PullReporter, layer_names, layer_secrets, unwrap_layers
 from imgsvc.images.provenance import Provenance, Witness
 from imgsvc.images.records import Image, build_image
 from imgsvc.images.storage import Storage
@@ -51,7 +51,7 @@ class PullRequest:
     credential: Credential | None
     platform: Platform
     snapshotter: str
-    reporter: PullReporter = field(default_factory=Silent)
+    reporter: PullReporter = field(default_factory=NullReporter)
     source: Registry | None = None
 
 
@@ -65,7 +65,7 @@ class Verifier(Protocol):
         """
 
 
-class Trusting:
+class AllowAll:
     """The verifier of a node without [verify]."""
 
     async def verify(self, reference: Reference, target: Descriptor, credential: Credential | None) -> None:
@@ -111,7 +111,7 @@ class Puller:
         durable: bool = True,
     ) -> None:
         """durable: acknowledged images survive a power cut (images.sync = "full")."""
-        self._verifier = verifier or Trusting()
+        self._verifier = verifier or AllowAll()
         self._observer = observer
         self._registry = registry
         self._content = storage.content
@@ -228,7 +228,7 @@ class Puller:
             names=tuple(Name(layer.snapshot) for layer in image.layers),
             keys=tuple(keys),
             snapshotter=self._snapshotters[snapshotter],
-            reporter=Silent(),
+            reporter=NullReporter(),
         )
 
     async def _proven(self, plan: LayerPlan, witness: Witness, *, is_unpacked: bool, anonymous: bool) -> list[str]:

@@ -22,7 +22,7 @@ from imgsvc.base.oci import MAX_DOCUMENT, Descriptor, Digest, Index, Manifest, p
 from imgsvc.base.reference import Reference
 from imgsvc.content.interfaces import ContentReader, Store
 from imgsvc.content.verify import read_verified
-from imgsvc.images.layers import PullReporter, Silent
+from imgsvc.images.layers import NullReporter, PullReporter
 from imgsvc.images.records import Image
 from imgsvc.images.storage import Storage
 from imgsvc.registry.interfaces import Credential, Registry, Repository
@@ -38,7 +38,7 @@ class PushRequest:
 
     reference: Reference
     credential: Credential | None
-    reporter: PullReporter = field(default_factory=Silent)
+    reporter: PullReporter = field(default_factory=NullReporter)
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,7 +186,7 @@ class ImageStore:
         name = str(reference.with_digest(reference.digest)) if reference.digest else reference.tagged
         return self._images.get(self._names.get(name, ""))
 
-    def watch(self, watcher: Callable[[str, Image], None]) -> None:
+    def on_change(self, watcher: Callable[[str, Image], None]) -> None:
         """Tell `watcher` of every change: ("added" | "removed" | "untagged", the image as it is or was)."""
         self._watchers.append(watcher)
 

@@ -22,7 +22,7 @@ from imgsvc.snapshot.interfaces import IDMapping, Key, Mount, Name, Snapshotter
 KEY_PREFIX = "container-"
 
 
-class ContainerRoots:
+class ContainerRootfs:
     """Implements runtime.interfaces.Images over image records and snapshotters."""
 
     def __init__(

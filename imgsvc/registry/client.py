@@ -23,7 +23,7 @@ from imgsvc.registry.hosts.hosts import FROM_NOBODY, Capability, Host, HostsConf
 from imgsvc.registry.http.exchange import RequestFailed, Sender, Timeouts
 from imgsvc.registry.http.transport import Transport
 from imgsvc.registry.interfaces import BlobSink, BlobSource, Credential, Fetcher, Registry, RegistryObserver, Repository, Resolved
-from imgsvc.registry.observers import Unwatched
+from imgsvc.registry.observers import LoggingObserver
 from imgsvc.registry.operation import Operation
 from imgsvc.registry.push import RemoteRepository
 from imgsvc.registry.resolver import resolve_at
@@ -64,7 +64,7 @@ class RegistryClient:
     ) -> None:
         """bulk: fetches blobs; None: this process does. The caller closes it."""
         self._settings = settings
-        self.observer = observer or Unwatched()
+        self.observer = observer or LoggingObserver()
         self._stored = credentials or NoCredentials()
         self.directories = HostDirectories(settings.roots, settings.inline)
         self._transport = Transport(settings.timeouts)

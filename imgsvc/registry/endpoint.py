@@ -30,7 +30,7 @@ from imgsvc.registry.http.proxies import proxy_for
 from imgsvc.registry.http.redact import MAX_ERROR_BODY, registry_message, scrubbed, shown_url
 from imgsvc.registry.http.transport import Transport
 from imgsvc.registry.interfaces import Attempt, Credential, CredentialKind, CredentialUse, RegistryObserver
-from imgsvc.registry.observers import Unwatched
+from imgsvc.registry.observers import LoggingObserver
 from imgsvc.registry.redirects import MAX_REDIRECTS, REDIRECTS, origin, refused, target
 from imgsvc.registry.retry import kind_of_status, retry_after
 from imgsvc.registry.rules import cleartext_problem, lookup, request_url, takes_given
@@ -130,7 +130,7 @@ class Session:
     environ: Mapping[str, str]
     downgraded: dict[str, None]  # bases of `http://` hosts with TLS options that turned out to speak plain HTTP
     attempts: list[Attempt] = field(default_factory=list)
-    observer: RegistryObserver = field(default_factory=Unwatched)
+    observer: RegistryObserver = field(default_factory=LoggingObserver)
 
 
 class Endpoint:

@@ -13,7 +13,7 @@ from imgsvc.base.errors import printable
 from imgsvc.registry.endpoint import Endpoint
 from imgsvc.registry.http.exchange import RequestFailed
 from imgsvc.registry.interfaces import Attempt, PullFailed, RegistryObserver
-from imgsvc.registry.observers import Unwatched
+from imgsvc.registry.observers import LoggingObserver
 from imgsvc.registry.retry import MAX_WAIT_S, Action, Decision, Failure, Health, decide
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class HealthBook:
 
     def __init__(self, observer: RegistryObserver | None = None) -> None:
         self._entries: dict[str, Health] = {}
-        self._observer = observer or Unwatched()
+        self._observer = observer or LoggingObserver()
 
     def of(self, endpoint: Endpoint) -> Health:
         """The endpoint's record, kept for as long as the process runs (their number is that of configured hosts)."""

@@ -9,7 +9,7 @@ from imgsvc.registry.interfaces import RegistryObserver
 log = logging.getLogger(__name__)
 
 
-class Unwatched:
+class LoggingObserver:
     """Ignores everything but warnings, which are logged."""
 
     def queued(self, seconds: float) -> None:
@@ -29,6 +29,6 @@ class Unwatched:
         log.warning("%s says of %s/%s: %s", endpoint, namespace, repository, text)
 
 
-def as_observer(observer: Unwatched) -> RegistryObserver:
+def as_observer(observer: LoggingObserver) -> RegistryObserver:
     """Lets mypy prove that the contract is met."""
     return observer

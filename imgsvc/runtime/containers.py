@@ -36,7 +36,7 @@ from imgsvc.runtime.rootfs import remove_bundle
 from imgsvc.runtime.signals import stop_signal_name, to_number
 from imgsvc.runtime.spec import validate
 from imgsvc.runtime.spec.build import resources as resources_spec
-from imgsvc.runtime.spec.planner import BuiltContainer, ContainerBuilder, built_from, volume_key
+from imgsvc.runtime.spec.planner import BuiltContainer, ContainerPlanner, built_from, volume_key
 from imgsvc.runtime.state import (
     ContainerState,
     container_state,
@@ -71,7 +71,7 @@ class Containers:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._builder = ContainerBuilder(core)
+        self._builder = ContainerPlanner(core)
         self._ended: dict[str, asyncio.Event] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._signalled: set[str] = set()

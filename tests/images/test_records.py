@@ -192,7 +192,7 @@ def test_a_caller_who_leaves_while_it_is_written_leaves_disk_and_memory_alike(tm
         db = MetaDB(tmp_path, sync=False)
         store, here, told = ImageStore(db), image("here"), []
         await store.add(here, f"{NAME}:here", "")
-        store.watch(lambda change, of: told.append(change))
+        store.on_change(lambda change, of: told.append(change))
         failpoints.arm("metadb.commit=delay:100*2")
         for work in (store.add(image("new"), f"{NAME}:new", ""), store.remove(here.image_id)):
             leaving = asyncio.create_task(work)

@@ -35,7 +35,7 @@ from imgsvc.registry.http.proxies import proxy_for
 from imgsvc.registry.http.redact import MAX_ERROR_BODY, registry_message, shown_url
 from imgsvc.registry.http.transport import Transport
 from imgsvc.registry.interfaces import Credential, RegistryObserver, identity
-from imgsvc.registry.observers import Unwatched
+from imgsvc.registry.observers import LoggingObserver
 from imgsvc.registry.redirects import MAX_REDIRECTS, REDIRECTS, origin, refused, target
 from imgsvc.registry.retry import Failure, kind_of_status, retry_after
 
@@ -71,7 +71,7 @@ class Authorizer:
     """Remembers how each endpoint wants to be spoken to. Belongs to one event loop."""
 
     def __init__(self, transport: Transport, environ: Mapping[str, str], observer: RegistryObserver | None = None) -> None:
-        self._observer = observer or Unwatched()
+        self._observer = observer or LoggingObserver()
         self._transport = transport
         self._environ = environ
         self._known: OrderedDict[tuple[str, ...], tuple[Challenge, Reach]] = OrderedDict()

@@ -33,7 +33,7 @@ class BuiltContainer:
     cgroups_path: str
 
 
-class ContainerBuilder:
+class ContainerPlanner:
     """Everything between a CRI request and config.json that needs I/O."""
 
     def __init__(self, core: Core) -> None:
