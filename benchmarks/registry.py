@@ -113,7 +113,7 @@ async def with_client(directory: Path, address: str, blob: Descriptor, extra: in
     watch.cancel()
     stretch = await watch
     await client.close()
-    await bulk.close()
+    await bulk.aclose()
     database.close()
     shutil.rmtree(root)
     return elapsed, stretch

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
 from scripts import lock, setup
+from tests.test_layering import imports, modules
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -96,3 +99,20 @@ def test_texts_are_plain_english_and_cite_what_readers_have() -> None:
         if (match := DIALECT.search(line))
     ]
     assert found == []
+
+
+# Declared for httpcore, which imports it at every lock where it is there, and looks for it where it is not.
+FOR_OTHERS = {"sniffio"}
+
+
+def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None:
+    provided = {top: {canonical(name) for name in names} for top, names in packages_distributions().items() if not top.startswith("_")}
+    mine = sys.stdlib_module_names | {"imgsvc"}
+    tops = {name.split(".")[0] for file in modules().values() for name in imports(file)} - mine
+    groups = [text for name, group in PROJECT["optional-dependencies"].items() if name != "test" for text in group]
+    declared = {canonical(Requirement(text).name) for text in (*PROJECT["dependencies"], *groups)}
+    # Several distributions may share a namespace, as google: one that is declared is meant.
+    used = {top: provided.get(top, {top}) & declared or provided.get(top, {top}) for top in tops}
+    undeclared = {top: names for top, names in used.items() if not names & declared}
+    assert not undeclared, "imported, but not in pyproject.toml"
+    assert declared - set().union(*used.values()) == FOR_OTHERS, "in pyproject.toml, but imported nowhere"

@@ -241,7 +241,7 @@ class _Remote:
 async def _open_registries(reloader: Reloader, store: _Store, stack: AsyncExitStack) -> _Remote:
     loaded = reloader.loaded
     bulk = BulkTransport()
-    stack.push_async_callback(bulk.close)
+    stack.push_async_callback(bulk.aclose)
     registry = registries.open_registries(loaded, store.telemetry.observer, bulk).client
     stack.push_async_callback(registry.close)
     preflight = Preflight(lambda warnings: registry.directories.tell(warnings))  # noqa: PLW0108  # a reload replaces them

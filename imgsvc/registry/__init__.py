@@ -8,7 +8,8 @@
     resolver, documents, download, push                            the verbs
 
 A request passes client → failover → endpoint → auth/ and http/. Policy is decided in pure code and carried out above.
-Decisions: httpcore instead of httpx, and HTTP/2 only where a server has nothing else (http/transport.py); "same site" for token
-services means the same name or a listed one (hosts/hosts.py); a host configured by `http://` outside loopback
-gets no credential unless `insecure_credentials = true`.
+Requests and answers are httpx's, sent by one client over transports of ours (http/sender.py, docs/decisions/httpx.md).
+Decisions: HTTP/2 only where a server has nothing else (http/transport.py); "same site" for token services means the same
+name or a listed one (hosts/hosts.py); a host configured by `http://` outside loopback gets no credential unless
+`insecure_credentials = true`.
 """

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import ssl
 import time
 from collections.abc import Iterator
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
+
+import httpx
 
 from imgsvc.base.errors import ImgsvcError
 from imgsvc.base.oci import MAX_DOCUMENT, MIB, Descriptor, Index, Platform, parse_document
@@ -17,7 +19,7 @@ from imgsvc.base.reference import Reference
 from imgsvc.registry.documents import ACCEPT_HEADER, check_is_manifest, read_document
 from imgsvc.registry.endpoint import Ask, Endpoint
 from imgsvc.registry.hosts.hosts import Capability
-from imgsvc.registry.http.exchange import Response
+from imgsvc.registry.http.exchange import header_of
 from imgsvc.registry.interfaces import Credential
 from imgsvc.registry.operation import Operations
 
@@ -28,7 +30,10 @@ _SKEW_NOTED_S: Final = 60.0  # tokens and certificates start to fail about there
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """One endpoint. latency [seconds] of the first answer; tls: "" where none was seen; speed [bytes/s], 0 = not measured; clock_skew: server minus us [s]."""
+    """One endpoint. latency [seconds] of the first answer; tls: "" where none was seen; speed [bytes/s], 0 = not measured; clock_skew: server minus us [s].
+
+    token: whom it was made out to and until when, "" where none was sent that says so.
+    """
 
     endpoint: str
     origin: str
@@ -40,6 +45,7 @@ class Checked:
     speed: float
     clock_skew: float | None
     error: str = ""
+    token: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Stable keys for --json."""
@@ -76,6 +82,8 @@ def render(results: list[Checked]) -> Iterator[str]:
         if result.latency:
             tls = f"TLS {result.tls}; " if result.tls else ""
             yield f"  {tls}credential {result.credential}; {'answer' if result.status else 'gave up'} after {result.latency * 1000:.0f} ms"
+        if result.token:
+            yield f"  token {result.token}"
         if result.speed:
             yield f"  speed {result.speed / MIB:.1f} MiB/s"
         if result.clock_skew is not None and abs(result.clock_skew) > _SKEW_NOTED_S:
@@ -100,9 +108,9 @@ async def _check(endpoint: Endpoint, reference: Reference | None) -> Checked:
     status, tls, skew, speed, error = 0, "", None, 0.0, ""
     latency = 0.0
     try:
-        async with await endpoint.ask(ask) as response:
+        async with aclosing(await endpoint.ask(ask)) as response:
             latency = time.monotonic() - started
-            status, tls, skew = response.status, _tls(response), _skew(response)
+            status, tls, skew = response.status_code, _tls(response), _skew(response)
             if reference is not None:
                 check_is_manifest(response)
         if reference is not None and Capability.PULL in endpoint.host.capabilities:
@@ -110,7 +118,8 @@ async def _check(endpoint: Endpoint, reference: Reference | None) -> Checked:
     except ImgsvcError as failure:
         latency = latency or time.monotonic() - started
         error, status = str(await endpoint.reason() or failure), getattr(failure, "status", 0)
-    return Checked(endpoint.base, endpoint.host.origin, not error, status, str(endpoint.credential_use), tls, latency, speed, skew, error)
+    token, used = str(endpoint.claims or ""), str(endpoint.credential_use)
+    return Checked(endpoint.base, endpoint.host.origin, not error, status, used, tls, latency, speed, skew, error, token)
 
 
 async def _speed(endpoint: Endpoint, reference: Reference) -> float:
@@ -120,8 +129,8 @@ async def _speed(endpoint: Endpoint, reference: Reference) -> float:
         return 0.0
     ask = Ask("GET", endpoint.path(f"blobs/{layer.digest}"), "fetch", (endpoint.scope(),))
     received, started = 0, time.monotonic()
-    async with await endpoint.ask(ask) as response, contextlib.aclosing(response.chunks()) as chunks:
-        async for chunk in chunks:
+    async with aclosing(await endpoint.ask(ask)) as response:
+        async for chunk in response.aiter_raw():
             received += len(chunk)
             if received >= _SAMPLE or time.monotonic() - started > _SAMPLE_S:
                 break
@@ -132,7 +141,7 @@ async def _largest_layer(endpoint: Endpoint, reference: Reference) -> Descriptor
     target = reference.target
     for _ in range(2):  # an index, then a manifest
         ask = Ask("GET", endpoint.path(f"manifests/{target}"), "fetch", (endpoint.scope(),), headers=(ACCEPT_HEADER,))
-        async with await endpoint.ask(ask) as response:
+        async with aclosing(await endpoint.ask(ask)) as response:
             document = parse_document(await read_document(response, MAX_DOCUMENT), "", str(reference))
         if not isinstance(document, Index):
             return max(document.layers, key=lambda layer: layer.size, default=None)
@@ -143,9 +152,10 @@ async def _largest_layer(endpoint: Endpoint, reference: Reference) -> Descriptor
     return None
 
 
-def _tls(response: Response) -> str:
-    found = response.tls
-    if found is None:
+def _tls(response: httpx.Response) -> str:
+    stream = response.extensions.get("network_stream")
+    found = stream.get_extra_info("ssl_object") if stream else None
+    if not isinstance(found, ssl.SSLObject):
         return "off"
     cipher = found.cipher()
     words = [
@@ -158,9 +168,9 @@ def _tls(response: Response) -> str:
     return ", ".join(word for word in words if word)
 
 
-def _skew(response: Response) -> float | None:
+def _skew(response: httpx.Response) -> float | None:
     try:
-        at = parsedate_to_datetime(response.headers.get("date"))
+        at = parsedate_to_datetime(header_of(response, "date"))
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
     return (at - datetime.now(UTC)).total_seconds() if at.tzinfo else None

@@ -6,8 +6,11 @@ import asyncio
 import os
 import time
 from collections.abc import Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
+
+import httpx
 
 from imgsvc.base.concurrency import SingleFlight, in_thread
 from imgsvc.base.errors import ResourceExhausted
@@ -20,7 +23,8 @@ from imgsvc.registry.endpoint import Ask, CredentialSource, Endpoint, NoCredenti
 from imgsvc.registry.failover import HealthBook
 from imgsvc.registry.hosts.hostdirs import HostDirectories
 from imgsvc.registry.hosts.hosts import FROM_NOBODY, Capability, Host, HostsConfig
-from imgsvc.registry.http.exchange import RequestFailed, Sender, Timeouts
+from imgsvc.registry.http.exchange import RequestFailed, Timeouts
+from imgsvc.registry.http.sender import Sender
 from imgsvc.registry.http.transport import Transport
 from imgsvc.registry.interfaces import BlobSink, BlobSource, Credential, Fetcher, Registry, RegistryObserver, Repository, Resolved
 from imgsvc.registry.observers import LoggingObserver
@@ -60,17 +64,16 @@ class RegistryClient:
         settings: RegistrySettings,
         credentials: CredentialSource | None = None,
         observer: RegistryObserver | None = None,
-        bulk: Sender | None = None,
+        bulk: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """bulk: fetches blobs; None: this process does. The caller closes it."""
         self._settings = settings
         self.observer = observer or LoggingObserver()
         self._stored = credentials or NoCredentials()
         self.directories = HostDirectories(settings.roots, settings.inline)
-        self._transport = Transport(settings.timeouts)
-        self._bulk = bulk or self._transport
-        self._bulk.timeouts = settings.timeouts
-        self._authorizer = Authorizer(self._transport, settings.environ, self.observer)
+        self._sender = Sender(Transport(), settings.timeouts)
+        self._bulk = Sender(bulk, settings.timeouts) if bulk else self._sender
+        self._authorizer = Authorizer(self._sender, settings.environ, self.observer)
         self.book = HealthBook(self.observer)
         self.slots = FairSlots(settings.max_downloads, settings.max_downloads_per_image)
         self.extra = ConnectionBudget(settings.max_extra_connections)
@@ -82,7 +85,7 @@ class RegistryClient:
         self._settings = settings
         self._stored = credentials
         self.directories = HostDirectories(settings.roots, settings.inline)
-        self._transport.timeouts = self._bulk.timeouts = settings.timeouts
+        self._sender.timeouts = self._bulk.timeouts = settings.timeouts
         self.slots.resize(settings.max_downloads, settings.max_downloads_per_image)
         self.extra.resize(settings.max_extra_connections)
 
@@ -127,7 +130,7 @@ class RegistryClient:
             repository=reference.repository,
             directories=config.directories,
             caller=credential,
-            transport=self._transport,
+            sender=self._sender,
             bulk=self._bulk,
             authorizer=self._authorizer,
             stored=RememberedCredentials(self._stored),
@@ -139,7 +142,7 @@ class RegistryClient:
 
     async def close(self) -> None:
         """Close connections."""
-        await self._transport.close()
+        await self._sender.close()
 
 
 class RepositoryFetcher:
@@ -186,7 +189,7 @@ class RepositoryFetcher:
         accept = ("Accept", descriptor.media_type) if kind == "manifests" else ACCEPT_HEADER
         ask = Ask("GET", endpoint.path(f"{kind}/{descriptor.digest}"), "fetch", scopes=(endpoint.scope(),), headers=(accept,))
         try:
-            async with await endpoint.ask(ask) as response:
+            async with aclosing(await endpoint.ask(ask)) as response:
                 body = await read_document(response, descriptor.size)
                 verify(response, body, descriptor)
         except RequestFailed as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import zlib
 from typing import Final
 
+import httpx
 import zstandard
 
 from imgsvc.base.errors import InvalidArgument, ResourceExhausted, printable
 from imgsvc.base.oci import ACCEPT, INDEX_TYPES, MANIFEST_TYPES, MIB, Descriptor, Digest
-from imgsvc.registry.http.exchange import RequestFailed, Response
+from imgsvc.registry.http.exchange import RequestFailed, header_of, phase_of, read_body, url_of
 from imgsvc.registry.http.redact import shown_url
 from imgsvc.registry.retry import Failure
 
@@ -18,29 +19,35 @@ _ZSTD_WINDOW: Final = 8 * MIB  # [bytes] of memory; RFC 8878 asks decoders for n
 ACCEPT_HEADER: Final = ("Accept", ", ".join((*ACCEPT, "*/*;q=0.1")))
 
 
-def lied(response: Response, what: str, *, code: str = "DATA_LOSS", hint: str = "") -> RequestFailed:
+def lied(response: httpx.Response, what: str, *, code: str = "DATA_LOSS", hint: str = "") -> RequestFailed:
     """The error for an answer that cannot be true."""
     return RequestFailed(
-        what, code=code, failure=Failure.LIED, phase=response.phase, status=response.status, where=shown_url(response.url), hint=hint
+        what,
+        code=code,
+        failure=Failure.LIED,
+        phase=phase_of(response),
+        status=response.status_code,
+        where=shown_url(url_of(response)),
+        hint=hint,
     )
 
 
-def media_type_of(response: Response) -> str:
+def media_type_of(response: httpx.Response) -> str:
     """Content-Type without parameters, lower case."""
-    return response.headers.get("content-type").partition(";")[0].strip().lower()
+    return header_of(response, "content-type").partition(";")[0].strip().lower()
 
 
-def check_is_manifest(response: Response) -> None:
+def check_is_manifest(response: httpx.Response) -> None:
     """A web page where a manifest should be is nearly always a wrong path in hosts.toml."""
     kind = media_type_of(response)
     if kind in ("text/html", "text/plain", "application/xhtml+xml"):
-        what = f"{kind} instead of a manifest from {shown_url(response.url)}"
+        what = f"{kind} instead of a manifest from {shown_url(url_of(response))}"
         raise lied(response, what, code="FAILED_PRECONDITION", hint="is the path in hosts.toml right (override_path)?")
 
 
-def announced_digest(response: Response) -> Digest | None:
+def announced_digest(response: httpx.Response) -> Digest | None:
     """Docker-Content-Digest, checked; None when absent. Raises: RequestFailed."""
-    text = response.headers.get("docker-content-digest")
+    text = header_of(response, "docker-content-digest")
     if not text:
         return None
     try:
@@ -49,17 +56,17 @@ def announced_digest(response: Response) -> Digest | None:
         raise lied(response, f'invalid Docker-Content-Digest "{printable(text, 100)}"', code="INVALID_ARGUMENT") from error
 
 
-async def read_document(response: Response, limit: int) -> bytes:
+async def read_document(response: httpx.Response, limit: int) -> bytes:
     """The body, decoded where the server compressed it although we asked it not to; never more than `limit` bytes."""
     try:
-        body = await response.read(limit)
-        encoding = response.headers.get("content-encoding").strip().lower()
+        body = await read_body(response, limit)
+        encoding = header_of(response, "content-encoding").strip().lower()
         return body if encoding in ("", "identity") else _decoded(body, encoding, limit, response)
     except ResourceExhausted as error:
         raise lied(response, f"a document of more than {limit} bytes", code="RESOURCE_EXHAUSTED") from error
 
 
-def _decoded(body: bytes, encoding: str, limit: int, response: Response) -> bytes:
+def _decoded(body: bytes, encoding: str, limit: int, response: httpx.Response) -> bytes:
     try:
         if encoding == "zstd":
             with zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).stream_reader(body) as reader:
@@ -78,7 +85,7 @@ def _decoded(body: bytes, encoding: str, limit: int, response: Response) -> byte
     return data
 
 
-def verify(response: Response, body: bytes, descriptor: Descriptor) -> None:
+def verify(response: httpx.Response, body: bytes, descriptor: Descriptor) -> None:
     """Size, digest, and what the server calls it. Raises: RequestFailed."""
     if len(body) != descriptor.size:
         raise lied(response, f"{len(body)} bytes, the descriptor says {descriptor.size}")

@@ -14,13 +14,15 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import httpx
+
 from imgsvc.base.concurrency import stop_tasks
 from imgsvc.base.numerals import whole_number
 from imgsvc.base.oci import KIB, MIB, Descriptor
 from imgsvc.registry.documents import lied
 from imgsvc.registry.endpoint import Ask, Endpoint
 from imgsvc.registry.failover import Failover, HealthBook
-from imgsvc.registry.http.exchange import Chunk, RequestFailed, Response
+from imgsvc.registry.http.exchange import RequestFailed, header_of, url_of
 from imgsvc.registry.http.redact import shown_url
 from imgsvc.registry.interfaces import BlobSink
 from imgsvc.registry.ranges import PROOF, TICK_S, Plan, Span, Tuner, partial_problem, range_header
@@ -257,43 +259,43 @@ class Download:
                 ranges.forget()
                 self._plain_failed.add(endpoint.base)
             raise
-        async with response:
+        async with contextlib.aclosing(response):
             self._book.of(endpoint).succeeded()
-            if response.status == 200:
+            if response.status_code == 200:
                 if wanted:
                     ranges.refused(time.monotonic())
                 start, end = 0, self._descriptor.size
             self._check_head(response, start, end)
             self._check_etag(endpoint, response)
-            if response.status == 200 and span.position and len(self._workers) > 1:
+            if response.status_code == 200 and span.position and len(self._workers) > 1:
                 raise lied(response, "the whole blob instead of the range asked for", code="UNAVAILABLE")
             before = self.received
-            span.is_sure = response.status == 200
+            span.is_sure = response.status_code == 200
             try:
                 await self._copy(endpoint, response, span, start, end)
             except RequestFailed as error:
-                endpoint.record("fetch", response.status, began, error.what)
-                if response.status == 200:
+                endpoint.record("fetch", response.status_code, began, error.what)
+                if response.status_code == 200:
                     ranges.forget()
                 elif self.received - before < _PROGRESS:
                     ranges.broke(time.monotonic())
                 raise
-            if response.status == 206 and span.position == end:
+            if response.status_code == 206 and span.position == end:
                 ranges.completed()
 
-    def _check_etag(self, endpoint: Endpoint, response: Response) -> None:
-        etag = response.headers.get("etag")
+    def _check_etag(self, endpoint: Endpoint, response: httpx.Response) -> None:
+        etag = header_of(response, "etag")
         if etag.startswith("W/") or not etag:
             return
         if self._etags.setdefault(endpoint.base, etag) != etag:
             raise lied(response, "the content changed between two requests (another ETag)")
 
-    def _check_head(self, response: Response, start: int, end: int) -> None:
+    def _check_head(self, response: httpx.Response, start: int, end: int) -> None:
         """Whether the answer announces the bytes [start, end). Raises: RequestFailed."""
         size = self._descriptor.size
-        length, encoding = response.headers.get("content-length"), response.headers.get("content-encoding").strip().lower()
-        if response.status == 206:
-            if problem := partial_problem(response.headers.get("content-range"), start, end, size):
+        length, encoding = header_of(response, "content-length"), header_of(response, "content-encoding").strip().lower()
+        if response.status_code == 206:
+            if problem := partial_problem(header_of(response, "content-range"), start, end, size):
                 raise lied(response, problem)
             if encoding not in ("", "identity"):
                 raise lied(response, f"a part of the blob with Content-Encoding {encoding[:40]!r}, which was not asked for")
@@ -316,36 +318,36 @@ class Download:
         await self._sink.write_at(offset, part)
         span.is_writing = False
 
-    async def _copy(self, endpoint: Endpoint, response: Response, span: Span, at: int, announced_end: int) -> None:
+    async def _copy(self, endpoint: Endpoint, response: httpx.Response, span: Span, at: int, announced_end: int) -> None:
         """Move a body that starts at byte `at` of the blob into the sink until the span ends, which may have become shorter since.
 
         What others gave back and still lies ahead of this stream is taken from it too.
         """
-        clock = _Clock(self._pace, shown_url(response.url))
+        clock = _Clock(self._pace, shown_url(url_of(response)))
         start = at
-        async with contextlib.aclosing(response.chunks()) as chunks:
-            while (chunk := await clock.next(chunks)) is not None:
-                with memoryview(chunk) as rest:  # views are given back at once: a failure's traceback would keep the body's memory
-                    taken = 0
-                    while taken < len(rest):
-                        if not span.left:
-                            raise lied(response, "more bytes than were asked for")
-                        skipped = min(span.position - at, len(rest) - taken)
-                        with rest[taken + skipped : taken + skipped + span.left] as part:
-                            taken += skipped + len(part)
-                            at += skipped + len(part)
-                            if part:
-                                await self._take(endpoint, span, part, at - start)
-                        if not span.left and span.end != announced_end and not self._goes_on(endpoint, span, announced_end):
-                            return  # the rest is another connection's now
+        chunks = response.aiter_raw()
+        while (chunk := await clock.next(chunks)) is not None:
+            with memoryview(chunk) as rest:  # views are given back at once: a failure's traceback would keep the body's memory
+                taken = 0
+                while taken < len(rest):
+                    if not span.left:
+                        raise lied(response, "more bytes than were asked for")
+                    skipped = min(span.position - at, len(rest) - taken)
+                    with rest[taken + skipped : taken + skipped + span.left] as part:
+                        taken += skipped + len(part)
+                        at += skipped + len(part)
+                        if part:
+                            await self._take(endpoint, span, part, at - start)
+                    if not span.left and span.end != announced_end and not self._goes_on(endpoint, span, announced_end):
+                        return  # the rest is another connection's now
         if span.left:
             raise RequestFailed(
                 "the body ended early",
                 code="UNAVAILABLE",
                 failure=Failure.BROKEN,
                 phase="fetch",
-                status=response.status,
-                where=shown_url(response.url),
+                status=response.status_code,
+                where=shown_url(url_of(response)),
             )
 
     def _goes_on(self, endpoint: Endpoint, span: Span, end: int) -> bool:
@@ -368,10 +370,10 @@ class _Clock:
         self._waited = 0.0
         self._bytes = 0
 
-    async def next(self, chunks: AsyncIterator[Chunk]) -> Chunk | None:
+    async def next(self, chunks: AsyncIterator[bytes]) -> bytes | None:
         """The next chunk, None at the end. Raises: RequestFailed when the connection is too slow."""
         started = time.monotonic()
-        chunk: Chunk | None = await anext(chunks, None)
+        chunk: bytes | None = await anext(chunks, None)
         self._waited += time.monotonic() - started
         self._bytes += len(chunk or b"")
         if self._waited >= self._pace.window:

@@ -13,22 +13,26 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Final, Protocol
 from urllib.parse import urlsplit
+
+import httpx
 
 from imgsvc import __version__
 from imgsvc.base import tracing
 from imgsvc.base.concurrency import time_limit
 from imgsvc.base.errors import ImgsvcError, InvalidArgument, Unavailable, printable
 from imgsvc.registry.auth.authorizer import Answer, Authorizer, Peer, secrets_of
+from imgsvc.registry.auth.claims import Claims
 from imgsvc.registry.hosts.hosts import FROM_NAMESPACE, FROM_NOBODY, OWN, Capability, Host, Tls, canonical_name
-from imgsvc.registry.http.exchange import Body, RequestFailed, Response, Route, Sender
+from imgsvc.registry.http.exchange import Body, RequestFailed, Route, header_of, header_values, reach_behind, read_start, url_of
 from imgsvc.registry.http.netguard import ANYWHERE, Reach, allowed_from
 from imgsvc.registry.http.proxies import proxy_for
 from imgsvc.registry.http.redact import MAX_ERROR_BODY, registry_message, scrubbed, shown_url
-from imgsvc.registry.http.transport import Transport
+from imgsvc.registry.http.sender import Sender
 from imgsvc.registry.interfaces import Attempt, Credential, CredentialKind, CredentialUse, RegistryObserver
 from imgsvc.registry.observers import LoggingObserver
 from imgsvc.registry.redirects import MAX_REDIRECTS, REDIRECTS, origin, refused, target
@@ -123,7 +127,7 @@ class Session:
     repository: str
     directories: tuple[str, ...]
     caller: Credential | None
-    transport: Transport
+    sender: Sender
     bulk: Sender  # for answers that may be large
     authorizer: Authorizer
     stored: CredentialSource
@@ -143,6 +147,7 @@ class Endpoint:
         self._credential: Credential | None = None
         self._unused: CredentialUse | None = None  # why no credential goes out
         self._is_credential_known = False
+        self.claims: Claims | None = None  # of the token that went with the last request, where it was a JWT
         self._unexplained: tuple[Ask, Answer | None] | None = None  # the HEAD that was refused last, and what went with it
 
     @property
@@ -175,7 +180,7 @@ class Endpoint:
         """What a token must allow for `actions` there."""
         return f"repository:{self.repository}:{actions}"
 
-    async def ask(self, ask: Ask) -> Response:
+    async def ask(self, ask: Ask) -> httpx.Response:
         """Send and return the answer, its body unread; the caller closes it. Every call is recorded as an Attempt.
 
         Raises: RequestFailed for everything else, with the registry's own words in it.
@@ -186,14 +191,14 @@ class Endpoint:
         except RequestFailed as error:
             self.record(error.phase, error.status, started, error.what)
             raise
-        self.record(ask.phase, response.status, started)
-        for text in response.headers.all("warning")[:_MAX_WARNINGS]:
+        self.record(ask.phase, response.status_code, started)
+        for text in header_values(response, "warning")[:_MAX_WARNINGS]:
             self._warned(response, scrubbed(text, secrets_of(self._credential)))
         return response
 
-    def _warned(self, response: Response, text: str) -> None:
+    def _warned(self, response: httpx.Response, text: str) -> None:
         session = self._session
-        session.observer.warned(session.namespace, session.repository, shown_url(response.url), text)
+        session.observer.warned(session.namespace, session.repository, shown_url(url_of(response)), text)
 
     async def reason(self) -> RequestFailed | None:
         """The last refusal of a HEAD in the registry's own words: one GET of the same, sent as it was; None without any.
@@ -206,8 +211,8 @@ class Endpoint:
         (ask, answer), self._unexplained = self._unexplained, None
         ask = replace(ask, method="GET")
         try:
-            async with time_limit(_REASON_TIMEOUT_S), await self._send_with_fallback(ask, answer) as response:
-                if response.status < 400:
+            async with time_limit(_REASON_TIMEOUT_S), aclosing(await self._send_with_fallback(ask, answer)) as response:
+                if response.status_code < 400:
                     return None  # it does not know HEAD
                 told = await self._status_error(response, ask)
         except (ImgsvcError, TimeoutError):
@@ -240,39 +245,40 @@ class Endpoint:
             return CredentialUse(CredentialKind.CONFIGURED, configured)
         return self._unused or CredentialUse()
 
-    async def _ask(self, ask: Ask) -> Response:
+    async def _ask(self, ask: Ask) -> httpx.Response:
         credential = await self._pick_credential()
         answer = await self._session.authorizer.preempt(self._peer(), ask.scopes, credential)
         self._note(answer)
         response = await self._send_with_fallback(ask, answer)
         for _ in range(_MAX_ROUNDS - 1):
-            if response.status != 401 or origin(response.url) != origin(self.base):
+            if response.status_code != 401 or origin(url_of(response)) != origin(self.base):
                 break  # what another host asks for is none of our credentials' business
-            self._reach = response.reach()
+            self._reach = reach_behind(response)
             try:
                 next_answer = await self._session.authorizer.answer(self._peer(), ask.scopes, self._credential, response, answer)
                 if next_answer is None or (answer and next_answer.value == answer.value):
                     next_answer = await self._renewed(ask, response) if answer else None
             except BaseException:
-                await response.close()
+                await response.aclose()
                 raise
             if next_answer is None or not isinstance(ask.body, bytes):
                 break
-            await response.close()
+            await response.aclose()
             answer = next_answer
             self._note(answer)
             response = await self._send_with_fallback(ask, answer)
-        if response.status in ask.ok:
+        if response.status_code in ask.ok:
             return response
         self._unexplained = (ask, answer) if ask.method == "HEAD" else None
-        async with response:
+        async with aclosing(response):
             raise await self._status_error(response, ask)
 
     def _note(self, answer: Answer | None) -> None:
+        self.claims = answer.claims if answer else None
         if answer and answer.withheld:
             self._unused = CredentialUse(CredentialKind.WITHHELD, reason=answer.withheld)
 
-    async def _renewed(self, ask: Ask, refused: Response) -> Answer | None:
+    async def _renewed(self, ask: Ask, refused: httpx.Response) -> Answer | None:
         """A stored credential may have been replaced since we read it (short-lived cloud tokens)."""
         session = self._session
         if self._credential is None or self._credential is session.caller or self.host.credential_policy not in (FROM_NAMESPACE, OWN):
@@ -321,7 +327,7 @@ class Endpoint:
         where = lookup(self.host, session.namespace, session.repository, session.directories)
         return await session.stored.find(where.registry, where.repository, directories=where.directories, renew=renew)
 
-    async def _send_with_fallback(self, ask: Ask, answer: Answer | None) -> Response:
+    async def _send_with_fallback(self, ask: Ask, answer: Answer | None) -> httpx.Response:
         """An http:// host with TLS options is tried with HTTPS; a server that evidently speaks HTTP gets HTTP."""
         is_guess = self.host.try_tls_first and self.base.startswith("https://")
         try:
@@ -334,42 +340,42 @@ class Endpoint:
         credential = await self._pick_credential()
         return await self._follow(ask, answer if credential else None)
 
-    async def _follow(self, ask: Ask, answer: Answer | None) -> Response:
+    async def _follow(self, ask: Ask, answer: Answer | None) -> httpx.Response:
         url = self._url(ask)
         is_foreign = origin(url) != origin(self.base)
         for _ in range(MAX_REDIRECTS + 1):
             response = await (self._send_abroad(ask, url) if is_foreign else self._send(ask, url, answer, is_foreign=False))
-            location = response.headers.get("location")
-            if response.status not in REDIRECTS or not location or ask.method not in ("GET", "HEAD"):
+            location = header_of(response, "location")
+            if response.status_code not in REDIRECTS or not location or ask.method not in ("GET", "HEAD"):
                 return response
             if not is_foreign:
-                self._reach = response.reach()
-            await response.close()
+                self._reach = reach_behind(response)
+            await response.aclose()
             following = target(url, location, ask.phase)
             is_foreign = is_foreign or origin(following) != origin(url)
             url = following
         raise refused(f"more than {MAX_REDIRECTS} redirects", ask.phase, url)
 
-    async def _send_abroad(self, ask: Ask, url: str) -> Response:
+    async def _send_abroad(self, ask: Ask, url: str) -> httpx.Response:
         """To a host that we were sent to: anonymously, with a token where it wants one, as registries do that have moved."""
         base = "{}://{}".format(*urlsplit(url)[:2])
         host = Host(base, self.host.origin, tls=self.host.tls.without_identity(), proxy=self.host.proxy, credentials=FROM_NOBODY)
         authorizer = self._session.authorizer
         answer = await authorizer.preempt(Peer(host, base, self._reach), ask.scopes, None)
         response = await self._send(ask, url, answer, is_foreign=True)
-        if response.status != 401 or not ask.scopes:
+        if response.status_code != 401 or not ask.scopes:
             return response
         try:
-            answer = await authorizer.answer(Peer(host, base, response.reach()), ask.scopes, None, response, answer)
+            answer = await authorizer.answer(Peer(host, base, reach_behind(response)), ask.scopes, None, response, answer)
         except BaseException:
-            await response.close()
+            await response.aclose()
             raise
         if answer is None:
             return response
-        await response.close()
+        await response.aclose()
         return await self._send(ask, url, answer, is_foreign=True)
 
-    async def _send(self, ask: Ask, url: str, answer: Answer | None, *, is_foreign: bool) -> Response:
+    async def _send(self, ask: Ask, url: str, answer: Answer | None, *, is_foreign: bool) -> httpx.Response:
         headers = [("User-Agent", USER_AGENT), ("Accept-Encoding", "identity"), *ask.headers]
         if not is_foreign:
             headers += [(tracing.HEADER, trace)] if (trace := tracing.parent()) else []
@@ -382,7 +388,7 @@ class Endpoint:
         route = self._route(url, is_foreign)
         if ask.is_bulk:
             return await self._session.bulk.send(ask.method, url, headers, route=route, phase=ask.phase)
-        return await self._session.transport.send(ask.method, url, headers, route=route, phase=ask.phase, body=ask.body, length=ask.length)
+        return await self._session.sender.send(ask.method, url, headers, route=route, phase=ask.phase, body=ask.body, length=ask.length)
 
     def _route(self, url: str, is_foreign: bool) -> Route:
         tls = self.host.tls
@@ -398,15 +404,15 @@ class Endpoint:
             return ask.path
         return request_url(self.host, self.base, self._session.namespace, ask.path, ask.query)
 
-    async def _status_error(self, response: Response, ask: Ask) -> RequestFailed:
-        body = b"" if ask.method == "HEAD" else await response.read_some(MAX_ERROR_BODY)
-        words = registry_message(body, response.headers.get("content-type"), secrets_of(self._credential))
-        status = response.status
-        wait = retry_after(response.headers.get("retry-after"), datetime.now(UTC))
+    async def _status_error(self, response: httpx.Response, ask: Ask) -> RequestFailed:
+        body = b"" if ask.method == "HEAD" else await read_start(response, MAX_ERROR_BODY)
+        words = registry_message(body, header_of(response, "content-type"), secrets_of(self._credential))
+        status = response.status_code
+        wait = retry_after(header_of(response, "retry-after"), datetime.now(UTC))
         failure = kind_of_status(status, wait is not None)
         what, hint = f"{ask.method} answered {status}" + (f" ({words})" if words else ""), ""
         if status in (401, 403):
-            challenge = response.headers.get("www-authenticate")
+            challenge = header_of(response, "www-authenticate")
             if challenge:
                 what += f", challenge {scrubbed(challenge, secrets_of(self._credential))}"
             hint = "is the credential right, and allowed to do this?" if self._credential else _NO_CREDENTIAL
@@ -416,7 +422,7 @@ class Endpoint:
             failure=failure,
             phase=ask.phase,
             status=status,
-            where=shown_url(response.url),
+            where=shown_url(url_of(response)),
             hint=hint,
             wait=wait,
             is_silent=ask.method == "HEAD",

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Final, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import httpx
 
 from imgsvc.base.errors import ImgsvcError, InvalidArgument, printable
 from imgsvc.base.oci import MAX_DOCUMENT, MIB, Descriptor, Digest, Index, load_json_object, parse_document
@@ -17,7 +20,7 @@ from imgsvc.base.reference import Reference
 from imgsvc.registry.documents import ACCEPT_HEADER, announced_digest, lied, media_type_of, read_document
 from imgsvc.registry.endpoint import Ask, Endpoint
 from imgsvc.registry.hosts.hosts import Capability
-from imgsvc.registry.http.exchange import RequestFailed, Response
+from imgsvc.registry.http.exchange import RequestFailed, header_of, url_of
 from imgsvc.registry.interfaces import BlobReader, Credential, Repository
 from imgsvc.registry.operation import Operations
 from imgsvc.registry.redirects import target
@@ -73,7 +76,7 @@ class RemoteRepository:
             ask = _ask(
                 endpoint, "PUT", f"manifests/{target}", "pull,push", ok={200, 201, 202}, headers=(("Content-Type", media_type),), body=data
             )
-            async with await endpoint.ask(ask) as response:
+            async with aclosing(await endpoint.ask(ask)) as response:
                 if (announced := announced_digest(response)) and announced != digest and announced.algorithm == digest.algorithm:
                     raise lied(response, f"the registry stored {announced} instead of {digest}")
             return Descriptor(media_type, digest, len(data))
@@ -123,8 +126,8 @@ class RemoteRepository:
         return await operation.failover(operation.endpoints(Capability.PUSH)[:1]).run(action, what)
 
     async def _has_blob(self, endpoint: Endpoint, digest: Digest) -> bool:
-        async with await endpoint.ask(_ask(endpoint, "HEAD", f"blobs/{digest}", "pull,push", ok={200, 404})) as response:
-            return response.status == 200
+        async with aclosing(await endpoint.ask(_ask(endpoint, "HEAD", f"blobs/{digest}", "pull,push", ok={200, 404}))) as response:
+            return response.status_code == 200
 
     async def _start(self, endpoint: Endpoint, digest: Digest, mount_from: str) -> str:
         """Open an upload session, or mount. Returns its URL, "" when the blob is there now."""
@@ -133,14 +136,14 @@ class RemoteRepository:
         if source := endpoint.host.repository(mount_from) if mount_from else "":
             query, also = (("mount", digest), ("from", source)), (f"repository:{source}:pull",)
         ask = _ask(endpoint, "POST", "blobs/uploads/", "pull,push", ok={201, 202}, query=query, also=also)
-        async with await endpoint.ask(ask) as response:
-            return "" if response.status == 201 else self._location(endpoint, response)
+        async with aclosing(await endpoint.ask(ask)) as response:
+            return "" if response.status_code == 201 else self._location(endpoint, response)
 
-    def _location(self, endpoint: Endpoint, response: Response) -> str:
-        location = response.headers.get("location")
+    def _location(self, endpoint: Endpoint, response: httpx.Response) -> str:
+        location = header_of(response, "location")
         if not location:
             raise lied(response, "an upload session without a Location", code="UNAVAILABLE")
-        return target(response.url, location, "push")
+        return target(url_of(response), location, "push")
 
     async def _send_chunks(self, endpoint: Endpoint, upload: str, descriptor: Descriptor, reader: BlobReader, chunk_size: int) -> str:
         """PATCH piece after piece; after a failure the registry is asked how far it got."""
@@ -156,7 +159,7 @@ class RemoteRepository:
                 headers=(("Content-Type", "application/octet-stream"), ("Content-Range", f"{offset}-{offset + count - 1}")),
             )
             try:
-                async with await endpoint.ask(replace(ask, body=_pieces(reader, offset, count), length=count)) as response:
+                async with aclosing(await endpoint.ask(replace(ask, body=_pieces(reader, offset, count), length=count))) as response:
                     upload = self._location(endpoint, response)
                 offset, failures = offset + count, 0
             except RequestFailed as error:
@@ -167,8 +170,8 @@ class RemoteRepository:
         return upload
 
     async def _progress(self, endpoint: Endpoint, upload: str) -> tuple[str, int]:
-        async with await endpoint.ask(_ask(endpoint, "GET", upload, "pull,push", ok={204})) as response:
-            match = _RANGE.fullmatch(response.headers.get("range").strip())
+        async with aclosing(await endpoint.ask(_ask(endpoint, "GET", upload, "pull,push", ok={204}))) as response:
+            match = _RANGE.fullmatch(header_of(response, "range").strip())
             # "0-0" can mean nothing or one byte; nothing is the safe reading, the registry refuses an overlap.
             return self._location(endpoint, response), int(match[1]) + 1 if match and match[1] != "0" else 0
 
@@ -178,7 +181,7 @@ class RemoteRepository:
         ask = _ask(endpoint, "PUT", url, "pull,push", ok={201, 202, 204}, headers=(("Content-Type", "application/octet-stream"),))
         if not isinstance(body, bytes):
             ask = replace(ask, body=body, length=descriptor.size)
-        async with await endpoint.ask(ask):
+        async with aclosing(await endpoint.ask(ask)):
             pass
 
     async def _from_api(self, endpoint: Endpoint, digest: Digest, artifact_type: str) -> list[Descriptor]:
@@ -193,8 +196,8 @@ class RemoteRepository:
     async def _from_tag(self, endpoint: Endpoint, digest: Digest) -> list[Descriptor]:
         """The fallback of the specification: an index under the tag `sha256-<hex>`."""
         ask = _ask(endpoint, "GET", f"manifests/{digest.replace(':', '-')}", "pull", ok={200, 404}, headers=(ACCEPT_HEADER,))
-        async with await endpoint.ask(ask) as response:
-            if response.status == 404:
+        async with aclosing(await endpoint.ask(ask)) as response:
+            if response.status_code == 404:
                 return []
             body = await read_document(response, MAX_DOCUMENT)
             document = _trusted(response, lambda: parse_document(body, media_type_of(response), f"referrers of {digest}"))
@@ -203,12 +206,12 @@ class RemoteRepository:
     async def _pages(self, endpoint: Endpoint, ask: Ask) -> AsyncIterator[dict[str, object]]:
         """The JSON objects of a listing, following its `Link: …; rel="next"` within the same registry."""
         for _ in range(_MAX_PAGES):
-            async with await endpoint.ask(ask) as response:
+            async with aclosing(await endpoint.ask(ask)) as response:
                 body = await read_document(response, MAX_DOCUMENT)
-                page = _trusted(response, lambda: load_json_object(body, response.url, limit=MAX_DOCUMENT))  # noqa: B023  # called at once
-                link = _NEXT.search(response.headers.get("link"))
-                following = target(response.url, link[1], "fetch") if link else ""
-                if following and urlsplit(following)[:2] != urlsplit(response.url)[:2]:
+                page = _trusted(response, lambda: load_json_object(body, url_of(response), limit=MAX_DOCUMENT))  # noqa: B023  # called at once
+                link = _NEXT.search(header_of(response, "link"))
+                following = target(url_of(response), link[1], "fetch") if link else ""
+                if following and urlsplit(following)[:2] != urlsplit(url_of(response))[:2]:
                     raise lied(
                         response, f"a listing that continues at {printable(urlsplit(following).netloc, 80)}", code="PERMISSION_DENIED"
                     )
@@ -219,7 +222,7 @@ class RemoteRepository:
 
     async def _delete(self, path: str, target: str) -> None:
         async def delete(endpoint: Endpoint) -> None:
-            async with await endpoint.ask(_ask(endpoint, "DELETE", path, "delete,push", ok={200, 202, 204})):
+            async with aclosing(await endpoint.ask(_ask(endpoint, "DELETE", path, "delete,push", ok={200, 202, 204}))):
                 pass
 
         await self._push(delete, f"{target} not deleted")
@@ -243,7 +246,7 @@ def _ask(
     return Ask(method, full, phase, scopes, query, headers, frozenset(ok or {200}), body)
 
 
-def _trusted(response: Response, parse: Callable[[], T]) -> T:
+def _trusted(response: httpx.Response, parse: Callable[[], T]) -> T:
     """A parse of the answer; what it refuses is the registry's fault."""
     try:
         return parse()

@@ -8,7 +8,10 @@ Source: distribution-spec "Pulling manifests".
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import Final
+
+import httpx
 
 from imgsvc.base.errors import ImgsvcError
 from imgsvc.base.numerals import whole_number
@@ -18,7 +21,7 @@ from imgsvc.registry.documents import ACCEPT_HEADER, MANIFESTS, announced_digest
 from imgsvc.registry.endpoint import Ask, Endpoint
 from imgsvc.registry.failover import HealthBook
 from imgsvc.registry.hosts.hosts import Capability
-from imgsvc.registry.http.exchange import RequestFailed, Response
+from imgsvc.registry.http.exchange import RequestFailed, header_of
 from imgsvc.registry.interfaces import Resolved
 
 # HEAD answers that make GET worth a try: 403 hides its reason, the others come from servers without HEAD.
@@ -42,10 +45,10 @@ async def resolve_at(endpoint: Endpoint, reference: Reference, book: HealthBook)
 
 async def _head(endpoint: Endpoint, reference: Reference) -> Resolved | None:
     """None when the answer is fine but says too little."""
-    async with await endpoint.ask(_ask("HEAD", endpoint, reference)) as response:
+    async with aclosing(await endpoint.ask(_ask("HEAD", endpoint, reference))) as response:
         check_is_manifest(response)
         digest = announced_digest(response)
-        kind, length = media_type_of(response), response.headers.get("content-length")
+        kind, length = media_type_of(response), header_of(response, "content-length")
         _check_digest(response, digest, reference)
         size = whole_number(length, MAX_DOCUMENT) or 0
         if digest and kind in MANIFESTS and 0 < size <= MAX_DOCUMENT:
@@ -59,7 +62,7 @@ async def _head(endpoint: Endpoint, reference: Reference) -> Resolved | None:
 
 
 async def _get(endpoint: Endpoint, reference: Reference, book: HealthBook) -> Resolved:
-    async with await endpoint.ask(_ask("GET", endpoint, reference)) as response:
+    async with aclosing(await endpoint.ask(_ask("GET", endpoint, reference))) as response:
         check_is_manifest(response)
         body = await read_document(response, MAX_DOCUMENT)
         algorithm = reference.digest.algorithm if reference.digest else "sha256"
@@ -81,7 +84,7 @@ async def _get(endpoint: Endpoint, reference: Reference, book: HealthBook) -> Re
     return Resolved(Descriptor(media_type, digest, len(body)), endpoint.base, document=body)
 
 
-def _check_digest(response: Response, digest: Digest | None, reference: Reference) -> None:
+def _check_digest(response: httpx.Response, digest: Digest | None, reference: Reference) -> None:
     if digest and reference.digest and digest.algorithm == reference.digest.algorithm and digest != reference.digest:
         raise lied(response, f"{digest} was answered for {reference.digest}")
 

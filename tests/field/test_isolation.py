@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ from imgsvc.base.errors import InvalidArgument
 from imgsvc.cli.main import main
 from imgsvc.registry.hosts.hosts import Tls
 from imgsvc.registry.http.bulk import BulkTransport
-from imgsvc.registry.http.exchange import Route
+from imgsvc.registry.http.exchange import Route, Timeouts, read_body
 from imgsvc.registry.http.netguard import ANYWHERE
+from imgsvc.registry.http.sender import Sender
 from tests.registry.certs import authority
 from tests.snapshot.bench import Bench
 from tests.snapshot.layers import Entry, tar
@@ -117,12 +119,12 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 async def _fetched(host: str, tls: Tls, context: ssl.SSLContext | None) -> bytes:
     server = await asyncio.start_server(_answer, ["127.0.0.1", "::1"], ssl=context)
-    bulk = BulkTransport()
+    bulk = Sender(BulkTransport(), Timeouts())
     try:
         port = next(s.getsockname()[1] for s in server.sockets if (s.family == socket.AF_INET6) == ("[" in host))
         url = f"{'https' if context else 'http'}://{host}:{port}/"
-        async with await bulk.send("GET", url, [], route=Route(tls, "", None, ANYWHERE), phase="fetch") as response:
-            return await response.read(100)
+        async with aclosing(await bulk.send("GET", url, [], route=Route(tls, "", None, ANYWHERE), phase="fetch")) as response:
+            return await read_body(response, 100)
     finally:
         await bulk.close()
         server.close()

@@ -58,7 +58,7 @@ async def client_for(
     async with AsyncExitStack() as stack:
         bulk = BulkTransport() if APART.get() else None
         if bulk:
-            stack.push_async_callback(bulk.close)
+            stack.push_async_callback(bulk.aclose)
         client = RegistryClient(made, credentials, bulk=bulk)
         stack.push_async_callback(client.close)
         yield client

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -34,8 +34,9 @@ from imgsvc.registry.http.bulk_messages import (
     unpack_head,
     unpack_order,
 )
-from imgsvc.registry.http.exchange import RequestFailed, Route, Timeouts
+from imgsvc.registry.http.exchange import RequestFailed, Route, Timeouts, reach_behind, read_body
 from imgsvc.registry.http.netguard import Reach
+from imgsvc.registry.http.sender import Sender
 from imgsvc.registry.retry import Failure
 from tests.fakes.registry import FakeRegistry, Reply
 from tests.registry.support import APART, QUICK, MemorySink, blob, client_for, hosts_d, image_of, noise, run
@@ -98,13 +99,15 @@ def test_no_message_is_taken_for_a_lot_and_none_is_too_long() -> None:
 
 
 @asynccontextmanager
-async def started() -> AsyncIterator[BulkTransport]:
-    bulk = BulkTransport()
-    bulk.timeouts = QUICK
+async def started(*, warm: bool = False) -> AsyncIterator[Sender]:
+    transport = BulkTransport()
+    if warm:
+        await transport.warm()
+    sender = Sender(transport, QUICK)
     try:
-        yield bulk
+        yield sender
     finally:
-        await bulk.close()
+        await sender.close()
 
 
 def workers() -> list[int]:
@@ -126,9 +129,9 @@ def is_dead(pid: int) -> bool:
         return True
 
 
-async def body(bulk: BulkTransport, url: str) -> bytes:
-    async with await bulk.send("GET", url, [], route=ROUTE, phase="fetch") as response:
-        return await response.read(64 * MIB)
+async def body(bulk: Sender, url: str) -> bytes:
+    async with aclosing(await bulk.send("GET", url, [], route=ROUTE, phase="fetch")) as response:
+        return await read_body(response, 64 * MIB)
 
 
 @pytest.mark.parametrize("size", [0, 1, COUNT, LOT - 1, LOT, LOT + 1, 5 * LOT, 7 * LOT + 3])
@@ -139,10 +142,10 @@ def test_a_body_of_any_size(size: int) -> None:
             fake.rule(fake.on("/x", Reply(200, {"X-Word": "z\u00fc"}, data)))
             async with (
                 started() as bulk,
-                await bulk.send("GET", f"{fake.url}/x", [("X-Asked", "1")], route=ROUTE, phase="fetch") as response,
+                aclosing(await bulk.send("GET", f"{fake.url}/x", [("X-Asked", "1")], route=ROUTE, phase="fetch")) as response,
             ):
-                assert (response.status, response.headers.get("x-word"), response.reach()) == (200, "z\u00fc", Reach.LOOPBACK)
-                assert await response.read(64 * MIB) == data
+                assert (response.status_code, response.headers.get("x-word"), reach_behind(response)) == (200, "z\u00fc", Reach.LOOPBACK)
+                assert await read_body(response, 64 * MIB) == data
             assert fake.requests[0].headers["x-asked"] == "1"
         assert not workers()
 
@@ -169,8 +172,8 @@ def test_what_has_come_is_told_although_no_more_comes(tmp_path: Path) -> None:
             fake.rule(fake.on("/x", Reply(200, {"Content-Length": "5000"}, noise(5000), stall_at=1234)))
             async with started() as bulk:
                 bulk.timeouts = Timeouts(stall=60)
-                async with await bulk.send("GET", f"{fake.url}/x", [], route=ROUTE, phase="fetch") as response:
-                    assert bytes(await asyncio.wait_for(anext(response.chunks()), 5)) == noise(5000)[:1234]
+                async with aclosing(await bulk.send("GET", f"{fake.url}/x", [], route=ROUTE, phase="fetch")) as response:
+                    assert bytes(await asyncio.wait_for(anext(response.aiter_raw()), 5)) == noise(5000)[:1234]
 
     run(main())
 
@@ -181,8 +184,8 @@ def test_closing_early_closes_the_connection_and_nothing_else() -> None:
             fake.rule(fake.on("/long", Reply(200, {}, noise(40 * MIB))))
             fake.rule(fake.on("/x", Reply(200, {}, DATA)))
             async with started() as bulk:
-                async with await bulk.send("GET", f"{fake.url}/long", [], route=ROUTE, phase="fetch") as response:
-                    assert await anext(response.chunks())
+                async with aclosing(await bulk.send("GET", f"{fake.url}/long", [], route=ROUTE, phase="fetch")) as response:
+                    assert await anext(response.aiter_raw())
                 assert await body(bulk, f"{fake.url}/x") == DATA
                 pid = await worker()
                 await until(lambda: not connections(pid, fake.port), 5)
@@ -195,7 +198,7 @@ def test_the_process_cannot_change_how_much_memory_it_shares_with_the_daemon() -
     async def main() -> None:
         with FakeRegistry() as fake:
             fake.rule(fake.on("/x", Reply(200, {}, DATA)))
-            async with started() as bulk, await bulk.send("GET", f"{fake.url}/x", [], route=ROUTE, phase="fetch"):
+            async with started() as bulk, aclosing(await bulk.send("GET", f"{fake.url}/x", [], route=ROUTE, phase="fetch")):
                 here = [entry for entry in Path("/proc/self/map_files").iterdir() if "imgsvc-body" in os.readlink(entry)]
                 assert here
                 for entry in here:
@@ -217,10 +220,10 @@ def test_a_killed_process_is_a_failure_that_may_be_tried_again(tmp_path: Path) -
         with FakeRegistry() as fake:
             fake.rule(fake.on("/x", Reply(200, {}, DATA, stall_at=MIB)))
             async with started() as bulk:
-                async with await bulk.send("GET", f"{fake.url}/x", [], route=ROUTE, phase="fetch") as response:
+                async with aclosing(await bulk.send("GET", f"{fake.url}/x", [], route=ROUTE, phase="fetch")) as response:
                     os.kill(await worker(), signal.SIGKILL)
                     with pytest.raises(RequestFailed, match="download process ended") as caught:
-                        await response.read(64 * MIB)
+                        await read_body(response, 64 * MIB)
                 assert (caught.value.failure, caught.value.phase, caught.value.where) == (Failure.BROKEN, "fetch", f"{fake.url}/x")
                 assert "out-of-memory" in caught.value.hint
 
@@ -233,20 +236,19 @@ def test_a_process_that_hangs_is_killed_and_the_next_request_gets_another(monkey
         monkeypatch.setattr("imgsvc.registry.http.bulk._GRACE_S", 0.2)
         with FakeRegistry() as fake:
             fake.rule(fake.on("/x", Reply(200, {}, DATA)))
-            async with started() as bulk:
+            async with started(warm=True) as bulk:
                 patience = 0.2 if when == "before the head" else 10.0  # the head has to come, however busy the machine is
                 bulk.timeouts = Timeouts(connect=patience, headers=patience, stall=0.2)
-                await bulk.warm()
                 pid = await worker()
                 if when == "before the head":
                     os.kill(pid, signal.SIGSTOP)
                     with pytest.raises(RequestFailed, match="does not answer"):
                         await body(bulk, f"{fake.url}/x")
                 else:
-                    async with await bulk.send("GET", f"{fake.url}/x", [], route=ROUTE, phase="fetch") as response:
+                    async with aclosing(await bulk.send("GET", f"{fake.url}/x", [], route=ROUTE, phase="fetch")) as response:
                         os.kill(pid, signal.SIGSTOP)
                         with pytest.raises(RequestFailed, match="does not answer") as caught:
-                            await response.read(64 * MIB)
+                            await read_body(response, 64 * MIB)
                     assert (caught.value.code, caught.value.failure) == ("DEADLINE_EXCEEDED", Failure.BROKEN)
                 await until(lambda: is_dead(pid), 5)
                 bulk.timeouts = QUICK
@@ -308,6 +310,8 @@ def test_too_long_a_request_is_refused_and_others_go_on() -> None:
             async with started() as bulk:
                 for _ in range(2):
                     with pytest.raises(RequestFailed, match="the request has"):
+                        await bulk.send("GET", f"{fake.url}/x", [("X-Long", "y" * MIB)], route=ROUTE, phase="fetch")
+                    with pytest.raises(RequestFailed, match="the address has"):
                         await bulk.send("GET", f"{fake.url}/{'y' * MIB}", [], route=ROUTE, phase="fetch")
                     assert await body(bulk, f"{fake.url}/x") == DATA
 
@@ -320,16 +324,15 @@ def test_many_orders_at_once_all_get_there() -> None:
     async def main() -> None:
         with FakeRegistry() as fake:
             fake.rule(fake.on("/x", Reply(200, {}, b"ok")))
-            async with started() as bulk:
-                await bulk.warm()
+            async with started(warm=True) as bulk:
                 os.kill(await worker(), signal.SIGSTOP)
                 header = [("X-Long", "l" * 20_000)]
                 sends = [asyncio.ensure_future(bulk.send("GET", f"{fake.url}/x", header, route=ROUTE, phase="fetch")) for _ in range(40)]
                 await asyncio.sleep(0.2)
                 os.kill(await worker(), signal.SIGCONT)
                 for response in await asyncio.gather(*sends):
-                    assert await response.read(10) == b"ok"
-                    await response.close()
+                    assert await read_body(response, 10) == b"ok"
+                    await response.aclose()
 
     run(main())
 
@@ -337,8 +340,7 @@ def test_many_orders_at_once_all_get_there() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights to give up")
 def test_the_process_gives_up_what_it_does_not_need() -> None:
     async def main() -> None:
-        async with started() as bulk:
-            await bulk.warm()
+        async with started(warm=True):
             pid = await worker()
             await until(lambda: f"Uid:\t{STRANGER}\t" in Path(f"/proc/{pid}/status").read_text(), 10)
             status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)

@@ -178,6 +178,7 @@ def test_check_asks_every_endpoint(node: Path, imgsvc: Imgsvc, fake: FakeRegistr
         "speed",
         "clock_skew",
         "error",
+        "token",
     }
     assert (found["endpoint"], found["ok"], found["status"], found["tls"]) == (f"{fake.url}/v2", True, 200, "off")
     assert found["speed"] > 0

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -211,6 +213,25 @@ def test_bearer_anonymous_and_private(tmp_path: Path, bearer: tuple[str, TokenSe
                 await pull(client, f"{address}/private/a")
             assert caught.value.code == "UNAUTHENTICATED"
             assert caught.value.attempts[-1].credential == CredentialUse()
+
+    run(main())
+
+
+def test_check_and_the_log_tell_whom_a_token_is_for_and_not_the_token(
+    tmp_path: Path, bearer: tuple[str, TokenServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    address, _ = bearer
+
+    async def main() -> None:
+        caplog.set_level(logging.DEBUG, "imgsvc")
+        async with client_for(with_tokens(tmp_path, address), timeouts=PATIENT) as client:
+            reference = Reference.parse(f"{address}/a")
+            await push(client.repository(reference, ROBOT), image_of())
+            (result,) = await check(client, reference, ROBOT)
+            assert re.fullmatch(rf'for "{USER}", until 2\d\d\d-.*Z', result.token)
+            assert f"  token {result.token}" in list(render([result]))
+            assert f'gave a token for "{USER}", until ' in caplog.text
+            assert "eyJ" not in caplog.text + str(result)
 
     run(main())
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
+import jwt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imgsvc.base.errors import ImgsvcError
 from imgsvc.registry.auth.challenge import check_realm, choose, parse_challenges, parse_token, scopes_for, usable_for
+from imgsvc.registry.auth.claims import claims_of
 from imgsvc.registry.http.netguard import Reach, allowed_from, reach_of
 from imgsvc.registry.http.proxies import proxy_for
 from imgsvc.registry.http.redact import registry_message, scrubbed, shown_url
@@ -106,6 +110,58 @@ def test_a4_5_token_lifetimes(body: bytes, lifetime: float) -> None:
     assert token.lifetime == lifetime
     assert 0 < usable_for(token) < lifetime
     assert "'a'" not in repr(token)
+
+
+def signed(**claims: object) -> str:
+    return jwt.encode(claims, "k" * 32)
+
+
+ISSUED = int(time.time())
+
+
+@pytest.mark.parametrize(
+    "claims, answered, lifetime",
+    [
+        ({"iat": ISSUED, "exp": ISSUED + 30}, {}, 30),
+        ({"iat": ISSUED, "exp": ISSUED + 30}, {"expires_in": 300}, 30),
+        ({"iat": ISSUED, "exp": ISSUED + 900}, {"expires_in": 300}, 300),
+        ({"iat": ISSUED, "exp": ISSUED + 900}, {}, 60),
+        ({"iat": 1000, "exp": 1030}, {"expires_in": 300}, 30),  # a clock that is not ours
+        ({"exp": 1000}, {"expires_in": 300}, 1),
+        ({"iat": 30, "exp": 20}, {}, 1),
+        ({"exp": 1e300}, {"expires_in": 300}, 300),
+        ({"sub": "robot"}, {"expires_in": 300}, 300),
+    ],
+)
+def test_a_token_is_not_used_for_longer_than_it_says_itself(
+    claims: dict[str, object], answered: dict[str, object], lifetime: float
+) -> None:
+    token = parse_token(json.dumps({"token": signed(**claims), **answered}).encode(), "t")
+    assert token.lifetime == lifetime
+    assert 0 < usable_for(token) < lifetime
+
+
+@pytest.mark.parametrize(
+    "claims, told",
+    [
+        ({"sub": "robot", "exp": 0}, 'for "robot", until 1970-01-01T00:00:00Z'),
+        ({"sub": ""}, "without a subject, without an end"),
+        ({"sub": ["a"], "exp": "soon", "iat": True}, "without a subject, without an end"),
+        ({"sub": "a\x1b" + "b" * 1000}, 'for "a'),
+    ],
+)
+def test_a_token_is_told_of_without_its_value(claims: dict[str, object], told: str) -> None:
+    found = str(claims_of(signed(**claims)))
+    assert found.startswith(told)
+    assert "\x1b" not in found
+    assert len(found) < 200
+
+
+@pytest.mark.parametrize(
+    "token", ["", "opaque", "eyJ", "eyJh.a.b", "eyJ.e30.", "eyJhbGciOiJub25lIn0.WzFd.", "eyJhbGciOiJub25lIn0." + "W1tb" * 15000 + "."]
+)
+def test_a_token_that_is_no_jwt_says_nothing(token: str) -> None:
+    assert claims_of(token) is None
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"token":1}', b'{"token":"a\\nX: y"}', b'{"token":""}', b'{"token":"a b"}'])

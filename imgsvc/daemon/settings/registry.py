@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Final
 
+import httpx
+
 from imgsvc.config import Loaded
 from imgsvc.registry.auth.credentials import CredentialSettings, NodeCredentials, StoredCredential
 from imgsvc.registry.client import RegistryClient, RegistrySettings
 from imgsvc.registry.hosts.hostdirs import split_config_path
 from imgsvc.registry.hosts.legacy import parse_legacy
-from imgsvc.registry.http.exchange import Sender, Timeouts
+from imgsvc.registry.http.exchange import Timeouts
 from imgsvc.registry.interfaces import RegistryObserver
 
 
@@ -35,7 +37,7 @@ KEYS: Final = (
 )
 
 
-def open_registries(loaded: Loaded, observer: RegistryObserver | None = None, bulk: Sender | None = None) -> Registries:
+def open_registries(loaded: Loaded, observer: RegistryObserver | None = None, bulk: httpx.AsyncBaseTransport | None = None) -> Registries:
     """Build the client; no I/O with registries. observer: told what it does. bulk: who fetches blobs. Raises: InvalidArgument for legacy tables that cannot be honoured."""
     settings, credentials, warnings = _settings(loaded)
     return Registries(RegistryClient(settings, credentials, observer, bulk), credentials, warnings)

@@ -13,12 +13,14 @@ from urllib.parse import urlsplit
 
 from imgsvc.base.errors import InvalidArgument, printable
 from imgsvc.base.oci import load_json_object
+from imgsvc.registry.auth.claims import Claims, claims_of
 from imgsvc.registry.http.netguard import is_host_name
 
 MAX_TOKEN_BODY: Final = 1024**2  # [bytes] of a token server's answer; real ones stay below 20 KiB
 _MAX_HEADER: Final = 16 * 1024  # [characters] of all challenges together
 _DEFAULT_LIFETIME_S: Final = 60.0  # token.md: what an absent expires_in means
 _MAX_LIFETIME_S: Final = 24 * 3600.0
+_MIN_LIFETIME_S: Final = 1.0  # of one that has expired by its own words: perhaps only by our clock, so it is tried once
 
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _PARAMETER = re.compile(rf"\s*({_WORD})\s*=\s*(?:\"((?:[^\"\\]|\\.)*)\"|({_WORD}|[^\s,\"]+))\s*", re.DOTALL)
@@ -37,10 +39,11 @@ class Challenge:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Token:
-    """A bearer token. lifetime [seconds] from when it was received; 0 < lifetime."""
+    """A bearer token. lifetime [seconds] from when it was received; 0 < lifetime. claims: what it says of itself, where it is a JWT."""
 
     value: str
     lifetime: float
+    claims: Claims | None = None
 
     def __repr__(self) -> str:
         return f"Token(lifetime={self.lifetime})"
@@ -134,7 +137,11 @@ def parse_token(body: bytes, where: str) -> Token:
     seconds = value.get("expires_in")
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
         seconds = _DEFAULT_LIFETIME_S
-    return Token(token, float(min(seconds, _MAX_LIFETIME_S)))
+    claims = claims_of(token)
+    longest = _MAX_LIFETIME_S
+    if claims and claims.lifetime is not None:
+        longest = min(longest, max(_MIN_LIFETIME_S, claims.lifetime))
+    return Token(token, float(min(seconds, longest)), claims)
 
 
 def usable_for(token: Token) -> float:

@@ -1,4 +1,4 @@
-"""Requests whose answers are large, made by a process of its own: the daemon's side, a Sender like transport.Transport.
+"""Requests whose answers are large, made by a process of its own: the daemon's side, an httpx transport like transport.Transport.
 
 The process is started on first use, or by warm(), and again if it should die. It has its own connections; what is asked of
 which host, with which credential, is decided here. A lot of a body is stored from the memory it came into, without a copy.
@@ -13,9 +13,10 @@ import mmap
 import os
 import socket
 import sys
-import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator, Sequence
+from typing import Final, Self
+
+import httpx
 
 from imgsvc.base import kernel
 from imgsvc.base.children import Companion
@@ -28,14 +29,12 @@ from imgsvc.registry.http.bulk_messages import (
     MAX_MESSAGE,
     MEMORY,
     SLOTS,
-    Head,
     Order,
     pack_order,
     unpack_end,
     unpack_head,
 )
-from imgsvc.registry.http.exchange import Chunk, Headers, RequestFailed, Response, Route, Sender, Timeouts, log_exchange
-from imgsvc.registry.http.netguard import Reach
+from imgsvc.registry.http.exchange import RequestFailed, answer_to
 from imgsvc.registry.http.redact import shown_url
 from imgsvc.registry.http.tls import opened_files
 from imgsvc.registry.retry import Failure
@@ -99,36 +98,38 @@ class _Job:
             self._memory.close()
 
 
-class _BulkResponse(Response):
-    def __init__(self, head: Head, order: Order, job: _Job) -> None:
-        super().__init__(head.status, Headers(head.headers), order.url, order.phase)
-        self._reach = head.reach
-        self._stall = order.timeouts.stall
+class _Lots(httpx.AsyncByteStream):
+    """A body, lot by lot, each good until the next one is asked for; what is not full by then after 50 ms at the latest."""
+
+    def __init__(self, job: _Job, stall: float) -> None:
         self._job = job
+        self._stall = stall
+        self._number = 0
+        self._lent = contextlib.ExitStack()  # the lot that is looked at
 
-    def reach(self) -> Reach:
-        """See Response."""
-        return self._reach
+    def __aiter__(self) -> Self:
+        return self
 
-    async def chunks(self) -> AsyncGenerator[Chunk, None]:
-        """See Response; what is not full by then after 50 ms at the latest."""
-        number = 0
-        while len(message := await self._job.receive(MAX_END, self._stall)) == COUNT:
-            with self._job.lot(number, int.from_bytes(message, "big")) as lot:
-                yield lot
-            number += 1
-        unpack_end(message)
+    async def __anext__(self) -> bytes:
+        self._lent.close()
+        message = await self._job.receive(MAX_END, self._stall)
+        if len(message) != COUNT:
+            unpack_end(message)
+            raise StopAsyncIteration
+        lot = self._lent.enter_context(self._job.lot(self._number, int.from_bytes(message, "big")))
+        self._number += 1
+        return lot  # type: ignore[return-value]  # httpx says bytes; it only takes its length before it hands it on
 
-    async def close(self) -> None:
-        """See Response."""
+    async def aclose(self) -> None:
+        """Idempotent. Before the end, the process closes its connection."""
+        self._lent.close()
         self._job.close()
 
 
-class BulkTransport:
-    """A Sender over one process. Belongs to one event loop."""
+class BulkTransport(httpx.AsyncBaseTransport):
+    """Hands requests to one process. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self.timeouts = Timeouts()
         # With the daemon's environment: it may say where the system's CAs are and how names are resolved.
         self._process = Companion("imgsvc.registry.http.bulk_worker")
         self._lock = asyncio.Lock()
@@ -138,23 +139,21 @@ class BulkTransport:
         async with self._lock:
             await self._process.connect()
 
-    async def send(self, method: str, url: str, headers: Sequence[tuple[str, str]], *, route: Route, phase: str) -> Response:
-        """See Sender. Raises, besides: Unavailable when there is no process to be had."""
-        began = time.monotonic()
-        order = Order(method, url, tuple(headers), route, phase, self.timeouts)
-        job = _Job(self._process, url, phase)
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """As Transport's, for a request without a body. Raises, besides: Unavailable when there is no process to be had."""
+        order = Order.of(request)
+        job = _Job(self._process, order.url, order.phase)
         try:
             await self._hand_over(order, job)
-            connect = route.connect_within(self.timeouts)
-            head = unpack_head(await job.receive(MAX_MESSAGE, connect + self.timeouts.headers))
+            connect = order.route.connect_within(order.timeouts)
+            head = unpack_head(await job.receive(MAX_MESSAGE, connect + order.timeouts.headers))
         except BaseException:
             job.close()
             raise
-        response = _BulkResponse(head, order, job)
-        log_exchange(method, headers, response, time.monotonic() - began)
-        return response
+        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in head.headers]
+        return answer_to(request, head.status, headers, _Lots(job, order.timeouts.stall), reach=head.reach)
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Stop the process; what it is fetching fails."""
         async with self._lock:
             self._process.stop()
@@ -183,11 +182,6 @@ class BulkTransport:
                     self._process.stop()
                     if last:
                         raise Unavailable(f"no download process: {error.strerror or error}", where=sys.executable) from error
-
-
-def as_sender(bulk: BulkTransport) -> Sender:
-    """Lets mypy prove that the contract is met."""
-    return bulk
 
 
 async def _send(control: socket.socket, message: bytes, fds: Sequence[int]) -> None:

@@ -18,11 +18,13 @@ import json
 from dataclasses import asdict, astuple, dataclass
 from typing import Any, Final
 
+import httpx
+
 from imgsvc.base.errors import ImgsvcError
 from imgsvc.base.errorwire import error_from_plain, error_to_plain
 from imgsvc.base.oci import KIB, MIB
 from imgsvc.registry.hosts.hosts import Tls
-from imgsvc.registry.http.exchange import RequestFailed, Route, Timeouts
+from imgsvc.registry.http.exchange import RequestFailed, Route, Timeouts, header_pairs, phase_of, request_for, route_of, timeouts_of, url_of
 from imgsvc.registry.http.netguard import Reach
 from imgsvc.registry.retry import Failure
 
@@ -45,6 +47,16 @@ class Order:
     route: Route
     phase: str
     timeouts: Timeouts
+
+    @classmethod
+    def of(cls, request: httpx.Request) -> Order:
+        """A request in the daemon."""
+        route, timeouts = route_of(request), timeouts_of(request)
+        return cls(request.method, url_of(request), header_pairs(request), route, phase_of(request), timeouts)
+
+    def request(self) -> httpx.Request:
+        """The same in the process. Raises: RequestFailed."""
+        return request_for(self.method, self.url, self.headers, route=self.route, phase=self.phase, timeouts=self.timeouts)
 
 
 @dataclass(frozen=True, slots=True)

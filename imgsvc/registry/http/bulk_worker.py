@@ -38,7 +38,7 @@ from imgsvc.registry.http.bulk_messages import (
     pack_head,
     unpack_order,
 )
-from imgsvc.registry.http.exchange import Chunk, Timeouts
+from imgsvc.registry.http.exchange import header_pairs, reach_behind
 from imgsvc.registry.http.redact import shown_url
 from imgsvc.registry.http.tls import HandedFiles, names_in
 from imgsvc.registry.http.transport import Transport
@@ -63,7 +63,7 @@ class Lots:
         """The daemon is done with a slot."""
         self._free.release()
 
-    async def add(self, chunk: Chunk) -> None:
+    async def add(self, chunk: bytes) -> None:
         """Take a chunk; waits while the daemon has all slots."""
         view = memoryview(chunk)
         while view:
@@ -94,15 +94,13 @@ async def _fetch(transport: Transport, order: Order, job: socket.socket, lots: L
     """Answer one order to the end."""
     failure: ImgsvcError | None = None
     try:
-        transport.timeouts = order.timeouts
-        async with await transport.send(order.method, order.url, order.headers, route=order.route, phase=order.phase) as response:
-            head = pack_head(Head(response.status, tuple(response.headers), response.reach()))
+        async with contextlib.aclosing(await transport.handle_async_request(order.request())) as response:
+            head = pack_head(Head(response.status_code, header_pairs(response), reach_behind(response)))
             if len(head) > MAX_MESSAGE:
                 raise Internal(f"the answer's headers have {len(head)} bytes, more than {MAX_MESSAGE}", where=shown_url(order.url))
             _tell(job, head)
-            async with contextlib.aclosing(response.chunks()) as chunks:
-                async for chunk in chunks:
-                    await lots.add(chunk)
+            async for chunk in response.aiter_raw():
+                await lots.add(chunk)
     except ImgsvcError as error:
         failure = error
     except Exception:  # noqa: BLE001  # the edge of the process
@@ -137,7 +135,7 @@ async def serve(control: socket.socket) -> None:
     control.setblocking(False)
     loop = asyncio.get_running_loop()
     files = HandedFiles()
-    transport = Transport(Timeouts(), files)
+    transport = Transport(files)
     jobs: set[asyncio.Task[None]] = set()
     gone = loop.create_future()
 

@@ -1,15 +1,20 @@
-"""A request and its answer, for transport.py in this process and bulk.py in another one."""
+"""Requests and answers are httpx's; what this client adds to them, and how a request fails. transport.py and bulk.py answer them.
+
+What one request goes by beside its bytes is in `request.extensions`: "route" (Route), "phase" (see RequestFailed), "address" (its
+URL as it was given: httpx spells some differently), "timeouts" (Timeouts), besides httpx's own "timeout" and "target". A
+transport of ours adds "reach" to `response.extensions`.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import ssl
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Sequence
+import time
+from collections.abc import AsyncIterable, Iterable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import httpx
 
 from imgsvc.base.concurrency import time_limit
 from imgsvc.base.errors import ImgsvcError, ResourceExhausted, printable
@@ -22,9 +27,11 @@ from imgsvc.registry.retry import Failure
 log = logging.getLogger(__name__)
 
 _MAX_HEADER_VALUE: Final = 64 * 1024  # [characters] h11 bounds the whole head to about 100 KiB
+_MAX_URL: Final = 64 * 1024  # [characters] of httpx
+_ENCODING: Final = "latin-1"  # of header values: every byte is a character
+_UNSENDABLE: Final = "the address or a header has characters that cannot be sent"
 
 Body = bytes | AsyncIterable[bytes]
-Chunk = bytes | memoryview
 
 
 class RequestFailed(ImgsvcError):
@@ -83,109 +90,173 @@ class Route:
         return timeouts.connect if self.connect_timeout is None else self.connect_timeout
 
 
-class Headers:
-    """Response headers; names in any case, values as text, those with control characters dropped."""
+class _Answer(httpx.Response):
+    """An answer that httpx leaves as it is: redirects are followed by endpoint.py, which decides what may go where.
 
-    def __init__(self, items: Iterable[tuple[str, str]]) -> None:
-        self._items = [(name.lower(), value) for name, value in items]
-
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        return iter(self._items)
-
-    def get(self, name: str) -> str:
-        """The first value, "" when absent."""
-        return next(iter(self.all(name)), "")
-
-    def all(self, name: str) -> list[str]:
-        """Every value."""
-        wanted = name.lower()
-        return [value for key, value in self._items if key == wanted and len(value) <= _MAX_HEADER_VALUE]
-
-
-class Response(ABC):
-    """An answer whose body is still to come. Close it; closing early closes the connection."""
-
-    def __init__(self, status: int, headers: Headers, url: str, phase: str) -> None:
-        self.status = status
-        self.headers = headers
-        self.url = url
-        self.phase = phase
+    httpx reads a Location even when it is not to follow it, and raises an error of its own for one that is no URL.
+    """
 
     @property
-    def tls(self) -> ssl.SSLObject | None:
-        """The TLS session, when it is one of this process; for what `hosts check` reports."""
-        return None
-
-    @abstractmethod
-    def reach(self) -> Reach:
-        """Address class of the server; unknown through a proxy, so PUBLIC, the narrowest."""
-
-    @abstractmethod
-    def chunks(self) -> AsyncGenerator[Chunk, None]:
-        """The body as it arrives, not decoded. A chunk is good until the next one is asked for. Raises: RequestFailed."""
-
-    @abstractmethod
-    async def close(self) -> None:
-        """Idempotent."""
-
-    async def read(self, limit: int) -> bytes:
-        """The whole body. Raises: ResourceExhausted beyond `limit` bytes; RequestFailed."""
-        length = self.headers.get("content-length")
-        parts, total = [], 0
-        if (whole_number(length, limit) or 0) <= limit:
-            async with contextlib.aclosing(self.chunks()) as chunks:
-                async for chunk in chunks:
-                    total += len(chunk)
-                    if total > limit:
-                        break
-                    parts.append(bytes(chunk))
-                else:
-                    return b"".join(parts)
-        await self.close()
-        raise ResourceExhausted(f"answer larger than {limit} bytes", where=shown_url(self.url))
-
-    async def read_some(self, limit: int) -> bytes:
-        """The start of the body, whatever happens after it: for error texts."""
-        parts, total = [], 0
-        try:
-            async with time_limit(5), contextlib.aclosing(self.chunks()) as chunks:
-                async for chunk in chunks:
-                    parts.append(bytes(chunk[: limit - total]))
-                    total += len(parts[-1])
-                    if total >= limit:
-                        break
-        except (RequestFailed, TimeoutError):
-            pass  # the status says enough
-        return b"".join(parts)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self.close()
+    def has_redirect_location(self) -> bool:
+        """No."""
+        return False
 
 
-class Sender(Protocol):
-    """Who makes requests. timeouts: for those that begin from now on."""
+def request_for(
+    method: str,
+    url: str,
+    headers: Iterable[tuple[str, str]],
+    *,
+    route: Route,
+    phase: str,
+    timeouts: Timeouts,
+    body: Body = b"",
+    length: int | None = None,
+) -> httpx.Request:
+    """A request with exactly these headers, Host, and what its body needs. `length`: of a streamed body [bytes].
 
-    timeouts: Timeouts
+    Raises: RequestFailed when it cannot be sent.
+    """
+    try:
+        sent = _whole_head(url, headers, length)
+        parts = urlsplit(url)
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        timeout = httpx.Timeout(timeouts.stall, connect=route.connect_within(timeouts), pool=None)
+        facts = {"route": route, "phase": phase, "address": url, "timeouts": timeouts}
+        extensions = facts | {"target": target.encode(), "timeout": timeout.as_dict()}
+        return httpx.Request(method, url, headers=httpx.Headers(sent, encoding=_ENCODING), content=body, extensions=extensions)
+    except (ValueError, httpx.InvalidURL):
+        # `from None`: the cause would quote the address or a secret.
+        is_long = len(url) > _MAX_URL
+        what = f"the address has {len(url)} characters, more than {_MAX_URL}" if is_long else _UNSENDABLE
+        raise RequestFailed(what, code="INVALID_ARGUMENT", failure=Failure.DEFINITE, phase=phase, where=shown_url(url)) from None
 
-    async def send(self, method: str, url: str, headers: Sequence[tuple[str, str]], *, route: Route, phase: str) -> Response:
-        """Send one request without a body and wait for the answer's head.
 
-        Raises: RequestFailed; InvalidArgument when TLS files cannot be used.
-        """
+def _whole_head(url: str, headers: Iterable[tuple[str, str]], length: int | None) -> list[tuple[str, str]]:
+    """Headers with Host. Raises: ValueError for what cannot be sent."""
+    sent = list(headers)
+    if not any(name.lower() == "host" for name, _ in sent):
+        sent.insert(0, ("Host", urlsplit(url).netloc))
+    if length is not None:
+        sent.append(("Content-Length", str(length)))
+    if not url.isascii() or any(not name.isascii() or set(value) & set("\r\n\0") for name, value in sent):
+        raise ValueError("not to be sent")  # h11 would say so too, and quote it
+    return sent
 
 
-def log_exchange(method: str, sent: Sequence[tuple[str, str]], response: Response, seconds: float) -> None:
-    """One exchange for the log: headers that explain something, and none that may hold a secret."""
+def route_of(request: httpx.Request) -> Route:
+    """How to get to its server."""
+    route: Route = request.extensions.get("route", Route(Tls()))
+    return route
+
+
+def timeouts_of(request: httpx.Request) -> Timeouts:
+    """How long it may take."""
+    timeouts: Timeouts = request.extensions.get("timeouts", Timeouts())
+    return timeouts
+
+
+def phase_of(message: httpx.Request | httpx.Response) -> str:
+    """What the request, or the one that was answered, is for; see RequestFailed."""
+    return str(_request(message).extensions.get("phase", "fetch"))
+
+
+def url_of(message: httpx.Request | httpx.Response) -> str:
+    """The URL of the request, or of the one that was answered, as it was given."""
+    request = _request(message)
+    return str(request.extensions.get("address", request.url))
+
+
+def _request(message: httpx.Request | httpx.Response) -> httpx.Request:
+    return message.request if isinstance(message, httpx.Response) else message
+
+
+def answer_to(
+    request: httpx.Request,
+    status: int,
+    headers: Sequence[tuple[bytes, bytes]],
+    body: httpx.AsyncByteStream,
+    *,
+    reach: Reach,
+    extensions: dict[str, Any] | None = None,
+) -> httpx.Response:
+    """An answer whose body is still to come: for transports. Its errors are RequestFailed.
+
+    reach: address class of the server; unknown through a proxy, so PUBLIC, the narrowest.
+    """
+    response = _Answer(status, headers=headers, stream=body, request=request, extensions={**(extensions or {}), "reach": reach})
+    response.headers.encoding = _ENCODING
+    return response
+
+
+def reach_behind(response: httpx.Response) -> Reach:
+    """Address class of the server that answered; the narrowest where it is not known."""
+    reach: Reach = response.extensions.get("reach", Reach.PUBLIC)
+    return reach
+
+
+def header_pairs(message: httpx.Request | httpx.Response) -> tuple[tuple[str, str], ...]:
+    """All headers in their order, names spelled as they were, one character for each byte."""
+    return tuple((name.decode(_ENCODING), value.decode(_ENCODING)) for name, value in message.headers.raw)
+
+
+def header_values(response: httpx.Response, name: str) -> list[str]:
+    """Every value of a header of sane length."""
+    return [value for value in response.headers.get_list(name) if len(value) <= _MAX_HEADER_VALUE]
+
+
+def header_of(response: httpx.Response, name: str) -> str:
+    """The first value of a header, "" when absent. httpx would join several with commas: no Location or digest is made of two."""
+    return next(iter(header_values(response, name)), "")
+
+
+async def read_body(response: httpx.Response, limit: int) -> bytes:
+    """The whole body, not decoded. Raises: ResourceExhausted beyond `limit` bytes; RequestFailed."""
+    length = header_of(response, "content-length")
+    parts, total = [], 0
+    if (whole_number(length, limit) or 0) <= limit:
+        async for chunk in response.aiter_raw():
+            total += len(chunk)
+            if total > limit:
+                break
+            parts.append(bytes(chunk))
+        else:
+            return b"".join(parts)
+    await response.aclose()
+    raise ResourceExhausted(f"answer larger than {limit} bytes", where=shown_url(url_of(response)))
+
+
+async def read_start(response: httpx.Response, limit: int) -> bytes:
+    """The start of the body, whatever happens after it: for error texts."""
+    parts, total = [], 0
+    try:
+        async with time_limit(5):
+            async for chunk in response.aiter_raw():
+                parts.append(bytes(chunk[: limit - total]))
+                total += len(parts[-1])
+                if total >= limit:
+                    break
+    except (RequestFailed, TimeoutError):
+        pass  # the status says enough
+    return b"".join(parts)
+
+
+async def note_start(request: httpx.Request) -> None:
+    """A hook for requests: when this one began."""
+    request.extensions["began"] = time.monotonic()
+
+
+async def log_exchange(response: httpx.Response) -> None:
+    """A hook for responses: one exchange for the log, with headers that explain something and none that may hold a secret."""
     if not log.isEnabledFor(logging.DEBUG):
         return
-    asked = "".join(f", {name} {printable(value, 80)}" for name, value in sent if name in ("Range", "If-None-Match"))
-    told = "".join(f", {name} {printable(value, 120)}" for name in _TOLD if (value := response.headers.get(name)))
-    authorized = ", authorized" if any(name == "Authorization" for name, _ in sent) else ""
-    outcome = f"{response.status} after {seconds:.3f} s{authorized}{asked};{told.removeprefix(',')}"
-    log.debug("%s %s: %s", method, shown_url(response.url), outcome)
+    request = response.request
+    asked = "".join(f", {name} {printable(value, 80)}" for name in ("Range", "If-None-Match") if (value := request.headers.get(name)))
+    told = "".join(f", {name} {printable(value, 120)}" for name in _TOLD if (value := header_of(response, name)))
+    authorized = ", authorized" if "Authorization" in request.headers else ""
+    seconds = time.monotonic() - request.extensions["began"]
+    outcome = f"{response.status_code} after {seconds:.3f} s{authorized}{asked};{told.removeprefix(',')}"
+    log.debug("%s %s: %s", request.method, shown_url(url_of(response)), outcome)
 
 
 _TOLD: Final = (

@@ -1,7 +1,7 @@
 """One HTTP request to one place: connection pools, TLS settings, deadlines. No authentication, no redirects, no retries.
 
-httpcore is used without httpx around it: a registry client decides itself about redirects, cookies (there are none),
-proxies and timeouts, and httpcore's pool is the layer that accepts our network backend.
+An httpx transport of our own: httpx's has one route for all requests, and hides the layer that accepts our network backend,
+which is httpcore's pool.
 
 HTTP/1.1 is what we ask for: one blob is one stream of bytes, and several connections beat several streams of one, the
 more so as HTTP/2 frames are taken apart in Python. A server that has only HTTP/2 (it refuses http/1.1 in the TLS handshake,
@@ -12,18 +12,18 @@ that a stream was given up, so what shares a connection could not be closed earl
 from __future__ import annotations
 
 import ssl
-import time
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Final
+from collections.abc import AsyncIterator
+from typing import Final
 from urllib.parse import unquote, urlsplit
 
 import httpcore
+import httpx
 from h2.exceptions import H2Error
 
 from imgsvc.base.concurrency import in_thread, time_limit
 from imgsvc.base.errors import printable
 from imgsvc.registry.hosts.hosts import Tls
-from imgsvc.registry.http.exchange import Body, Chunk, Headers, RequestFailed, Response, Route, Timeouts, log_exchange
+from imgsvc.registry.http.exchange import RequestFailed, Route, answer_to, phase_of, route_of, timeouts_of, url_of
 from imgsvc.registry.http.netguard import ANYWHERE, Reach, reach_of
 from imgsvc.registry.http.netstream import AddressRefused, Backend, TlsFailed
 from imgsvc.registry.http.redact import shown_url
@@ -35,134 +35,89 @@ _KEEP_IDLE_S: Final = 30.0
 _HTTP_ERRORS: Final = (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError, H2Error)
 
 
-class _HttpResponse(Response):
-    """pool: for this answer only, closed with it."""
+class _Body(httpx.AsyncByteStream):
+    """Up to 256 KiB at a time, not decoded. pool: for this answer only, closed with it."""
 
-    def __init__(
-        self, raw: httpcore.Response, url: str, phase: str, through_proxy: bool, pool: httpcore.AsyncConnectionPool | None = None
-    ) -> None:
-        headers = Headers((name.decode("latin-1"), value.decode("latin-1")) for name, value in raw.headers)
-        super().__init__(raw.status, headers, url, phase)
+    def __init__(self, raw: httpcore.Response, request: httpx.Request, pool: httpcore.AsyncConnectionPool | None) -> None:
         self._raw = raw
+        self._request = request
         self._pool = pool
-        self._through_proxy = through_proxy
 
-    @property
-    def tls(self) -> ssl.SSLObject | None:
-        """See Response."""
-        found = self._connection("ssl_object")
-        return found if isinstance(found, ssl.SSLObject) else None
-
-    def reach(self) -> Reach:
-        """See Response."""
-        address = None if self._through_proxy else self._connection("server_addr")
-        return reach_of(str(address[0])) if address else Reach.PUBLIC
-
-    def _connection(self, info: str) -> Any:
-        """What the connection below says about itself."""
-        stream = self._raw.extensions.get("network_stream")
-        return stream.get_extra_info(info) if isinstance(stream, httpcore.AsyncNetworkStream) else None
-
-    async def chunks(self) -> AsyncGenerator[Chunk, None]:
-        """See Response; up to 256 KiB at a time."""
+    async def __aiter__(self) -> AsyncIterator[bytes]:
         try:
             async for chunk in self._raw.aiter_stream():
                 yield chunk
         except _HTTP_ERRORS as error:
-            raise _mapped(error, self.url, self.phase) from error
+            raise _mapped(error, self._request) from error
 
-    async def close(self) -> None:
-        """See Response."""
+    async def aclose(self) -> None:
+        """Idempotent. Before the end, this closes the connection."""
         await self._raw.aclose()
         if self._pool:
             await self._pool.aclose()
 
 
-class Transport:
+class Transport(httpx.AsyncBaseTransport):
     """Connection pools by route. Belongs to one event loop."""
 
-    def __init__(self, timeouts: Timeouts, files: TlsFiles | None = None) -> None:
+    def __init__(self, files: TlsFiles | None = None) -> None:
         """files: None for those of the file system."""
-        self.timeouts = timeouts
         self._files = files or TlsFiles()
         self._pools: dict[tuple[object, ...], httpcore.AsyncConnectionPool] = {}
         self._contexts: dict[tuple[object, ...], ssl.SSLContext] = {}
         self._only_h2: dict[str, None] = {}  # scheme and authority of servers without HTTP/1.1
 
-    async def send(
-        self,
-        method: str,
-        url: str,
-        headers: Sequence[tuple[str, str]],
-        *,
-        route: Route,
-        phase: str,
-        body: Body = b"",
-        length: int | None = None,
-    ) -> Response:
-        """Send one request and wait for the answer's head. `length`: of a streamed body [bytes].
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send one request of request_for and wait for the answer's head.
 
         Raises: RequestFailed; InvalidArgument when TLS files cannot be used.
         """
-        _check_literal_address(url, route, phase)
-        connect = route.connect_within(self.timeouts)
-        try:
-            request = httpcore.Request(
-                method,
-                url,
-                headers=_request_headers(url, headers, method, body, length),
-                content=body,
-                extensions={"timeout": {"connect": connect, "read": self.timeouts.stall, "write": self.timeouts.stall, "pool": None}},
-            )
-        except ValueError:
-            # `from None`: the cause would quote the address or a secret.
-            what = "the address or a header has characters that cannot be sent"
-            raise RequestFailed(what, code="INVALID_ARGUMENT", failure=Failure.DEFINITE, phase=phase, where=shown_url(url)) from None
+        _check_literal_address(request)
         # A streamed upload takes as long as it takes; its writes have their own stall clock.
-        limit = None if method in ("PUT", "PATCH", "POST") else connect + self.timeouts.headers
-        began = time.monotonic()
+        timeouts = timeouts_of(request)
+        is_upload = request.method in ("PUT", "PATCH", "POST")
+        limit = None if is_upload else route_of(request).connect_within(timeouts) + timeouts.headers
         try:
             async with time_limit(limit):
-                response = await self._exchange(request, url, route, phase, can_repeat=isinstance(body, bytes))
+                return await self._exchange(request)
         except TimeoutError as error:
-            what = f"no complete answer within {limit:g} s"
-            raise RequestFailed(what, code="DEADLINE_EXCEEDED", failure=Failure.BROKEN, phase=phase, where=shown_url(url)) from error
+            raise _failed(f"no complete answer within {limit:g} s", request, code="DEADLINE_EXCEEDED", failure=Failure.BROKEN) from error
         except _HTTP_ERRORS as error:
             if not isinstance(error, httpcore.RemoteProtocolError) or not _is_no_http1(error):
-                raise _mapped(error, url, phase, route.proxy) from error
+                raise _mapped(error, request, route_of(request).proxy) from error
             what, hint = f"the answer is not HTTP: {printable(str(error), 160)}", "is this the registry's port, and does it want https://?"
-            raise RequestFailed(what, code="UNAVAILABLE", failure=Failure.DEFINITE, phase=phase, where=shown_url(url), hint=hint) from error
-        log_exchange(method, headers, response, time.monotonic() - began)
-        return response
+            raise _failed(what, request, code="UNAVAILABLE", failure=Failure.DEFINITE, hint=hint) from error
 
-    async def _exchange(self, request: httpcore.Request, url: str, route: Route, phase: str, *, can_repeat: bool) -> Response:
+    async def _exchange(self, request: httpx.Request) -> httpx.Response:
         """In the protocol that the server has. Raises: _HTTP_ERRORS."""
-        server = "/".join(urlsplit(url)[:2])
+        server = "/".join(urlsplit(url_of(request))[:2])
         if server in self._only_h2:
-            return await self._exchange_h2(request, url, route, phase)
+            return await self._exchange_h2(request)
         try:
-            raw = await (await self._pool(route)).handle_async_request(request)
+            pool = await self._pool(route_of(request))
+            return _answer(await pool.handle_async_request(_for_httpcore(request)), request)
         except (TlsFailed, httpcore.RemoteProtocolError) as error:
+            can_repeat = isinstance(request.stream, httpx.ByteStream)
             if not can_repeat or not _is_no_http1(error):
                 raise
             try:
-                response = await self._exchange_h2(request, url, route, phase)
+                response = await self._exchange_h2(request)
             except _HTTP_ERRORS:
                 raise error from None  # it has neither
             self._only_h2[server] = None
             return response
-        return _HttpResponse(raw, url, phase, bool(route.proxy))
 
-    async def _exchange_h2(self, request: httpcore.Request, url: str, route: Route, phase: str) -> Response:
+    async def _exchange_h2(self, request: httpx.Request) -> httpx.Response:
+        route = route_of(request)
         pool = _new_pool(route, await self._context(route, is_h2=True), is_h2=True)
         try:
-            raw = await pool.handle_async_request(request)
+            raw = await pool.handle_async_request(_for_httpcore(request))
         except BaseException:
             await pool.aclose()
             raise
-        return _HttpResponse(raw, url, phase, bool(route.proxy), pool)
+        return _answer(raw, request, pool)
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Close every connection."""
         pools, self._pools = list(self._pools.values()), {}
         for pool in pools:
@@ -215,34 +170,41 @@ def _is_no_http1(error: Exception) -> bool:
     return "disconnected" not in str(error)
 
 
-def _check_literal_address(url: str, route: Route, phase: str) -> None:
+def _for_httpcore(request: httpx.Request) -> httpcore.Request:
+    url = request.url
+    return httpcore.Request(
+        request.method,
+        httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
+        headers=request.headers.raw,
+        content=request.stream,
+        extensions=request.extensions,
+    )
+
+
+def _answer(raw: httpcore.Response, request: httpx.Request, pool: httpcore.AsyncConnectionPool | None = None) -> httpx.Response:
+    stream = raw.extensions.get("network_stream")
+    address = stream.get_extra_info("server_addr") if isinstance(stream, httpcore.AsyncNetworkStream) else None
+    reach = reach_of(str(address[0])) if address and not route_of(request).proxy else Reach.PUBLIC
+    return answer_to(request, raw.status, raw.headers, _Body(raw, request, pool), reach=reach, extensions=dict(raw.extensions))
+
+
+def _check_literal_address(request: httpx.Request) -> None:
     """Through a proxy we do not see the address that is connected to, but the URL may say it."""
-    host = urlsplit(url).hostname or ""
+    route, host = route_of(request), urlsplit(url_of(request)).hostname or ""
     if not route.proxy or route.reachable == ANYWHERE or not (":" in host or host.replace(".", "").isdigit()):
         return
     if (reach := reach_of(host)) not in route.reachable:
         what = f"{host} is a {reach.value} address, which this registry may not redirect to"
-        raise RequestFailed(what, code="PERMISSION_DENIED", failure=Failure.DEFINITE, phase=phase, where=shown_url(url))
+        raise _failed(what, request, code="PERMISSION_DENIED", failure=Failure.DEFINITE)
 
 
-def _request_headers(
-    url: str, headers: Sequence[tuple[str, str]], method: str, body: Body, length: int | None
-) -> list[tuple[bytes, bytes]]:
-    sent = [("Host", urlsplit(url).netloc), *headers]
-    if isinstance(body, bytes):
-        length = len(body) if body or method in ("PUT", "PATCH", "POST") else None
-    if length is not None:
-        sent.append(("Content-Length", str(length)))
-    elif not isinstance(body, bytes):
-        sent.append(("Transfer-Encoding", "chunked"))
-    if any(character in value for _, value in sent for character in "\r\n\0"):
-        raise ValueError("a header contains a line break")  # h11 would say so too, and quote it
-    return [(name.encode("ascii"), value.encode("latin-1")) for name, value in sent]
+def _failed(what: str, request: httpx.Request, *, code: str, failure: Failure, hint: str = "") -> RequestFailed:
+    return RequestFailed(what, code=code, failure=failure, phase=phase_of(request), where=shown_url(url_of(request)), hint=hint)
 
 
-def _mapped(error: Exception, url: str, phase: str, proxy: str = "") -> RequestFailed:
+def _mapped(error: Exception, request: httpx.Request, proxy: str = "") -> RequestFailed:
     """proxy: what the connection goes through, "" for none."""
-    where, text = shown_url(url), printable(str(error), 200)
+    where, text = shown_url(url_of(request)), printable(str(error), 200)
     if isinstance(error, TlsFailed):
         untrusted = "not trusted" in text
         hint = "write http:// in the [host] table if that is meant" if error.plain else hint_about(text) if untrusted else ""
@@ -262,8 +224,8 @@ def _mapped(error: Exception, url: str, phase: str, proxy: str = "") -> RequestF
         what = f"proxy {shown_url(proxy)}: {text}" if proxy else text
         return RequestFailed(what, code=code, failure=Failure.UNREACHABLE, phase="connect", where=where, hint=hint)
     if isinstance(error, httpcore.TimeoutException):
-        return RequestFailed(text or "stalled", code="DEADLINE_EXCEEDED", failure=Failure.BROKEN, phase=phase, where=where)
-    return RequestFailed(f"connection lost: {text}", code="UNAVAILABLE", failure=Failure.BROKEN, phase=phase, where=where)
+        return _failed(text or "stalled", request, code="DEADLINE_EXCEEDED", failure=Failure.BROKEN)
+    return _failed(f"connection lost: {text}", request, code="UNAVAILABLE", failure=Failure.BROKEN)
 
 
 def _is_unknown(text: str) -> bool:
