@@ -120,6 +120,10 @@ def _split_host(text: str) -> tuple[str, str]:
         return DEFAULT_HOST, text
     # Host names are case-insensitive (RFC 4343); one spelling keeps one record, one mirror directory, one credential.
     host = first.lower()
+    if host != "localhost" and not {".", ":"} & set(first):  # in lower case it would be a repository on Docker Hub
+        raise InvalidArgument(
+            f'invalid registry host "{printable(first, 80)}" in image reference "{printable(text, 160)}"', hint="a host has a dot or a port"
+        )
     return (DEFAULT_HOST if host == _LEGACY_HOST else host), rest
 
 

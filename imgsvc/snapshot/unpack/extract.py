@@ -99,6 +99,11 @@ class Style(Protocol):
         """Directories whose times have to be put back, children first: (path, (atime, mtime) [ns])."""
 
 
+def entry_reached() -> None:
+    """The next entry of a layer, whether it is unpacked or recorded."""
+    failpoint("unpack.entry")
+
+
 class Extractor:
     """Creates a layer's entries below a root directory and keeps count.
 
@@ -126,7 +131,7 @@ class Extractor:
         while (entry := next_entry()) is not None:
             self.entries += 1
             if watched:
-                failpoint("unpack.entry")
+                entry_reached()
             if self._max_entries and self.entries > self._max_entries:
                 raise ResourceExhausted(
                     f"the layer has more than {self._max_entries} entries", hint="raise the limit on entries if you trust it"

@@ -45,7 +45,7 @@ from imgsvc.snapshot.erofs.build import OpenLayer, build_image, write_all
 from imgsvc.snapshot.erofs.index import record
 from imgsvc.snapshot.interfaces import COUNT, Mount
 from imgsvc.snapshot.mount import mount_all
-from imgsvc.snapshot.unpack.extract import Extractor
+from imgsvc.snapshot.unpack.extract import Extractor, entry_reached
 from imgsvc.snapshot.unpack.inflate import READ_SIZE, Ahead, BlobReader, TarBytes, Transform, TransformReader, open_layer
 from imgsvc.snapshot.unpack.laying import InPlaceStyle, Journal, OverlayStyle
 from imgsvc.snapshot.unpack.messages import (
@@ -195,11 +195,21 @@ def _limit_resources() -> None:
     sys.setrecursionlimit(_OPEN_FILES)
 
 
+def _begin() -> float:
+    """The start of a layer, unpacked or recorded. Returns: the time."""
+    failpoint("unpack.begin")
+    return time.monotonic()
+
+
+def _laid() -> None:
+    """The end of a layer, unpacked or recorded."""
+    failpoint("unpack.laid")
+
+
 def _unpack(
     request: Unpack, job: socket.socket, journal: int, source: int, spare_cpu: int, make_transform: Callable[[bytes], Transform] | None
 ) -> Unpacked:
-    started = time.monotonic()
-    failpoint("unpack.begin")
+    started = _begin()
     style = OverlayStyle() if request.rebase else InPlaceStyle()
     root = _open_target(request)
     privileged = kernel.effective_capabilities() & _UNPACK_CAPABILITIES == _UNPACK_CAPABILITIES
@@ -215,7 +225,7 @@ def _unpack(
         stream.drain()
     if isinstance(style, OverlayStyle):
         os.write(journal, style.journal.dump())
-    failpoint("unpack.laid")
+    _laid()
     return layer.verdict(started, extractor.entries, extractor.size, extractor.inodes, extractor.warnings)
 
 
@@ -229,14 +239,13 @@ def _record(
     make_transform: Callable[[bytes], Transform] | None,
 ) -> Unpacked:
     """Write the layer's tar stream and its index to two files. Neither a right nor a directory is needed for that."""
-    started = time.monotonic()
-    failpoint("unpack.begin")
+    started = _begin()
     _give_everything_up()
     limits = request.layer.limits
     size = 0
 
     def check(entry: Header, count: int) -> None:
-        failpoint("unpack.entry")
+        entry_reached()
         if limits.entries and count > limits.entries:
             raise ResourceExhausted(f"the layer has more than {limits.entries} entries", hint="raise the limit on entries if you trust it")
 
@@ -255,7 +264,7 @@ def _record(
         stream = TarStream(next_chunk)
         entries = record(stream, write_index, check)
         stream.drain()
-    failpoint("unpack.laid")
+    _laid()
     return layer.verdict(started, entries, layer.data.total + size, 2, {})
 
 
