@@ -26,6 +26,7 @@ from imgsvc.images.leases import LeaseBook
 from imgsvc.images.records import Image, ImageStore, Layer, _encode
 from imgsvc.images.upkeep.collector import Collector, Policy
 from imgsvc.images.upkeep.nodes import Blobs, Images, Ingests
+from imgsvc.snapshot.overlay import overlay
 from tests.support.stored import put_blob
 
 ROUNDS = 5
@@ -103,7 +104,8 @@ async def collection(directory: Path, images: int, layers: int) -> None:
     _make_up(db, images, layers)
     records = ImageStore(db)
     threads = Threads(2, "gc")
-    source = Images(records, store, ["overlayfs"])
+    overlayfs = overlay(root / "overlayfs", db)
+    source = Images(records, store, {overlayfs.name: overlayfs}, [overlayfs.name])
     collector = Collector(
         keepers=[source],
         collectables=[Blobs(store), Ingests(store)],

@@ -414,15 +414,19 @@ class CollectRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EXPLAIN_FIELD_NUMBER: _builtins.int
+    MIGRATE_FIELD_NUMBER: _builtins.int
     explain: _builtins.bool
+    migrate: _builtins.bool
+    """move images to the default snapshotter first"""
     def __init__(
         self,
         *,
         explain: _builtins.bool = ...,
+        migrate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["explain", b"explain"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explain", b"explain", "migrate", b"migrate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -29,6 +29,7 @@ from imgsvc.images.upkeep.fsck import (
     recover,
 )
 from imgsvc.snapshot import native, overlay
+from imgsvc.snapshot.erofs import driver as erofs
 from imgsvc.snapshot.interfaces import Name, ScrubbableSnapshotter
 
 METADATA = "metadata"  # below the root
@@ -70,7 +71,7 @@ def _open(root: Path, db: MetaDB, stack: ExitStack) -> tuple[ImageStore, LocalSt
     images = ImageStore(db)
     content = LocalStore(root, db, sync=True)
     findings = recover(content, db.last_end, budget=sys.float_info.max)
-    makers = {overlay.NAME: overlay.OverlaySnapshotter, native.NAME: native.NativeSnapshotter}
+    makers = {overlay.NAME: overlay.OverlaySnapshotter, erofs.NAME: erofs.ErofsSnapshotter, native.NAME: native.NativeSnapshotter}
     drivers: list[ScrubbableSnapshotter] = []
     for name, make in makers.items():
         if (root / "snapshots" / name).is_dir():

@@ -19,7 +19,9 @@ def df_arguments(parser: argparse.ArgumentParser) -> None:
 
 def gc_arguments(parser: argparse.ArgumentParser) -> None:
     """`imgsvc gc`."""
-    parser.add_argument("--explain", action="store_true", help="explain what would be removed and why, and remove nothing")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--explain", action="store_true", help="explain what would be removed and why, and remove nothing")
+    how.add_argument("--migrate", action="store_true", help="first unpack images of other snapshotters for the one that is configured now")
     _add_common(parser)
     parser.set_defaults(run=run_gc)
 
@@ -65,13 +67,15 @@ def run_gc(arguments: argparse.Namespace) -> int:
     from imgsvc.api import admin_pb2
 
     with connect(arguments) as daemon:
-        reply = json.loads(daemon.admin.Collect(admin_pb2.CollectRequest(explain=arguments.explain)).json)
+        reply = json.loads(daemon.admin.Collect(admin_pb2.CollectRequest(explain=arguments.explain, migrate=arguments.migrate)).json)
     if arguments.json:
         print_json(reply)
     elif arguments.explain:
         rows = [("stays" if v["stays"] else "goes", v["kind"], v["id"], " > ".join(v["why"])) for v in reply["verdicts"]]
         print_table(("", "KIND", "ID", "WHY"), rows)
     else:
+        for name in reply["moved"]:
+            print(f"moved {name}")
         for node in reply["removed"]:
             print(f"removed {node}")
         for node, why in reply["failed"].items():

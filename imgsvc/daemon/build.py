@@ -338,8 +338,10 @@ async def _start_upkeep(reloader: Reloader, store: _Store, images: _Images, pods
         storage,
         store.db,
         images.puller.unpack_aside,
+        images.puller.move,
         store.root,
         collector_policy(reloader.loaded.config),
+        [store.default, *(handler.snapshotter for handler in reloader.loaded.config.runtime.runtimes.values() if handler.snapshotter)],
         [ContainerKeeper(pods.container_ids, storage.snapshotters)],
         collected,
     )
@@ -368,7 +370,7 @@ async def _start_tools(reloader: Reloader, store: _Store, remote: _Remote, image
     background(stack, prepull.run())
     reloader.add(Live(("prepull",), lambda new: partial(prepull.watch, Path(new.config.prepull.directory))))
     unmount = partial(kernel.umount, in_use=False)
-    mounts = ImageMounts(storage.images, images.roots, storage.leases, store.threads, default, _mount_all, unmount)
+    mounts = ImageMounts(storage.images, images.roots, storage.leases, store.threads, _mount_all, unmount)
     return ImageTools(archives, prepull, telemetry.bus, mounts, snapshotter=default)
 
 

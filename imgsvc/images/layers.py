@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 LAYER_STATES: Final = ("waiting", "downloading", "unpacking", "done", "exists")
 MAX_BEGINNINGS: Final = 2  # layers that are being opened at a time: the first ones' bytes are to come before all are open
 MAX_CHAINS: Final = 6  # layers in stream processors at a time: a process each at least, whether its bytes have come or not
+_STREAM: Final = "application/vnd.oci.image.layer.v1.tar"
 
 
 class PullReporter(Protocol):
@@ -203,6 +204,24 @@ class Layers:
         make = self._way(plan.snapshotter)
         async with AsyncExitStack() as jobs:
             await make(plan, position, key, jobs)
+
+    async def read_again(self, snapshotter: StreamSnapshotter, name: Name, diff_id: Digest, key: Key) -> None:
+        """Record a committed layer's own stream in a new active snapshot `key`, which the caller removes in every case.
+
+        Raises: DataLoss (the stream has another digest), InvalidArgument (it is no layer), NotFound.
+        """
+        stream = await self._threads.run(snapshotter.stream, name)
+        try:
+            size = os.fstat(stream).st_size
+            mounts = await self._threads.run(snapshotter.prepare_stream, key)
+            job = await self._unpacker.start(LayerInput(_STREAM, diff_id, diff_id, stream, size), mounts, rebase=True)
+        finally:
+            os.close(stream)
+        try:
+            job.advance(size)
+            await job.finish()
+        finally:
+            await job.abort()
 
     async def _ensure(self, plan: LayerPlan, position: int) -> None:
         """Make one layer's snapshot exist, with all below it, joining a flight for it if there is one.

@@ -31,7 +31,6 @@ class ImageMounts:
         roots: ContainerRootfs,
         leases: LeaseManager,
         threads: Threads,
-        snapshotter: str,
         mount_all: MountAll,
         unmount: Unmount,
     ) -> None:
@@ -39,7 +38,6 @@ class ImageMounts:
         self._roots = roots
         self._leases = leases
         self._threads = threads
-        self._snapshotter = snapshotter
         self._mount_all = mount_all
         self._unmount = unmount
         self._locks = KeyedLock()
@@ -58,10 +56,10 @@ class ImageMounts:
             if any(lease.id == name for lease in self._leases.leases()):
                 # A mount that a reboot or an umount(8) ended; what it left is replaced.
                 await self._forget(name)
-            node = ("snapshot", f"{self._snapshotter}/{KEY_PREFIX}{name}")
-            await self._leases.hold([node], lease_id=name, permanent=True, purpose=f"mount on {target}")
+            kept = [("snapshot", f"{driver}/{KEY_PREFIX}{name}") for driver in self._roots.drivers]
+            await self._leases.hold(kept, lease_id=name, permanent=True, purpose=f"mount on {target}")
             undo.push(f"forgetting the mount on {target}", self._forget, name)
-            mounts = await self._roots.prepare_root(name, image.image_id, snapshotter=self._snapshotter, readonly=True)
+            mounts = await self._roots.prepare_root(name, image.image_id, snapshotter="", readonly=True)
             await self._threads.run(self._mount_all, mounts, target)
         return image.image_id
 

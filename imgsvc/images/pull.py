@@ -37,7 +37,7 @@ from imgsvc.images.provenance import Provenance, Witness
 from imgsvc.images.records import Image, build_image
 from imgsvc.images.storage import Storage
 from imgsvc.registry.interfaces import Attempt, BlobSource, Credential, Registry, Resolved, identity
-from imgsvc.snapshot.interfaces import Key, Name, Unpacker
+from imgsvc.snapshot.interfaces import Key, Name, StreamSnapshotter, Unpacker
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +210,23 @@ class Puller:
     async def unpack_aside(self, image: Image, position: int, snapshotter: str, key: Key) -> None:
         """Unpack a layer of a complete image once more, into an active snapshot `key` that the caller removes in every case.
 
+        From its blob; from itself where the snapshotter keeps it as its stream.
         Raises: as pull; PermissionDenied without the key of an encrypted layer.
         """
+        driver, layer = self._snapshotters[snapshotter], image.layers[position]
+        if isinstance(driver, StreamSnapshotter):
+            await self._layers.read_again(driver, Name(layer.snapshot), layer.diff_id, key)
+            return
         keys = await unwrap_layers(self._decryptor, [layer.descriptor for layer in image.layers])
         await self._layers.unpack_aside(self._plan_of(image, snapshotter, keys), position, key)
+
+    async def move(self, image: Image, snapshotter: str) -> None:
+        """Unpack a complete image for another snapshotter, too, from its blobs; what the cache gave up is fetched from its repository.
+
+        The caller's lease names blobs and snapshots. Raises: as pull; PermissionDenied without the key of an encrypted layer.
+        """
+        keys = await unwrap_layers(self._decryptor, [layer.descriptor for layer in image.layers])
+        await self._layers.ensure_all(self._plan_of(image, snapshotter, keys))
 
     def _plan_of(self, image: Image, snapshotter: str, keys: Sequence[LayerKey | None]) -> LayerPlan:
         # A digest is a name that a registry answered to; a tag may be of our own making (`imgsvc tag`).

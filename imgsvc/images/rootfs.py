@@ -59,17 +59,28 @@ class ContainerRootfs:
             raise NotFound(f"image {image_id} is not on this node", hint="pull it first")
         if image.artifact:
             raise FailedPrecondition(f"{_label(image)} is an artifact without a root file system", hint="use an image")
-        driver = self._snapshotters.get(snapshotter or self._default)
-        if driver is None:
-            raise NotFound(f'no snapshotter "{snapshotter}"', hint=f"this node has {', '.join(self._snapshotters)}")
+        drivers = [self._snapshotters[name] for name in self._candidates(snapshotter)]
         key = Key(KEY_PREFIX + container_id)
-        parent = Name(image.top_snapshot) if image.top_snapshot else None
         if self._check is not None:
             await self._check(image)
         await self._authorise(image)
+        driver = await self._threads.run(_holder, image, drivers, key)
         mapping = _mapping(user) if user is not None and not readonly and not driver.idmapped else None
-        mounts = await self._threads.run(_snapshot, image, driver, key, parent, readonly=readonly, mapping=mapping)
+        mounts = await self._threads.run(_snapshot, image, driver, key, readonly=readonly, mapping=mapping)
         return [RootMount(mount.type, mount.source, mount.options, shifted=mapping is not None) for mount in mounts]
+
+    def _candidates(self, snapshotter: str) -> list[str]:
+        """The named driver alone; with none named the default one first: images may be in one that was the default before."""
+        if not snapshotter:
+            return [self._default, *(name for name in self._snapshotters if name != self._default)]
+        if snapshotter not in self._snapshotters:
+            raise NotFound(f'no snapshotter "{snapshotter}"', hint=f"this node has {', '.join(self._snapshotters)}")
+        return [snapshotter]
+
+    @property
+    def drivers(self) -> Sequence[str]:
+        """Names of the snapshotters that a root may be in."""
+        return tuple(self._snapshotters)
 
     async def remove_root(self, container_id: str) -> None:
         """As runtime.interfaces.Images."""
@@ -98,9 +109,13 @@ class ContainerRootfs:
             )
 
 
-def _snapshot(
-    image: Image, driver: Snapshotter, key: Key, parent: Name | None, *, readonly: bool, mapping: IDMapping | None
-) -> Sequence[Mount]:
+def _holder(image: Image, drivers: Sequence[Snapshotter], key: Key) -> Snapshotter:
+    """The driver that has the snapshot already, else one that has the image, else the first. Blocking."""
+    having = [driver for driver in drivers if driver.stat(key) is not None] or [d for d in drivers if is_unpacked(image, d)]
+    return having[0] if having else drivers[0]
+
+
+def _snapshot(image: Image, driver: Snapshotter, key: Key, *, readonly: bool, mapping: IDMapping | None) -> Sequence[Mount]:
     """The mounts of a snapshot that is made unless it is there. Blocking. Raises: FailedPrecondition (layers are missing)."""
     if not is_unpacked(image, driver):
         raise FailedPrecondition(
@@ -109,6 +124,7 @@ def _snapshot(
         )
     if driver.stat(key) is not None:
         return driver.mounts(key)
+    parent = Name(image.top_snapshot) if image.top_snapshot else None
     return driver.view(key, parent) if readonly else driver.prepare(key, parent, mapping=mapping)
 
 

@@ -167,6 +167,9 @@ class StreamSnapshotter(Snapshotter, Protocol):
         It cannot be mounted before it is committed. Raises: AlreadyExists.
         """
 
+    def stream(self, name: Name) -> int:
+        """A readable descriptor of a committed snapshot's own tar stream, which the caller closes. Raises: NotFound."""
+
     def seal(self, name: Name) -> None:
         """Make what mounting a committed snapshot with all below it takes, unless it is there; prepare and view do so, too.
 

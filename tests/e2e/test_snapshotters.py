@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,3 +180,81 @@ def test_a_layer_that_does_not_fit_on_those_below_fails_the_pull(make_daemon: Ca
         cri.pull(daemon.images(), "docker.io/library/unfit:latest")
     assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert cri.image_status(daemon.images(), "docker.io/library/unfit:latest") is None
+
+
+def as_driver(daemon: Daemon, name: str) -> None:
+    """Start again with another default snapshotter."""
+    assert daemon.stop() == 0
+    daemon.config.write_text(re.sub(r'snapshotter = "\w+"', f'snapshotter = "{name}"', daemon.config.read_text()))
+    daemon.start()
+
+
+def runs(daemon: Daemon) -> bool:
+    """Whether a new container of busybox does what it is told."""
+    runtime, pod = daemon.runtime(), cri.pod_config(daemon)
+    sandbox = cri.run_pod(runtime, pod)
+    container = cri.create(runtime, sandbox, cri.container_config(BUSYBOX, ["sh", "-c", "cat /bin/busybox > /copy"]), pod)
+    cri.start(runtime, container)
+    code = cri.wait_for_exit(runtime, container).exit_code
+    cri.remove_pod(runtime, sandbox)
+    return code == 0
+
+
+def layers_in(daemon: Daemon, name: str) -> int:
+    """How many snapshots a driver has on disk."""
+    return sum(path.name.isdigit() for path in (daemon.root / "snapshots" / name).iterdir())
+
+
+def test_images_of_another_driver_are_used_and_moved(make_daemon: Callable[..., Daemon], registry: RealRegistry, busybox: str) -> None:
+    daemon = started(make_daemon(network=True, settings='[images]\nsnapshotter = "overlayfs"\ndiscard_unpacked_layers = true'), registry)
+    as_driver(daemon, "erofs")
+    assert runs(daemon)
+    assert not images_mounted(daemon), "the container was on overlayfs"
+    place = daemon.directory / "mounted"
+    place.mkdir()
+    assert daemon.cli("mount", BUSYBOX, str(place)).returncode == 0
+    moved = json.loads(daemon.cli("gc", "--migrate", "--json").stdout)
+    assert moved["moved"] == [BUSYBOX]
+    assert not moved["failed"]
+    assert layers_in(daemon, "overlayfs"), "a mount is on it"
+    assert (place / "bin/busybox").exists()
+    assert daemon.cli("unmount", str(place)).returncode == 0
+    assert json.loads(daemon.cli("gc", "--migrate", "--json").stdout)["moved"] == []
+    assert not layers_in(daemon, "overlayfs")
+    assert layers_in(daemon, "erofs")
+    assert runs(daemon)
+    as_driver(daemon, "overlayfs")
+    assert runs(daemon)
+    cri.pull(daemon.images(), BUSYBOX)  # moves it, too
+    assert daemon.cli("gc").returncode == 0
+    assert not layers_in(daemon, "erofs")
+    assert not images_mounted(daemon)
+    assert runs(daemon)
+
+
+def test_a_layer_that_is_a_file_proves_itself(make_daemon: Callable[..., Daemon], registry: RealRegistry, busybox: str) -> None:
+    """Without its blob and without a registry: the stream has the diff ID, and gives the index that is there."""
+    daemon = started(make_daemon(settings='[images]\nsnapshotter = "erofs"\ndiscard_unpacked_layers = true'), registry)
+    assert daemon.cli("gc").returncode == 0
+    daemon.map_host("docker.io", "127.0.0.1:1")
+    checked = json.loads(daemon.cli("fsck", "--deep", "--json").stdout)
+    assert checked["clean"]
+    assert not [finding for finding in checked["findings"] if finding["kind"] == "layer"]
+    for name in ("layer.tar", "layer.index"):
+        (file,) = (daemon.root / "snapshots/erofs").rglob(name)
+        with file.open("r+b") as stream:
+            stream.seek(file.stat().st_size // 2)
+            byte = stream.read(1)
+            stream.seek(-1, os.SEEK_CUR)
+            stream.write(bytes([byte[0] ^ 1]))
+        (finding,) = json.loads(daemon.cli("fsck", "--deep", "--json").stdout)["findings"]
+        assert finding["kind"] == "layer"
+        with file.open("r+b") as stream:
+            stream.seek(file.stat().st_size // 2)
+            stream.write(byte)
+    (file,) = (daemon.root / "snapshots/erofs").rglob("layer.index")
+    os.truncate(file, 10)
+    daemon.cli("fsck", "--repair")
+    assert not layers_in(daemon, "erofs")
+    assert daemon.stop() == 0
+    assert not images_mounted(daemon)

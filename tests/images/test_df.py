@@ -13,7 +13,7 @@ def test_bytes_are_unique_or_shared_and_add_up(tmp_path: Path) -> None:
     node = Stored(tmp_path)
     first, second = node.add("first", ["base", "one"]), node.add("second", ["base", "two"])
     node.put("garbage")
-    images = Images(node.images, node.content, ["native"])
+    images = Images(node.images, node.content, {"native": node.snapshotter}, ["native"])
     sizes = stored_sizes(node.content, node.content, [node.snapshotter])
     usage = disk_usage([(image, images.needs(image)) for image in (first, second)], sizes)
     by_id = {image.image_id: image for image in usage.images}

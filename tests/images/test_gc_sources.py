@@ -28,7 +28,7 @@ def node(tmp_path: Path) -> Iterator[Stored]:
 async def _with_collector(
     node: Stored, policy: Policy, started: datetime, now: datetime, explain: bool
 ) -> CollectionReport | list[Verdict]:
-    images = Images(node.images, node.content, [node.snapshotter.name])
+    images = Images(node.images, node.content, {node.snapshotter.name: node.snapshotter}, [node.snapshotter.name])
     snapshots = Snapshots([node.snapshotter], clock=lambda: started)
     threads = Threads(2, "gc")
     collector = Collector(
@@ -66,7 +66,7 @@ def test_removing_an_image_frees_what_only_it_needed(node: Stored) -> None:
     assert collect(node).sweep.removed == []
     asyncio.run(node.images.remove(gone.image_id))
     collect(node)
-    images = Images(node.images, node.content, ["native"])
+    images = Images(node.images, node.content, {"native": node.snapshotter}, ["native"])
     assert here(node) == set(images.needs(kept))
 
 
@@ -133,7 +133,7 @@ def test_without_cache_layer_blobs_go_and_documents_snapshots_and_artifacts_stay
     artifact = node.add("model", ["shared with the artifact", "weights"], artifact=True)
     report = collect(node, Policy(cache_budget=0))
     assert report.sweep.removed == [content_node(image.layers[0].descriptor.digest)]
-    images = Images(node.images, node.content, ["native"])
+    images = Images(node.images, node.content, {"native": node.snapshotter}, ["native"])
     assert here(node) == {*images.needs(image), *images.needs(artifact)} - set(report.sweep.removed)
     assert node.snapshotter.stat(image.layers[0].snapshot) is not None
 

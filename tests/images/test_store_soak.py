@@ -60,7 +60,7 @@ def test_c_d9_soak(tmp_path: Path) -> None:
 
 async def _soak(node: Stored) -> None:
     leases, threads = LeaseBook(node.db), Threads(1, "soak")
-    images, snapshots = Images(node.images, node.content, ["native"]), Snapshots([node.snapshotter])
+    images, snapshots = Images(node.images, node.content, {"native": node.snapshotter}, ["native"]), Snapshots([node.snapshotter])
     collector = Collector(
         keepers=[images, snapshots],
         collectables=[Blobs(node.content), Ingests(node.content), snapshots],

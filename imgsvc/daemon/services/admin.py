@@ -36,8 +36,8 @@ class Care(Protocol):
     async def disk_usage(self) -> dict[str, Any]:
         """`imgsvc df`."""
 
-    async def collect(self, explain: bool) -> dict[str, Any]:
-        """`imgsvc gc`; with `explain`, why each thing stays or goes, and nothing is removed."""
+    async def collect(self, explain: bool, migrate: bool) -> dict[str, Any]:
+        """`imgsvc gc`; with `explain`, why each thing stays or goes, and nothing is removed; with `migrate`, images move first."""
 
     async def check(self, deep: bool, repair: bool) -> dict[str, Any]:
         """`imgsvc fsck`."""
@@ -124,7 +124,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     async def Collect(self, request: admin_pb2.CollectRequest, context: Context) -> admin_pb2.JsonReply:
         """`imgsvc gc`."""
-        return _json(await self._care.collect(request.explain))
+        return _json(await self._care.collect(request.explain, request.migrate))
 
     async def Check(self, request: admin_pb2.CheckRequest, context: Context) -> admin_pb2.JsonReply:
         """`imgsvc fsck`."""

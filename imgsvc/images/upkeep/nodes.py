@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final, Protocol
 
@@ -12,6 +12,7 @@ from imgsvc.base.oci import Digest
 from imgsvc.content.interfaces import IngestManager, Manager, Provider
 from imgsvc.images.leases import Node
 from imgsvc.images.records import Image, ImageStore
+from imgsvc.images.rootfs import is_unpacked
 from imgsvc.images.upkeep.collector import Cache, Cached, Collectable, Keeper, Root
 from imgsvc.snapshot.interfaces import Kind, Snapshotter
 
@@ -39,10 +40,12 @@ class Images:
     gc.Cache: the blobs of layers that are unpacked, which a pull can bring back.
     """
 
-    def __init__(self, images: ImageStore, content: Manager, snapshotters: Sequence[str]) -> None:
+    def __init__(self, images: ImageStore, content: Manager, snapshotters: Mapping[str, Snapshotter], wanted: Collection[str]) -> None:
+        """wanted: snapshotters that images are pulled for now; what others have of an image goes once it is whole in the first of these."""
         self._images = images
         self._content = content
         self._snapshotters = snapshotters
+        self._wanted = tuple(wanted)
 
     def roots(self) -> Iterable[Root]:
         """See gc.Keeper."""
@@ -55,10 +58,12 @@ class Images:
     def needs(self, image: Image) -> list[Node]:
         """Everything one image needs, whether it is there or not."""
         nodes = [content_node(digest) for digest in image.documents]
+        moved = is_unpacked(image, self._snapshotters[self._wanted[0]])
+        drivers = self._wanted if moved else tuple(self._snapshotters)
         for layer in image.layers:
             nodes.append(content_node(layer.descriptor.digest))
             if layer.snapshot:
-                nodes += [snapshot_node(name, layer.snapshot) for name in self._snapshotters]
+                nodes += [snapshot_node(name, layer.snapshot) for name in drivers]
         return nodes
 
     def _root(self, image: Image) -> Root:

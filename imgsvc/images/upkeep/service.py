@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 from imgsvc.base.concurrency import CancelToken, stop_tasks
-from imgsvc.base.errors import DataLoss, NotFound
+from imgsvc.base.errors import DataLoss, ImgsvcError, InvalidArgument, NotFound
 from imgsvc.images.records import Image
 from imgsvc.images.rootfs import KEY_PREFIX, is_unpacked
 from imgsvc.images.storage import Storage
@@ -21,9 +21,10 @@ from imgsvc.images.upkeep import nodes
 from imgsvc.images.upkeep.collector import CollectionReport, Collector, Keeper, Policy, Root
 from imgsvc.images.upkeep.df import disk_usage
 from imgsvc.images.upkeep.fsck import Checker, ContentChecker, ImageChecker, LayerChecker, Metadata, MetadataChecker, fsck
-from imgsvc.snapshot.interfaces import Key, Name, ScrubbableSnapshotter, Snapshotter
+from imgsvc.snapshot.interfaces import Key, Name, ScrubbableSnapshotter, Snapshotter, StreamSnapshotter
 
 UnpackAside = Callable[[Image, int, str, Key], Coroutine[Any, Any, None]]
+Move = Callable[[Image, str], Coroutine[Any, Any, None]]
 
 
 class ContainerKeeper:
@@ -54,21 +55,28 @@ class Upkeep:
         storage: Storage,
         metadata: Metadata,
         unpack_aside: UnpackAside,
+        move: Move,
         root: Path,
         policy: Policy,
+        wanted: Collection[str],
         keepers: Iterable[Keeper] = (),
         collected: Callable[[CollectionReport | None], None] = lambda report: None,
     ) -> None:
-        """keepers: sources of roots beside images and work in progress. unpack_aside: Puller.unpack_aside. collected: see Collector."""
+        """keepers: sources of roots beside images and work in progress. unpack_aside, move: of Puller. collected: see Collector.
+
+        wanted: names of the snapshotters that images are pulled for now, the default one first.
+        """
         self._metadata = metadata
         self._unpack_aside = unpack_aside
+        self._move = move
+        self._default = next(iter(wanted))
         self._leases = storage.leases
         self._images = storage.images
         self._content = storage.content
         self._snapshotters = dict(storage.snapshotters)
         self._threads = storage.threads
         self._root = root
-        self._needs = nodes.Images(storage.images, storage.content, list(storage.snapshotters))
+        self._needs = nodes.Images(storage.images, storage.content, storage.snapshotters, wanted)
         snapshots = nodes.Snapshots(list(storage.snapshotters.values()))
         self._collector = Collector(
             keepers=[self._needs, snapshots, *keepers],
@@ -105,11 +113,30 @@ class Upkeep:
         sizes = await self._threads.run(nodes.stored_sizes, self._content, self._content, list(self._snapshotters.values()))
         return {kind: sum(size for node, size in sizes.items() if node.kind == kind) for kind in nodes.KINDS}
 
-    async def collect(self, explain: bool) -> dict[str, Any]:
-        """`imgsvc gc`, `imgsvc gc --explain`."""
+    async def collect(self, explain: bool, migrate: bool) -> dict[str, Any]:
+        """`imgsvc gc`, `imgsvc gc --explain`, `imgsvc gc --migrate`."""
         if explain:
             return {"verdicts": [verdict.to_json() for verdict in await self._collector.explain()]}
-        return (await self._collector.collect()).to_json()
+        moved, failed = await self._migrate() if migrate else ([], {})
+        report = (await self._collector.collect()).to_json()
+        return {**report, "moved": moved, "failed": {**report["failed"], **failed}}
+
+    async def _migrate(self) -> tuple[list[str], dict[str, str]]:
+        """Move images to the default snapshotter, one after the other: those moved, and those that could not be, with the reason."""
+        moved, failed = [], {}
+        driver = self._snapshotters[self._default]
+        for image in self._images.all():
+            if image.artifact or await self._threads.run(is_unpacked, image, driver):
+                continue
+            name = next(iter(image.names), image.image_id)
+            needs = await self._threads.run(self._needs.needs, image)
+            try:
+                async with self._leases.held(needs, purpose=f"moving {name} to {self._default}"):
+                    await self._move(image, self._default)
+                moved.append(name)
+            except ImgsvcError as error:
+                failed[f"image {name}"] = str(error)
+        return moved, failed
 
     async def check(self, deep: bool, repair: bool) -> dict[str, Any]:
         """`imgsvc fsck`."""
@@ -127,10 +154,13 @@ class Upkeep:
             if (snapshotter, name) not in layers:
                 raise NotFound("no image here names it")
             image, position = layers[snapshotter, name]
+            driver = self._snapshotters[snapshotter]
+            if isinstance(driver, StreamSnapshotter):
+                return self._unproven(image, position, driver, loop, cancel)
             digest = image.layers[position].descriptor.digest
             if fault := self._content.check(digest, deep=False):  # fetching it again would be a repair that was not requested
                 raise DataLoss(f"blob {digest} is {fault}")
-            return self._differs(image, position, self._snapshotters[snapshotter], loop, cancel)
+            return self._differs(image, position, driver, loop, cancel)
 
         checkers: list[Checker] = [
             MetadataChecker(self._metadata),
@@ -154,6 +184,15 @@ class Upkeep:
             return snapshotter.difference(Name(image.layers[position].snapshot), key, cancel)
         finally:
             snapshotter.remove(key)
+
+    def _unproven(
+        self, image: Image, position: int, snapshotter: ScrubbableSnapshotter, loop: asyncio.AbstractEventLoop, cancel: CancelToken
+    ) -> str:
+        """What is wrong with a layer that is kept as its stream: that is read again, must have its diff ID and give the same index."""
+        try:
+            return self._differs(image, position, snapshotter, loop, cancel)
+        except (DataLoss, InvalidArgument) as error:
+            return str(error)
 
     async def _unpack_leased(self, image: Image, position: int, snapshotter: str, key: Key) -> None:
         layer = image.layers[position]

@@ -75,6 +75,14 @@ class ErofsSnapshotter(OverlaySnapshotter):
             raise
         return [Mount(STREAM, str(directory / _TAR), (f"index={directory / _INDEX}",))]
 
+    def stream(self, name: Name) -> int:
+        """See StreamSnapshotter."""
+        path = self._directories.path(self._records.must_get(name).number) / _TAR
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise from_os_error(error, "reading a layer", where=str(path)) from error
+
     def seal(self, name: Name) -> None:
         """See StreamSnapshotter."""
         self._mounted(name)
