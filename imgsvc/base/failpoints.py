@@ -84,6 +84,7 @@ POINTS: Final[dict[str, str]] = {
     "unpack.settled": "an unpack worker has fitted a layer to its parents, the daemon does not know yet",
     "snapshot.image_built": "a snapshot's EROFS image is on disk, but not under its name",
     "snapshot.recorded": "an active snapshot's record exists, its directory does not",
+    "snapshot.built": "the EROFS image of some layers is on disk, without its name",
     "snapshot.forgotten": "a snapshot's record is gone, its directory is there",
     "snapshot.discarded": "a snapshot's directory is out of sight, its files are there",
     "image.add": "about to write an image's record",

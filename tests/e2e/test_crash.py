@@ -40,7 +40,8 @@ UNREACHED = {
 }
 IN_A_WORKER = {name for name in failpoints.POINTS if name.startswith("unpack.")}
 OF_PODS = {name for name in failpoints.POINTS if name.startswith(("sandbox.", "container.", "watch."))}
-POINTS = [name for name in failpoints.POINTS if name not in UNREACHED.keys() | IN_A_WORKER | OF_PODS]
+OF_EROFS = {"snapshot.built"}  # in test_snapshotters.py
+POINTS = [name for name in failpoints.POINTS if name not in UNREACHED.keys() | IN_A_WORKER | OF_PODS | OF_EROFS]
 AGAIN = [  # where the first time is during the start, or of the first of several layers
     ("metadb.commit", 5),
     ("metadb.committed", 9),

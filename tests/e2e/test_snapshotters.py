@@ -15,6 +15,7 @@ import grpc
 import pytest
 
 from imgsvc.api import cri_pb2 as pb
+from imgsvc.base import failpoints
 from imgsvc.base.removal import unmount_below
 from tests.e2e.conftest import BUSYBOX
 from tests.snapshot.layers import Entry, link, tar
@@ -230,6 +231,32 @@ def test_images_of_another_driver_are_used_and_moved(make_daemon: Callable[..., 
     assert not layers_in(daemon, "erofs")
     assert not images_mounted(daemon)
     assert runs(daemon)
+
+
+@pytest.mark.parametrize(
+    "point", ["layer.prepared", "unpack.laid", "layer.synced", "layer.committed", "snapshot.built", "image.add", "snapshot.discarded"]
+)
+def test_c_d1_killed_while_an_image_of_files_comes_or_goes(
+    make_daemon: Callable[..., Daemon], registry: RealRegistry, busybox: str, point: str
+) -> None:
+    daemon = make_daemon(settings='[images]\nsnapshotter = "erofs"')
+    daemon.map_host("docker.io", registry.address)
+    daemon.start({failpoints.ENV: f"{point}=kill"})
+    with contextlib.suppress(grpc.RpcError):
+        cri.pull(daemon.images(), BUSYBOX)
+        daemon.images().RemoveImage(pb.RemoveImageRequest(image=pb.ImageSpec(image=BUSYBOX)), timeout=RPC_TIMEOUT)
+        daemon.cli("gc")
+    daemon.kill()
+    daemon.start()
+    assert cri.image_status(daemon.images(), BUSYBOX) is None
+    assert json.loads(daemon.cli("fsck", "--json").stdout)["clean"]
+    cri.pull(daemon.images(), BUSYBOX)
+    assert layers_in(daemon, "erofs") == 1
+    checked = json.loads(daemon.cli("fsck", "--deep", "--json").stdout)
+    assert [finding for finding in checked["findings"] if finding["broken"]] == []
+    (mounted,) = images_mounted(daemon)
+    assert os.access(f"{mounted}/bin/busybox", os.X_OK)
+    assert not list(Path(mounted).parent.glob(".*"))
 
 
 def test_a_layer_that_is_a_file_proves_itself(make_daemon: Callable[..., Daemon], registry: RealRegistry, busybox: str) -> None:

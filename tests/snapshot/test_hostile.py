@@ -61,13 +61,14 @@ def _facts(place: Path) -> list[tuple[str, int, int, int, int, bytes]]:
     return found
 
 
-WAYS = ["beside", "overlayfs", "native"]
+WAYS = ["beside", "overlayfs", "native", "erofs"]
 
 
 def unpack(bench: Bench, way: str, *layers: bytes) -> dict[str, os.stat_result]:
     """Unpack and look: path → status. Raises: whatever the worker says."""
-    snapshotter = bench.native if way == "native" else bench.overlay
-    name: Name = bench.beside(layers)[0] if way == "beside" else bench.in_order(snapshotter, layers)
+    snapshotter = {"native": bench.native, "erofs": bench.erofs}.get(way, bench.overlay)
+    makers = {"beside": lambda: bench.beside(layers)[0], "erofs": lambda: bench.streamed(layers)}
+    name: Name = makers.get(way, lambda: bench.in_order(snapshotter, layers))()
     with bench.shown(snapshotter, name) as root:
         found = {}
         for here, directories, files, fd in os.fwalk(root):

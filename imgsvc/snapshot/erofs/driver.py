@@ -213,7 +213,7 @@ class ErofsSnapshotter(OverlaySnapshotter):
                 partial.unlink()
                 raise
             size = os.fstat(output).st_blocks * 512
-        failpoint("snapshot.image_built")
+        failpoint("snapshot.built")
         os.rename(partial, directories[0] / _IMAGE)
         sync_dir(directories[0])
         self._records.set_added(top.info.id, Usage(size, 1))

@@ -158,6 +158,9 @@ def _verdict(request: Request, job: socket.socket, fds: list[int], make_transfor
     except RecursionError:
         return Failed(BadLayer("directories nested too deeply"))
     except MemoryError:
+        if isinstance(request, Merge):
+            hint = 'use the snapshotter "overlayfs" for this image'
+            return Failed(ResourceExhausted("so many files need more memory than a worker may use", hint=hint))
         return Failed(ResourceExhausted("the layer needs more memory than a worker may use"))
     except OSError as error:
         return Failed(from_os_error(error, "unpacking failed"))
