@@ -251,6 +251,7 @@ def test_c_d1_killed_while_an_image_of_files_comes_or_goes(
     assert cri.image_status(daemon.images(), BUSYBOX) is None
     assert json.loads(daemon.cli("fsck", "--json").stdout)["clean"]
     cri.pull(daemon.images(), BUSYBOX)
+    assert daemon.cli("gc").returncode == 0
     assert layers_in(daemon, "erofs") == 1
     checked = json.loads(daemon.cli("fsck", "--deep", "--json").stdout)
     assert [finding for finding in checked["findings"] if finding["broken"]] == []
