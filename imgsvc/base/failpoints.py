@@ -82,7 +82,6 @@ POINTS: Final[dict[str, str]] = {
     "unpack.laid": "an unpack worker has laid down a whole layer, the daemon does not know yet",
     "unpack.settle": "an unpack worker is about to fit a layer to its parents",
     "unpack.settled": "an unpack worker has fitted a layer to its parents, the daemon does not know yet",
-    "snapshot.image_built": "a snapshot's EROFS image is on disk, but not under its name",
     "snapshot.recorded": "an active snapshot's record exists, its directory does not",
     "snapshot.built": "the EROFS image of some layers is on disk, without its name",
     "snapshot.forgotten": "a snapshot's record is gone, its directory is there",

@@ -213,7 +213,7 @@ class Records:
 
         with self._db.read() as txn:
             if not any(True for _ in txn.items(_TABLE, self._prefix)):
-                return 0  # a driver nobody uses costs no write at each start
+                return 0  # a driver without snapshots costs no write at each start
         return self._db.write(change)
 
     def _count_children(self, txn: WriteTxn) -> None:
