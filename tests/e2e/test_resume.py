@@ -19,6 +19,7 @@ from tests.support.daemon import RPC_TIMEOUT, Daemon
 from tests.support.images import BuiltDocument, Entry
 
 SIZE = 128 * MIB
+IN_FLIGHT = 16 * MIB
 RATES = {"parallel": 6 * MIB, "one-connection": 24 * MIB}  # [bytes/s] of a connection; what is in flight when the daemon dies is lost
 
 
@@ -69,7 +70,8 @@ def test_a5_3_after_sigkill_what_was_on_disk_is_not_fetched_again(node: tuple[Da
     assert cri.pull(daemon.images(), "large") == str(large.config_digest)
 
     again = fake.sent - first
-    assert again <= SIZE - there + MIB, f"{again} bytes fetched again, {there} of {SIZE} were there"
+    # A connection whose rest another one takes over has sent what nobody reads: as much as its socket's buffers hold.
+    assert again <= SIZE - there + IN_FLIGHT, f"{again} bytes fetched again, {there} of {SIZE} were there"
     assert fake.connections > connections
     layer = max(large.blobs, key=lambda digest: len(large.blobs[digest]))
     assert (daemon.root / "content/blobs/sha256" / layer.hex).read_bytes() == large.blobs[layer]
