@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import IO, Final
 
 # The machine of tests/vm is booted at once, and works beside the tests that stand before it in its share.
-FIRST: Final = ("tests/field", "tests/runtime", "tests/vm")
+FIRST: Final = ("tests/field", "tests/images", "tests/registry", "tests/runtime", "tests/snapshot", "tests/vm")
 SHARES: Final = (FIRST, ("tests", *(f"--ignore={directory}" for directory in FIRST)))
 _SUMMARY: Final = re.compile(r"(\d+) (passed|failed|skipped|errors?|xfailed|xpassed|deselected)")
 

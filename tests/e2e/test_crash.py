@@ -24,7 +24,7 @@ from imgsvc.api import admin_pb2, cri_pb2
 from imgsvc.base import failpoints
 from imgsvc.base.oci import Digest
 from tests.e2e.twoimages import APP, BASE, LAYERS, admin, check, collect, offer, pull, remove
-from tests.fakes.registry import FakeRegistry
+from tests.fakes.registry import FakeRegistry, Request
 from tests.support import cri
 from tests.support.daemon import RPC_TIMEOUT, Daemon, new_daemon
 from tests.support.disk import Disk, Expected
@@ -185,6 +185,13 @@ def check_nothing_half_made(daemon: Daemon, failed: Collection[str] = ()) -> Non
     assert {ingest["expected"] for ingest in disk.ingests()} <= leased.union(failed)
 
 
+def is_sample(request: Request, registry: FakeRegistry) -> bool:
+    """Whether a repository is only to show that it has a blob: what a pull that was killed saw of it was not recorded."""
+    first, _, last = request.headers.get("range", "").removeprefix("bytes=").partition("-")
+    size = int(last) - int(first) + 1 if last else len(registry.blobs[request.path.rpartition("/")[2]])
+    return size <= 4096
+
+
 def check_the_next_pull(scene: Scene, daemon: Daemon) -> None:
     """It fetches the blobs of layers that are not there, and those only."""
     disk = Disk(daemon.root)
@@ -192,7 +199,8 @@ def check_the_next_pull(scene: Scene, daemon: Daemon) -> None:
     before = len(scene.registry.seen("/blobs/", "GET"))
     pull(daemon, APP)
     pull(daemon, BASE)
-    fetched = [request.path.rpartition("/")[2] for request in scene.registry.seen("/blobs/", "GET")[before:]]
+    asked = [request for request in scene.registry.seen("/blobs/", "GET")[before:] if not is_sample(request, scene.registry)]
+    fetched = [request.path.rpartition("/")[2] for request in asked]
     assert not there.intersection(fetched)
     assert sorted(set(fetched)) == sorted(fetched), "something came twice"
     shown = disk.images()
