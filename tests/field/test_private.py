@@ -27,7 +27,7 @@ from tests.fakes.registry import FakeRegistry, Reply, Request
 from tests.images.verification.signing import Signer
 from tests.registry.support import client_for, hosts_d
 from tests.support.daemon import Daemon
-from tests.support.images import BuiltDocument, Entry, descriptor, image, layer
+from tests.support.images import BuiltDocument, Entry, descriptor, image, index, layer
 from tests.support.registries import free_port
 
 APP = image([layer([Entry("f", b"one")])])
@@ -107,14 +107,20 @@ SECRET = image([layer([Entry("secret", b"one")]), layer([Entry("two", b"two" * 5
 RIGHT, WRONG = ("user", "right"), ("user", "wrong")
 
 
+BOTH = index({"linux/amd64": SECRET})
+
+
 @dataclass(slots=True)
 class Scene:
-    """A node with a mirror that pulls through, a registry that wants a password, and one that anybody may fill."""
+    """A node with a mirror, a registry that wants a password, and one that anybody may fill, both pulled through; and one more
+    that wants a password and is not.
+    """
 
     daemon: Daemon
     port: int
     private: FakeRegistry
     public: FakeRegistry
+    closed: FakeRegistry
 
     def pull(self, name: str, who: tuple[str, str] | None = None) -> grpc.StatusCode:
         """By CRI."""
@@ -126,6 +132,17 @@ class Scene:
             code: grpc.StatusCode = error.code()
             return code
         return grpc.StatusCode.OK
+
+    def prepull(self, name: str, who: tuple[str, str] | None = None) -> bool:
+        """By a pre-pull file of the administrator's."""
+        file = self.daemon.directory / "prepull.toml"
+        text = f'version = 1\n[[image]]\nreference = "{name}"\n'
+        if who:
+            password = self.daemon.directory / "password"
+            password.write_text(who[1])
+            text += f'username = "{who[0]}"\npassword_file = "{password}"\n'
+        file.write_text(text)
+        return self.daemon.cli("prepull", "-f", str(file), "--retries", "0").returncode == 0
 
     def get(self, registry: FakeRegistry, repository: str, what: str) -> httpx.Response:
         """From the mirror."""
@@ -141,8 +158,10 @@ class Scene:
 
 @pytest.fixture
 def scene(make_daemon: Callable[..., Daemon]) -> Iterator[Scene]:
-    with FakeRegistry() as private, FakeRegistry() as public:
+    with FakeRegistry() as private, FakeRegistry() as public, FakeRegistry() as closed:
         private.add(SECRET, "secret", "1")
+        private.add(BOTH, "both", "1")
+        closed.add(BOTH, "both", "1")
         right = "Basic " + base64.b64encode(":".join(RIGHT).encode()).decode()
 
         def door(request: Request) -> Reply | None:
@@ -150,16 +169,17 @@ def scene(make_daemon: Callable[..., Daemon]) -> Iterator[Scene]:
                 return None
             return Reply(401, {"WWW-Authenticate": 'Basic realm="private"'}, b"{}")
 
-        private.rule(door)
+        for registry in (private, closed):
+            registry.rule(door)
         port = free_port()
         namespaces = f'["{private.address}", "{public.address}"]'
         daemon = make_daemon(settings=f'[mirror]\naddress = "127.0.0.1:{port}"\npull_through = {namespaces}\n')
-        for registry in (private, public):
+        for registry in (private, public, closed):
             directory = daemon.directory / "hosts.d" / registry.address
             directory.mkdir()
             (directory / "hosts.toml").write_text(f'server = "{registry.url}"\n')
         daemon.start()
-        yield Scene(daemon, port, private, public)
+        yield Scene(daemon, port, private, public, closed)
 
 
 def sparse(media_type: str, **members: object) -> BuiltDocument:
@@ -213,3 +233,37 @@ def test_S3_who_shows_private_bytes_may_use_them_and_public_bytes_cost_no_reques
     assert scene.public.seen("/second/blobs/") == []
     assert len(scene.obtainable(scene.public, "copy")) == 2 + len(SECRET.blobs)
     assert scene.obtainable(scene.private, "secret") == set(), "another repository's pull loosens nothing"
+
+
+WAYS: dict[str, Callable[[Scene, FakeRegistry, tuple[str, str] | None], bool]] = {
+    "CRI, index": lambda scene, at, who: scene.pull(f"{at.address}/both:1", who) is grpc.StatusCode.OK,
+    "CRI, index by digest": lambda scene, at, who: scene.pull(f"{at.address}/both@{BOTH.digest}", who) is grpc.StatusCode.OK,
+    "CRI, manifest by digest": lambda scene, at, who: scene.pull(f"{at.address}/both@{SECRET.digest}", who) is grpc.StatusCode.OK,
+    "pre-pull, index": lambda scene, at, who: scene.prepull(f"{at.address}/both:1", who),
+    "pre-pull, manifest by digest": lambda scene, at, who: scene.prepull(f"{at.address}/both@{SECRET.digest}", who),
+}
+PARTS = (f"manifests/{BOTH.digest}", f"manifests/{SECRET.digest}", "manifests/1", *(f"blobs/{digest}" for digest in SECRET.blobs))
+
+
+@pytest.mark.parametrize("door", ["private", "closed"], ids=["pulled through", "mirror only"])
+def test_S3_nothing_private_is_had_without_the_right_credentials(scene: Scene, door: str) -> None:
+    """{anonymous, wrong, right} × {index, manifest, blob} × {absent, present} × {CRI, pre-pull, mirror, pull-through}."""
+    registry: FakeRegistry = getattr(scene, door)
+    strangers = {"nobody": None, "wrong": WRONG}
+
+    def leaks() -> list[str]:
+        taken = [f"{way}, {who}" for way, take in WAYS.items() for who, whom in strangers.items() if take(scene, registry, whom)]
+        for who, whom in {**strangers, "right": RIGHT}.items():  # a mirror gives nothing private to any client without a certificate
+            url = f"http://127.0.0.1:{scene.port}/v2/both/"
+            answers = {part: httpx.get(f"{url}{part}?ns={registry.address}", auth=whom, trust_env=False, timeout=60) for part in PARTS}
+            taken += [f"mirror, {part}, {who}" for part, answer in answers.items() if answer.status_code == 200]
+        return taken
+
+    assert leaks() == [], "absent"
+    for way, take in WAYS.items():
+        assert take(scene, registry, RIGHT), way
+    assert leaks() == [], "present"
+    before = len(registry.seen("/blobs/", "GET"))
+    for way, take in WAYS.items():
+        assert take(scene, registry, RIGHT), way
+    assert len(registry.seen("/blobs/", "GET")) == before, "who has shown its rights once is not sent blobs again"
