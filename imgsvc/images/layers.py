@@ -79,7 +79,7 @@ class LayerPlan:
 
     names: of the snapshots, see layer_names. keys: None for plain layers. label: the image, for errors.
     sources and timings are filled while the layers come: who served a blob, by digest; seconds by phase, added up;
-    positions of the layers that this pull unpacked from their own blobs.
+    positions of the layers that this pull unpacked from their own blobs. on_unpacked: called with each one's snapshot and blob.
     """
 
     label: str
@@ -93,6 +93,7 @@ class LayerPlan:
     sources: dict[str, BlobSource] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     unpacked: set[int] = field(default_factory=set)
+    on_unpacked: Callable[[Name, Digest], None] = lambda name, blob: None
 
     def report(self, layer: Descriptor, downloaded: int, state: str) -> None:
         """Tell the reporter."""
@@ -253,6 +254,7 @@ class Layers:
                 await afailpoint("layer.synced")
                 await self._threads.run(snapshotter.commit, name, key, parent=parent, usage=usage)
                 plan.unpacked.add(position)
+                plan.on_unpacked(name, plan.layers[position].digest)
                 await afailpoint("layer.committed")
             except BaseException:
                 # Also when cancelled. A later flight of the same name must not see this attempt's mounts.

@@ -16,7 +16,7 @@ that every repository has to show them. What was stored before there were record
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from imgsvc.base.concurrency import Threads
@@ -29,6 +29,7 @@ from imgsvc.registry.interfaces import BlobSink, BlobSource, Fetcher
 
 TABLE: Final = "provenance"
 _ADOPTED: Final = "adopted"  # the key that says that images of an older daemon have records
+_MAX_SEEN: Final = 10_000  # blobs and snapshots of pulls under way
 _SAMPLE: Final = 4096  # [bytes] of a layer that are compared
 
 
@@ -37,6 +38,7 @@ class Provenance:
 
     def __init__(self, db: MetaDB) -> None:
         self._db = db
+        self._seen: dict[str, Record] = {}  # what pulls under way were shown: true, and not recorded yet
 
     def may_use(self, repository: str, digest: str, *, anonymous: bool) -> bool:
         """Whether bytes that are here may be used for a pull from a repository that its caller has just resolved a name in.
@@ -64,9 +66,23 @@ class Provenance:
         One transaction; none where nothing is new.
         """
         shown, blobs = set(digests), unpacked or {}
-        if not any(_changed(self._get(key), repository, anonymous, blobs.get(key)) for key in shown):
-            return
-        await self._db.awrite(lambda txn: _note(txn, repository, shown, anonymous, blobs))
+        if any(_changed(self._stored(key), repository, anonymous, blobs.get(key)) for key in shown):
+            await self._db.awrite(lambda txn: _note(txn, repository, shown, anonymous, blobs))
+        for key in shown:
+            self._seen.pop(key, None)
+
+    def saw(self, repository: str, key: str, *, anonymous: bool, blob: Digest | None = None) -> None:
+        """Note what a pull was just shown, or unpacked from `blob`, until it is recorded: of many pulls at once one is shown it."""
+        seen = self._seen.pop(key, {"names": {}, "blobs": []})
+        seen["names"][repository] = anonymous or seen["names"].get(repository, False)
+        seen["blobs"] += [blob] * (blob is not None and blob not in seen["blobs"])
+        self._seen[key] = seen
+        if len(self._seen) > _MAX_SEEN:
+            del self._seen[next(iter(self._seen))]
+
+    def unsee(self, key: str) -> None:
+        """What was shown turned out to be something else."""
+        self._seen.pop(key, None)
 
     async def adopt(self, images: Iterable[Image]) -> None:
         """Give images of a daemon without records some, once: as if all of them had taken credentials."""
@@ -100,6 +116,15 @@ class Provenance:
         return names
 
     def _get(self, key: str) -> Record:
+        stored, seen = self._stored(key), self._seen.get(key)
+        if seen is None:
+            return stored
+        names = dict(stored.get("names", {}))
+        for repository, anonymous in seen["names"].items():
+            names[repository] = anonymous or names.get(repository, False)
+        return {"names": names, "blobs": [*stored.get("blobs", ()), *seen["blobs"]]}
+
+    def _stored(self, key: str) -> Record:
         with self._db.read() as txn:
             return txn.get(TABLE, key) or {}
 
@@ -110,8 +135,13 @@ class Witness:
     shown: what came whole. showing: what is coming whole; a download that goes on from bytes that were here shows nothing.
     """
 
-    def __init__(self, fetcher: Fetcher) -> None:
+    def __init__(
+        self, fetcher: Fetcher, saw: Callable[[Digest], None] = lambda digest: None, unsee: Callable[[Digest], None] = lambda digest: None
+    ) -> None:
+        """saw: called with a blob that came whole. unsee: with one that turned out to be something else."""
         self._fetcher = fetcher
+        self._saw = saw
+        self._unsee = unsee
         self.shown: set[str] = set()
         self.showing: set[str] = set()
         self._others_took_credentials = False
@@ -140,6 +170,7 @@ class Witness:
         try:
             source = await self._fetcher.download(descriptor, sink)
             self.shown.add(descriptor.digest)
+            self._saw(descriptor.digest)
             return source
         finally:
             self.showing.discard(descriptor.digest)
@@ -147,6 +178,7 @@ class Witness:
     async def rejected(self, descriptor: Descriptor, source: BlobSource) -> bool:
         """See Fetcher."""
         self.shown.discard(descriptor.digest)
+        self._unsee(descriptor.digest)
         return await self._fetcher.rejected(descriptor, source)
 
     async def prove(self, blob: Descriptor, content: Provider, threads: Threads) -> None:

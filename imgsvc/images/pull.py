@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from imgsvc.base.concurrency import all_of, to_the_end
@@ -151,14 +151,19 @@ class Puller:
         timings = {"resolve": time.monotonic() - began}
         await self._verifier.verify(request.reference, resolved.descriptor, request.credential)
         timings["verify"] = time.monotonic() - began - timings["resolve"]
-        witness = Witness(registry.fetcher(request.reference, request.credential))
         took_credentials = any(attempt.credential.taken for attempt in resolved.attempts)
+
+        def saw(key: str, blob: Digest | None = None) -> None:
+            anonymous = not (took_credentials or witness.took_credentials)
+            self._provenance.saw(request.reference.name, key, anonymous=anonymous, blob=blob)
+
+        witness = Witness(registry.fetcher(request.reference, request.credential), saw, self._provenance.unsee)
         await afailpoint("pull.resolved")
         async with self._leases.held([("content", resolved.descriptor.digest)], purpose=f"pull {request.reference}") as lease:
             chosen = await self._choose(request, witness, resolved, anonymous=not took_credentials)
             documents, manifest = chosen.documents, chosen.manifest
             config = chosen.config or ImageConfig(platform=request.platform, diff_ids=())
-            plan = await self._plan(request, witness, manifest, config, timings)
+            plan = replace(await self._plan(request, witness, manifest, config, timings), on_unpacked=saw)
             await self._leases.add(lease, _resources(plan, documents))
             await self._store(documents)
             await afailpoint("pull.documents")
