@@ -296,7 +296,7 @@ def test_K1_root_state_and_socket_below_links_and_outside_ascii_serve_pods(
     "text, what",
     [
         ('root = "/etc/passwd"', "/etc/passwd"),
-        ('state = "/"', "ours"),
+        ('state = "/"', "can own"),
         ('root = "/nowhere/x"\nstate = "/nowhere/x"', "same directory"),
         ('root = "/nowhere/a:b"\n[images]\nsnapshotter = "overlayfs"', "colon"),
     ],

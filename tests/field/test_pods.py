@@ -163,7 +163,7 @@ def test_R9_statistics_are_read_from_what_the_loop_handed_over(tmp_path: Path) -
             find_runtime=lambda _: None,
             settings=RuntimeSettings(tmp_path, tmp_path, {}),
         )
-        records.put_sandbox(pod := SandboxRecord("pod", started_at=1))
+        records.put_sandbox(pod := SandboxRecord("pod", started_at=1, holder="namespaces"))
         records.put_container(ContainerRecord("container", "pod", started_at=1, pid=os.getpid()))
         stats = Stats(core)
         (told,) = await stats.sandboxes([pod])
